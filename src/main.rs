@@ -1,0 +1,2 @@
+//! Polykey.
+fn main() {}
