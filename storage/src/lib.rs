@@ -7,6 +7,7 @@
 //! are one atomic and durable transaction that carries one [`Revision`].
 //!
 //! * [`memory::Memory`] is the reference, and the model other stores are compared with.
+//! * [`redb::Redb`] keeps everything in one file.
 //!
 //! Futures of these two are ready when first polled. Polling `commit` of a store on disk blocks
 //! the thread until the disk has synced, so callers give commits a thread of their own.
@@ -17,9 +18,12 @@
 )]
 
 mod commit;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod error;
 pub mod memory;
 mod range;
+pub mod redb;
 
 use std::path::PathBuf;
 
@@ -134,7 +138,7 @@ pub struct StoreStatus {
     pub rows: Option<u64>,
     /// The last revision known to be durable.
     pub revision: Revision,
-    /// How often the store was opened by this process: 1, and one more per [`Store::reopen`].
+    /// 1 after the first opening, and greater after each call of [`Store::reopen`].
     pub generation: u64,
     /// Whether it serves.
     pub health: Health,

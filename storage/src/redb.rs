@@ -1,0 +1,571 @@
+//! The default store: one redb file, one group at a time, one durable transaction per group.
+//!
+//! Three tables. `rows` maps the space byte and the key to the revision (8 bytes, big endian) and
+//! the value; `changes` maps a revision to the rows it wrote; `meta` holds the format version,
+//! the store's id and the last revision.
+//!
+//! Every transaction is committed with redb's quick repair: a commit syncs twice and saves the
+//! allocator state, and in return a store opens in milliseconds after a crash, whatever its size.
+
+mod encode;
+mod failure;
+mod file;
+mod snapshot;
+
+use std::{
+    collections::BTreeSet,
+    fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use ::redb::{
+    Builder, Database, DatabaseError, Durability, ReadableDatabase, ReadableTable,
+    ReadableTableMetadata, StorageBackend, StorageError, Table, TableDefinition, TableError,
+    WriteTransaction,
+};
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use parking_lot::{Mutex, RwLock};
+
+use self::{
+    failure::{Failed, Failure, Latch, Unwinding},
+    snapshot::{RedbSnapshot, View},
+};
+use crate::{
+    Applied, ChangesError, Commit, CommitError, Committed, Finish, Health, OpenError, ReadError,
+    ReopenError, Replaced, Revision, RowKey, Snapshot, Store, StoreError, StoreStatus, Write,
+    commit, memory,
+};
+
+pub use file::Compacted;
+
+/// The version of the tables and their encoding that this program writes, and the newest it
+/// reads.
+pub const FORMAT: u32 = 1;
+
+/// The largest number of old revisions a commit removes from `changes`, so that a retention
+/// lowered by the operator makes no commit slow.
+const TRIM_STEP: usize = 16;
+
+const ROWS: TableDefinition<'static, &[u8], &[u8]> = TableDefinition::new("rows");
+const CHANGES: TableDefinition<'static, u64, &[u8]> = TableDefinition::new("changes");
+const META: TableDefinition<'static, &str, &[u8]> = TableDefinition::new("meta");
+
+const META_FORMAT: &str = "format";
+const META_ID: &str = "id";
+const META_REVISION: &str = "revision";
+
+/// How a store is opened. None of it is part of the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// The most memory for cached pages, in bytes. Default 32 MiB.
+    pub cache_bytes: usize,
+    /// How many revisions [`Store::changes`] goes back. Default 100,000.
+    pub changes: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { cache_bytes: 32 * 1024 * 1024, changes: memory::DEFAULT_CHANGES }
+    }
+}
+
+type Opener = Box<dyn Fn(&Builder) -> Result<Database, DatabaseError> + Send + Sync>;
+
+/// A store in one file, or on any other [`StorageBackend`].
+///
+/// After a failure of the medium it serves nothing until [`Store::reopen`] succeeds: what redb
+/// holds in memory may then differ from what is durable. Snapshots taken before may still answer,
+/// from the revision they were taken at.
+pub struct Redb {
+    // The file, or what stands for it in messages.
+    path: PathBuf,
+    on_file: bool,
+    options: Options,
+    opener: Opener,
+    // One group at a time, and no reopening meanwhile. Taken before the other locks.
+    writer: Mutex<()>,
+    // None after a reopening that failed.
+    database: RwLock<Option<Database>>,
+    known: Arc<Mutex<Known>>,
+}
+
+// What is known without asking the medium.
+struct Known {
+    id: [u8; 16],
+    revision: Revision,
+    generation: u64,
+    failure: Option<StoreError>,
+}
+
+impl fmt::Debug for Redb {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Redb").field("path", &self.path).finish()
+    }
+}
+
+impl Redb {
+    /// Creates the file `path`, mode 0600, with an empty store in it, and opens it.
+    ///
+    /// It appears under its name only when it is complete and durable, so that a crash at any
+    /// point leaves either no store or an empty one.
+    ///
+    /// # Errors
+    /// [`OpenError::Exists`] if there is anything at `path`.
+    pub fn create(path: impl AsRef<Path>, options: Options) -> Result<Self, OpenError> {
+        file::create(path.as_ref(), options, |_| Ok(()))?;
+        Self::open(path, options)
+    }
+
+    /// Opens the store in the file `path`.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(path: impl AsRef<Path>, options: Options) -> Result<Self, OpenError> {
+        let path = path.as_ref().to_path_buf();
+        let opener: Opener = {
+            let path = path.clone();
+            Box::new(move |builder| builder.open(&path))
+        };
+        Self::start(path, true, options, opener)
+    }
+
+    /// Opens the store in the file `path`, which is created if there is nothing there.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open_or_create(path: impl AsRef<Path>, options: Options) -> Result<Self, OpenError> {
+        match Self::open(&path, options) {
+            Err(OpenError::NotFound { .. }) => match Self::create(&path, options) {
+                // Someone else was faster.
+                Err(OpenError::Exists { .. }) => Self::open(&path, options),
+                other => other,
+            },
+            other => other,
+        }
+    }
+
+    /// Opens the store on the medium that `backend` hands out, once now and once for every
+    /// reopening, and creates an empty one in an empty medium. For simulations: a medium that
+    /// fails during this creation may be left unreadable, against which [`Redb::create`] guards.
+    ///
+    /// # Errors
+    /// [`OpenError`], with `name` for a path.
+    pub fn with_backend<B: StorageBackend>(
+        name: &str,
+        options: Options,
+        backend: impl Fn() -> B + Send + Sync + 'static,
+    ) -> Result<Self, OpenError> {
+        let opener: Opener = Box::new(move |builder| builder.create_with_backend(backend()));
+        Self::start(PathBuf::from(name), false, options, opener)
+    }
+
+    fn start(
+        path: PathBuf,
+        on_file: bool,
+        options: Options,
+        opener: Opener,
+    ) -> Result<Self, OpenError> {
+        let store = Self {
+            path,
+            on_file,
+            options,
+            opener,
+            writer: Mutex::new(()),
+            database: RwLock::new(None),
+            known: Arc::new(Mutex::new(Known {
+                id: [0; 16],
+                revision: Revision::EMPTY,
+                generation: 0,
+                failure: None,
+            })),
+        };
+        store.reopen_now()?;
+        Ok(store)
+    }
+
+    fn reopen_now(&self) -> Result<Revision, OpenError> {
+        let _writer = self.writer.lock();
+        let mut slot = self.database.write();
+        {
+            let mut known = self.known.lock();
+            known.failure.get_or_insert_with(|| {
+                StoreError::Other("the store has not been opened again yet".into())
+            });
+            // Snapshots of the generation before no longer speak for this store.
+            known.generation = known.generation.saturating_add(1);
+        }
+        if let Some(database) = slot.take() {
+            // A failure to close says nothing new: recovery follows.
+            drop(database.close());
+        }
+        if self.on_file {
+            file::check(&self.path)?;
+        }
+        let (database, id, revision) = self.open_database()?;
+        *slot = Some(database);
+        let mut known = self.known.lock();
+        known.id = id;
+        known.revision = revision;
+        known.failure = None;
+        Ok(revision)
+    }
+
+    fn open_database(&self) -> Result<(Database, [u8; 16], Revision), OpenError> {
+        let mut builder = Builder::new();
+        builder.set_cache_size(self.options.cache_bytes);
+        // redb asserts on some files it has not written.
+        let opened = catch_unwind(AssertUnwindSafe(|| (self.opener)(&builder)));
+        let database = match opened {
+            Ok(Ok(database)) => database,
+            Ok(Err(error)) => return Err(open_error(&self.path, error)),
+            Err(_) => return Err(not_a_store(&self.path, "its pages make no sense")),
+        };
+        if !self.on_file {
+            initialise_if_empty(&database).map_err(|error| self.open_failed(error))?;
+        }
+        let (id, revision) = identify(&self.path, &database)?;
+        Ok((database, id, revision))
+    }
+
+    fn open_failed(&self, error: StoreError) -> OpenError {
+        OpenError::Store { path: self.path.clone(), error }
+    }
+
+    // The last durable revision, unless nothing is served.
+    fn serving(&self) -> Option<Revision> {
+        let known = self.known.lock();
+        known.failure.is_none().then_some(known.revision)
+    }
+
+    // Everything a snapshot needs, under one revision.
+    fn begin(&self) -> Result<RedbSnapshot, ReadError> {
+        let database = self.database.read();
+        let generation = {
+            let known = self.known.lock();
+            if known.failure.is_some() {
+                return Err(ReadError::NeedsReopen);
+            }
+            known.generation
+        };
+        let latch = Latch { known: Arc::clone(&self.known), generation };
+        let database = database.as_ref().ok_or(ReadError::NeedsReopen)?;
+        match View::new(database) {
+            Ok(view) => Ok(RedbSnapshot { view, latch }),
+            Err(failure) => Err(latch.read_error(failure)),
+        }
+    }
+
+    fn commit_now(
+        &self,
+        group: Vec<Commit>,
+        finish: &mut dyn Finish,
+    ) -> Result<Committed, CommitError> {
+        commit::check_group(&group)?;
+        let _writer = self.writer.lock();
+        let database = self.database.read();
+        let (Some(database), Some(before)) = (database.as_ref(), self.serving()) else {
+            return Err(CommitError::ReadOnly);
+        };
+        // A panic in redb or in `finish` leaves behind what only opening again can sort out.
+        let unwinding = Unwinding(&self.known);
+        let result = self.commit_on(database, before, group, finish);
+        unwinding.disarm();
+
+        let mut known = self.known.lock();
+        match result {
+            Ok(committed) => {
+                known.revision = committed.revision;
+                Ok(committed)
+            }
+            Err(Failed::Aborted(abort)) => Err(CommitError::Aborted(abort)),
+            Err(Failed::TooLarge(error)) => Err(CommitError::TooLarge(error)),
+            Err(Failed::Before(failure)) => {
+                if failure.needs_reopen {
+                    known.failure = Some(failure.error.clone());
+                }
+                Err(CommitError::Store(failure.error))
+            }
+            Err(Failed::During(failure)) => {
+                known.failure = Some(failure.error.clone());
+                Err(CommitError::OutcomeUnknown(failure.error))
+            }
+        }
+    }
+
+    fn commit_on(
+        &self,
+        database: &Database,
+        before: Revision,
+        group: Vec<Commit>,
+        finish: &mut dyn Finish,
+    ) -> Result<Committed, Failed> {
+        let admitted = if group.iter().all(|commit| commit.requires.is_empty()) {
+            commit::admit::<Failure>(&group, |_| Ok(None))?
+        } else {
+            let rows = View::new(database)?.rows;
+            commit::admit(&group, |row| match rows.get(encode::row(row).as_slice())? {
+                Some(stored) => Ok::<_, Failure>(Some(encode::split(stored.value())?.0)),
+                None => Ok(None),
+            })?
+        };
+        if admitted.accepted.is_empty() {
+            return Ok(Committed { revision: before, outcomes: admitted.outcomes });
+        }
+
+        let revision = Revision(before.0.saturating_add(1));
+        let transaction = begin_write(database)?;
+        let mut accepted = admitted.accepted.iter().copied().peekable();
+        let writes = group.into_iter().enumerate().filter_map(|(index, commit)| {
+            accepted.next_if_eq(&index).map(|_| commit.writes.into_iter())
+        });
+        let filled = self.fill(&transaction, (before, revision), writes.flatten(), |replaced| {
+            finish.finish(&Applied { revision, accepted: &admitted.accepted, replaced })
+        });
+        if let Err(failed) = filled {
+            // Nothing of it has been made current, so nothing of it survives, even if this fails.
+            if let Err(error) = transaction.abort() {
+                self.known.lock().failure = Some(Failure::from(error).error);
+            }
+            return Err(failed);
+        }
+        transaction.commit().map_err(|error| Failed::During(error.into()))?;
+        Ok(Committed { revision, outcomes: admitted.outcomes })
+    }
+
+    // Everything a transaction writes.
+    fn fill(
+        &self,
+        transaction: &WriteTransaction,
+        (before, revision): (Revision, Revision),
+        writes: impl Iterator<Item = Write>,
+        finish: impl FnOnce(&[Replaced]) -> Result<Vec<Write>, crate::Abort>,
+    ) -> Result<(), Failed> {
+        let mut meta = transaction.open_table(META)?;
+        if encode::revision_of(meta.get(META_REVISION)?)? != before {
+            return Err(Failure::damaged("the last revision is not the expected one").into());
+        }
+        let mut rows = transaction.open_table(ROWS)?;
+        let mut written = BTreeSet::new();
+        let mut replaced = Vec::new();
+        for write in writes {
+            let (key, old) = apply(&mut rows, revision, &write)?;
+            written.insert(key);
+            let (row, new) = match write {
+                Write::Put { row, value } => (row, Some(value)),
+                Write::Delete { row } => (row, None),
+            };
+            replaced.push(Replaced { row, old, new });
+        }
+        let appended = finish(&replaced).map_err(Failed::Aborted)?;
+        commit::writes_size(&appended).map_err(Failed::TooLarge)?;
+        for write in &appended {
+            written.insert(apply(&mut rows, revision, write)?.0);
+        }
+        meta.insert(META_REVISION, revision.0.to_be_bytes().as_slice())?;
+
+        let mut changes = transaction.open_table(CHANGES)?;
+        changes.insert(revision.0, encode::changed(&written).as_slice())?;
+        let trim_to = revision.0.saturating_sub(self.options.changes);
+        for _ in 0..TRIM_STEP {
+            match changes.first()? {
+                Some((oldest, _)) if oldest.value() <= trim_to => {}
+                _ => break,
+            }
+            changes.pop_first()?;
+        }
+        Ok(())
+    }
+
+    fn changes_now(
+        &self,
+        after: Revision,
+        limit: usize,
+    ) -> Result<Vec<(Revision, Vec<RowKey>)>, ChangesError> {
+        let snapshot = self.begin()?;
+        let current = snapshot.view.revision;
+        if after > current {
+            return Err(ChangesError::Ahead { current });
+        }
+        let listed = || -> Result<_, Failure> {
+            let changes = snapshot.view.transaction.open_table(CHANGES)?;
+            let oldest = match changes.first()? {
+                Some((oldest, _)) => oldest.value(),
+                None => current.0.saturating_add(1),
+            };
+            let next = after.0.saturating_add(1);
+            if next < oldest {
+                return Ok(Err(Revision(oldest)));
+            }
+            let mut listed = Vec::new();
+            for change in changes.range(next..)?.take(limit) {
+                let (revision, rows) = change?;
+                listed.push((Revision(revision.value()), encode::changed_rows(rows.value())?));
+            }
+            Ok(Ok(listed))
+        };
+        match listed() {
+            Ok(Ok(listed)) => Ok(listed),
+            Ok(Err(oldest)) => Err(ChangesError::Trimmed { oldest }),
+            Err(failure) => Err(snapshot.latch.read_error(failure).into()),
+        }
+    }
+}
+
+fn begin_write(database: &Database) -> Result<WriteTransaction, Failure> {
+    let mut transaction = database.begin_write()?;
+    transaction
+        .set_durability(Durability::Immediate)
+        .map_err(|error| Failure::latching(StoreError::Other(error.to_string())))?;
+    transaction.set_quick_repair(true);
+    Ok(transaction)
+}
+
+// Applies one write; the encoded key and the old value.
+fn apply(
+    rows: &mut Table<'_, &'static [u8], &'static [u8]>,
+    revision: Revision,
+    write: &Write,
+) -> Result<(Vec<u8>, Option<Bytes>), Failure> {
+    let key = encode::row(write.row());
+    let old = match write {
+        Write::Put { value, .. } => {
+            rows.insert(key.as_slice(), encode::join(revision, value).as_slice())?
+        }
+        Write::Delete { .. } => rows.remove(key.as_slice())?,
+    };
+    let old = match old {
+        Some(stored) => Some(Bytes::copy_from_slice(encode::split(stored.value())?.1)),
+        None => None,
+    };
+    Ok((key, old))
+}
+
+// Makes an empty database a store at revision 0.
+fn initialise_if_empty(database: &Database) -> Result<(), StoreError> {
+    let initialise = || -> Result<(), Failure> {
+        if database.begin_read()?.list_tables()?.next().is_some() {
+            return Ok(());
+        }
+        let transaction = begin_write(database)?;
+        initialise(&transaction)?;
+        transaction.commit()?;
+        Ok(())
+    };
+    initialise().map_err(|failure| failure.error)
+}
+
+fn initialise(transaction: &WriteTransaction) -> Result<(), Failure> {
+    transaction.open_table(ROWS)?;
+    transaction.open_table(CHANGES)?;
+    let mut meta = transaction.open_table(META)?;
+    let id = memory::random_id().map_err(Failure::latching)?;
+    meta.insert(META_FORMAT, FORMAT.to_be_bytes().as_slice())?;
+    meta.insert(META_ID, id.as_slice())?;
+    meta.insert(META_REVISION, 0_u64.to_be_bytes().as_slice())?;
+    Ok(())
+}
+
+// Reads what makes a database a store: its id and its last revision.
+fn identify(path: &Path, database: &Database) -> Result<([u8; 16], Revision), OpenError> {
+    let read = || -> Result<_, Failure> {
+        let transaction = database.begin_read()?;
+        let meta = match transaction.open_table(META) {
+            Ok(meta) => meta,
+            Err(TableError::Storage(error)) => return Err(error.into()),
+            Err(_) => return Ok(Err("it is a redb database of another program")),
+        };
+        let Some(format) = encode::format_of(meta.get(META_FORMAT)?) else {
+            return Ok(Err("it has no format version"));
+        };
+        if format != FORMAT {
+            return Ok(Ok((format, [0; 16], Revision::EMPTY)));
+        }
+        let Some(id) = encode::id_of(meta.get(META_ID)?) else {
+            return Ok(Err("it has no id"));
+        };
+        let revision = encode::revision_of(meta.get(META_REVISION)?)?;
+        transaction.open_table(ROWS)?;
+        transaction.open_table(CHANGES)?;
+        Ok(Ok((format, id, revision)))
+    };
+    match read() {
+        Ok(Ok((FORMAT, id, revision))) => Ok((id, revision)),
+        Ok(Ok((found, ..))) if found > FORMAT => {
+            Err(OpenError::NewerFormat { path: path.to_path_buf(), found, supported: FORMAT })
+        }
+        Ok(Ok(_)) => Err(not_a_store(path, "its format version is impossible")),
+        Ok(Err(reason)) => Err(not_a_store(path, reason)),
+        Err(failure) => Err(OpenError::Store { path: path.to_path_buf(), error: failure.error }),
+    }
+}
+
+fn not_a_store(path: &Path, reason: &str) -> OpenError {
+    OpenError::NotAStore { path: path.to_path_buf(), reason: reason.into() }
+}
+
+fn open_error(path: &Path, error: DatabaseError) -> OpenError {
+    let path = path.to_path_buf();
+    match error {
+        DatabaseError::DatabaseAlreadyOpen | DatabaseError::LockProtocolMismatch => {
+            OpenError::InUse { path }
+        }
+        DatabaseError::UpgradeRequired(version) => OpenError::NotAStore {
+            path,
+            reason: format!("its redb file format is version {version}"),
+        },
+        DatabaseError::Storage(StorageError::Io(error))
+            if error.kind() == std::io::ErrorKind::InvalidData =>
+        {
+            OpenError::NotAStore { path, reason: error.to_string() }
+        }
+        other => OpenError::Store { path, error: Failure::from(other).error },
+    }
+}
+
+impl Store for Redb {
+    fn snapshot(&self) -> BoxFuture<'_, Result<Box<dyn Snapshot>, ReadError>> {
+        Box::pin(async move { Ok(Box::new(self.begin()?) as Box<dyn Snapshot>) })
+    }
+
+    fn commit<'a>(
+        &'a self,
+        group: Vec<Commit>,
+        finish: &'a mut dyn Finish,
+    ) -> BoxFuture<'a, Result<Committed, CommitError>> {
+        Box::pin(async move { self.commit_now(group, finish) })
+    }
+
+    fn changes(
+        &self,
+        after: Revision,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<Vec<(Revision, Vec<RowKey>)>, ChangesError>> {
+        Box::pin(async move { self.changes_now(after, limit) })
+    }
+
+    fn reopen(&self) -> BoxFuture<'_, Result<Revision, ReopenError>> {
+        Box::pin(async move { self.reopen_now() })
+    }
+
+    fn status(&self) -> StoreStatus {
+        let rows = self.begin().ok().and_then(|snapshot| snapshot.view.rows.len().ok());
+        let bytes = std::fs::metadata(&self.path).ok().map(|file| file.len());
+        let known = self.known.lock();
+        StoreStatus {
+            kind: "redb",
+            path: self.on_file.then(|| self.path.clone()),
+            id: known.id,
+            bytes: bytes.filter(|_| self.on_file),
+            rows,
+            revision: known.revision,
+            generation: known.generation,
+            health: match known.failure.clone() {
+                None => Health::Ready,
+                Some(failure) => Health::NeedsReopen(failure),
+            },
+        }
+    }
+}
