@@ -1,0 +1,111 @@
+//! Random bytes, all from the generator of aws-lc.
+
+use std::cell::RefCell;
+
+use zeroize::{Zeroize, Zeroizing};
+
+use crate::CryptoFailure;
+
+/// Fills `out` with secret-grade random bytes.
+///
+/// # Errors
+/// When the generator fails; nothing may be made with `out` then.
+pub fn fill(out: &mut [u8]) -> Result<(), CryptoFailure> {
+    aws_lc_rs::rand::fill(out).map_err(|_| CryptoFailure("the random generator failed"))
+}
+
+/// `N` random bytes for a public value (an id, a salt).
+///
+/// # Errors
+/// When the generator fails.
+pub fn array<const N: usize>() -> Result<[u8; N], CryptoFailure> {
+    let mut out = [0; N];
+    fill(&mut out)?;
+    Ok(out)
+}
+
+/// `N` random bytes for a secret.
+///
+/// # Errors
+/// When the generator fails.
+pub fn secret<const N: usize>() -> Result<Zeroizing<[u8; N]>, CryptoFailure> {
+    let mut out = Zeroizing::new([0; N]);
+    fill(out.as_mut_slice())?;
+    Ok(out)
+}
+
+/// Makes the first draw, which costs some 40 ms of entropy gathering; call it early, off the path
+/// of requests.
+///
+/// # Errors
+/// When the generator fails.
+pub fn warm_up() -> Result<(), CryptoFailure> {
+    array::<1>().map(drop)
+}
+
+const BLOCK: usize = 600;
+
+/// Unused nonces of this thread. The process that filled the block is part of it: a forked child
+/// must not repeat its parent's nonces.
+struct Block {
+    bytes: [u8; BLOCK],
+    used: usize,
+    pid: u32,
+}
+
+thread_local! {
+    static BLOCKS: RefCell<Block> =
+        const { RefCell::new(Block { bytes: [0; BLOCK], used: BLOCK, pid: 0 }) };
+}
+
+/// A random nonce, drawn in blocks per thread: a draw of its own costs more than a seal.
+///
+/// Only for values that become public; keys are drawn with [`fill`].
+pub(crate) fn nonce() -> Result<[u8; 12], CryptoFailure> {
+    BLOCKS.with_borrow_mut(|block| {
+        let pid = std::process::id();
+        if block.used >= BLOCK || block.pid != pid {
+            block.used = BLOCK;
+            fill(&mut block.bytes)?;
+            block.used = 0;
+            block.pid = pid;
+        }
+        let mut out = [0; 12];
+        if let Some(fresh) = block.bytes.get_mut(block.used..block.used + 12) {
+            out.copy_from_slice(fresh);
+            fresh.zeroize();
+        }
+        block.used += 12;
+        Ok(out)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn nonces_are_fresh_across_blocks_and_threads() {
+        let draw = || (0..500).map(|_| nonce().unwrap()).collect::<Vec<_>>();
+        let other = std::thread::spawn(draw);
+        let mut seen: HashSet<_> = draw().into_iter().collect();
+        seen.extend(other.join().unwrap());
+        assert_eq!(seen.len(), 1000);
+        assert!(!seen.contains(&[0; 12]));
+    }
+
+    #[test]
+    fn the_block_is_a_whole_number_of_nonces() {
+        assert_eq!(BLOCK % 12, 0);
+    }
+
+    #[test]
+    fn fills_what_it_is_given() {
+        warm_up().unwrap();
+        assert_ne!(array::<32>().unwrap(), array::<32>().unwrap());
+        assert_ne!(*secret::<32>().unwrap(), [0; 32]);
+        fill(&mut []).unwrap();
+    }
+}

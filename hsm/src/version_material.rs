@@ -1,0 +1,207 @@
+//! What the record of a key version holds: its material under the ring, or where the material
+//! resides.
+
+use std::fmt;
+
+use zeroize::Zeroizing;
+
+use crate::cipher;
+use crate::codec::Reader;
+use crate::{Algorithm, BlobKey, CryptoFailure, KeyMaterial, OpenError, Ring, WrapperId};
+
+const FORMAT: u8 = 1;
+const WRAPPED: u8 = 1;
+const RESIDENT: u8 = 2;
+const LABEL: &str = "polykey/material/v1";
+
+/// What a version's material is bound to. It opens for exactly this and nothing else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MaterialContext {
+    /// The node that holds the key.
+    pub node: [u8; 16],
+    /// The key.
+    pub key_id: [u8; 16],
+    /// The version, from 1.
+    pub version: u32,
+    /// What the material is for.
+    pub algorithm: Algorithm,
+    /// Whether the material may ever leave; fixed when the key is made.
+    pub exportable: bool,
+}
+
+/// Where a version's material is, as its stored bytes say without being opened.
+///
+/// Bytes: format 1 ‖ state u8 ‖ epoch u32 ‖ …; after the epoch, `Wrapped` (1) has salt 32 ‖
+/// commitment 32 ‖ ciphertext of (blob key 32 ‖ material) ‖ tag 16, and `Resident` (2) has id
+/// length u8 ‖ wrapper id ‖ object length u16 ‖ object, then the same envelope around the blob key
+/// alone. Integers are big-endian.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MaterialState {
+    /// Here, wrapped under a storage-key epoch.
+    Wrapped {
+        /// The epoch.
+        epoch: u32,
+    },
+    /// In the device behind a wrapper, which it never leaves.
+    Resident {
+        /// The epoch that seals the blob key.
+        epoch: u32,
+        /// The device's wrapper.
+        wrapper: WrapperId,
+        /// The device's handle of the key, opaque.
+        object: Vec<u8>,
+    },
+}
+
+impl MaterialState {
+    /// Reads the state of stored material.
+    ///
+    /// # Errors
+    /// [`OpenError::Malformed`] or [`OpenError::UnknownFormat`].
+    pub fn decode(stored: &[u8]) -> Result<Self, OpenError> {
+        split(stored).map(|(state, _, _)| state)
+    }
+
+    /// The storage-key epoch it depends on.
+    #[must_use]
+    pub fn epoch(&self) -> u32 {
+        match self {
+            Self::Wrapped { epoch } | Self::Resident { epoch, .. } => *epoch,
+        }
+    }
+}
+
+/// State, header bytes, sealed bytes.
+fn split(stored: &[u8]) -> Result<(MaterialState, &[u8], &[u8]), OpenError> {
+    let mut r = Reader::new(stored);
+    match r.u8().ok_or(OpenError::Malformed)? {
+        FORMAT => {}
+        other => return Err(OpenError::UnknownFormat(other)),
+    }
+    let state = read_state(&mut r).ok_or(OpenError::Malformed)?;
+    let sealed = r.rest();
+    let header = stored.len().checked_sub(sealed.len()).and_then(|at| stored.get(..at));
+    match header {
+        Some(header) if sealed.len() > cipher::COMMITTED_OVERHEAD => Ok((state, header, sealed)),
+        _ => Err(OpenError::Malformed),
+    }
+}
+
+fn read_state(r: &mut Reader<'_>) -> Option<MaterialState> {
+    match (r.u8()?, r.u32()?) {
+        (WRAPPED, epoch) => Some(MaterialState::Wrapped { epoch }),
+        (RESIDENT, epoch) => {
+            let len = usize::from(r.u8()?);
+            let wrapper = WrapperId::new(std::str::from_utf8(r.take(len)?).ok()?)?;
+            let len = usize::from(r.u16()?);
+            Some(MaterialState::Resident { epoch, wrapper, object: r.take(len)?.to_vec() })
+        }
+        _ => None,
+    }
+}
+
+/// A version's material and the key of the blobs made from it.
+pub struct UnwrappedMaterial {
+    /// The material.
+    pub material: KeyMaterial,
+    /// The key under which clients hold this version wrapped.
+    pub blob_key: BlobKey,
+}
+
+impl fmt::Debug for UnwrappedMaterial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("UnwrappedMaterial")
+            .field("material", &self.material)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why stored material gives no key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum UnwrapMaterialError {
+    /// It does not open.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// It resides in a device: ask that.
+    #[error("the material resides in a device")]
+    Resident,
+}
+
+fn bind<T>(cx: &MaterialContext, header: &[u8], f: impl FnOnce(&[&[u8]]) -> T) -> T {
+    let MaterialContext { node, key_id, version, algorithm, exportable } = cx;
+    f(&[
+        node,
+        key_id,
+        &version.to_be_bytes(),
+        &algorithm.code().to_be_bytes(),
+        &[u8::from(*exportable)],
+        header,
+    ])
+}
+
+impl Ring {
+    /// Wraps a version's material, with its blob key, under the primary epoch.
+    ///
+    /// # Errors
+    /// When the cryptographic library fails.
+    pub fn wrap_material(
+        &self,
+        cx: &MaterialContext,
+        material: &KeyMaterial,
+        blob_key: &BlobKey,
+    ) -> Result<Vec<u8>, CryptoFailure> {
+        let epoch = self.primary();
+        let mut secret = Zeroizing::new(Vec::with_capacity(32 + material.len()));
+        secret.extend_from_slice(blob_key.bytes());
+        secret.extend_from_slice(material.bytes());
+        let mut out = Vec::with_capacity(6 + cipher::COMMITTED_OVERHEAD + secret.len());
+        out.extend_from_slice(&[FORMAT, WRAPPED]);
+        out.extend_from_slice(&epoch.number.to_be_bytes());
+        let sealed = bind(cx, &out, |context| {
+            cipher::seal_committed(epoch.material.as_slice(), LABEL, context, &secret)
+        })?;
+        out.extend_from_slice(&sealed);
+        Ok(out)
+    }
+
+    /// Opens a version's material, under whichever epoch it names.
+    ///
+    /// # Errors
+    /// See [`UnwrapMaterialError`].
+    pub fn unwrap_material(
+        &self,
+        cx: &MaterialContext,
+        stored: &[u8],
+    ) -> Result<UnwrappedMaterial, UnwrapMaterialError> {
+        let (state, header, sealed) = split(stored)?;
+        let number = match state {
+            MaterialState::Wrapped { epoch } => epoch,
+            MaterialState::Resident { .. } => return Err(UnwrapMaterialError::Resident),
+        };
+        let epoch = self.epoch(number).ok_or(OpenError::UnknownEpoch(number))?;
+        let secret = bind(cx, header, |context| {
+            cipher::open_committed(epoch.material.as_slice(), LABEL, context, sealed)
+        })
+        .map_err(|_| OpenError::Broken)?;
+        let (blob_key, material) = secret.split_first_chunk::<32>().ok_or(OpenError::Malformed)?;
+        Ok(UnwrappedMaterial {
+            material: KeyMaterial::from_secret(material.to_vec())
+                .map_err(|_| OpenError::Malformed)?,
+            blob_key: BlobKey::from_opened(blob_key),
+        })
+    }
+
+    /// Moves a version's material to the primary epoch; blobs that clients hold stay valid.
+    ///
+    /// # Errors
+    /// See [`UnwrapMaterialError`]; a failure of the library counts as
+    /// [`OpenError::Broken`].
+    pub fn rewrap_material(
+        &self,
+        cx: &MaterialContext,
+        stored: &[u8],
+    ) -> Result<Vec<u8>, UnwrapMaterialError> {
+        let UnwrappedMaterial { material, blob_key } = self.unwrap_material(cx, stored)?;
+        Ok(self.wrap_material(cx, &material, &blob_key).map_err(|_| OpenError::Broken)?)
+    }
+}
