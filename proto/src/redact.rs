@@ -1,0 +1,96 @@
+//! `Debug` for the messages that hold a secret: it shows whether there is one, never what it is.
+use std::fmt;
+
+use crate::polykey::v2 as pb;
+
+/// A secret's stand-in in `Debug`: its length.
+struct Redacted(usize);
+
+impl fmt::Debug for Redacted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "[{} bytes]", self.0)
+    }
+}
+
+/// Implements `Debug` with the fields after `secret` replaced by their lengths. The pattern names
+/// every field, so that a new one does not compile until it is put on one side or the other.
+macro_rules! redact {
+    ($($message:ident { $($shown:ident),* ; secret $($secret:ident),+ })+) => {$(
+        impl fmt::Debug for pb::$message {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                let Self { $($shown,)* $($secret),+ } = self;
+                f.debug_struct(stringify!($message))
+                    $(.field(stringify!($shown), $shown))*
+                    $(.field(stringify!($secret), &Redacted($secret.len())))+
+                    .finish()
+            }
+        }
+    )+};
+}
+
+redact! {
+    AuthenticateRequest { client_id, grant_type; secret api_key }
+    AuthenticateResponse {
+        token_type, expires_in, permissions, issued_at, client_tier, refresh_expires_in;
+        secret access_token, refresh_token
+    }
+    RefreshTokenRequest { ; secret refresh_token }
+    RefreshTokenResponse {
+        token_type, expires_in, issued_at, refresh_expires_in; secret access_token, refresh_token
+    }
+    RevokeTokenRequest { client_id; secret access_token }
+    KeyMaterial {
+        encrypted_key_data, encryption_algorithm, key_derivation_params, key_checksum, hpke_enc,
+        wrapping, recipient_key_sha256;
+        secret plaintext
+    }
+    CreateKeyRequest {
+        key_type, requester_context, description, tags, expires_at, initial_authorized_contexts,
+        access_policies, data_classification, generation_params, exportable, alias,
+        read_after_expiry, rotation_period_seconds, storage_profile;
+        secret value
+    }
+    CreateKeyItem {
+        key_type, description, tags, expires_at, initial_authorized_contexts, access_policies,
+        data_classification, generation_params, exportable, alias, read_after_expiry,
+        rotation_period_seconds, storage_profile;
+        secret value
+    }
+    RotateKeyRequest {
+        key_id, requester_context, strategy, grace_period_seconds, generation_params,
+        preserve_access_policies, expected_revision, clear_access_policies, effective_at;
+        secret value
+    }
+    RotateKeyItem {
+        key_id, strategy, grace_period_seconds, generation_params, preserve_access_policies,
+        expected_revision, clear_access_policies, effective_at;
+        secret value
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secrets_are_not_shown() {
+        const CANARY: &str = "canary-4f1d";
+        let shown = format!(
+            "{:?} {:?} {:?}",
+            pb::AuthenticateRequest { api_key: CANARY.into(), ..Default::default() },
+            pb::GetKeyResponse {
+                key_material: Some(pb::KeyMaterial {
+                    plaintext: CANARY.into(),
+                    key_checksum: "shown".into(),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            },
+            pb::StreamCreateKeysRequest {
+                request: Some(pb::CreateKeyRequest { value: CANARY.into(), ..Default::default() })
+            },
+        );
+        assert!(!shown.contains(CANARY), "{shown}");
+        assert!(shown.contains("shown") && shown.contains("[11 bytes]"), "{shown}");
+    }
+}

@@ -1,0 +1,120 @@
+//! The checked-in generated code is what the `.proto` files say; `POLYKEY_REGENERATE=1` makes it so.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use prost::Message;
+use protox::Compiler;
+
+/// Messages with a secret in them: `src/redact.rs` writes their `Debug`.
+const SECRET: &[&str] = &[
+    "AuthenticateRequest",
+    "AuthenticateResponse",
+    "RefreshTokenRequest",
+    "RefreshTokenResponse",
+    "RevokeTokenRequest",
+    "KeyMaterial",
+    "CreateKeyRequest",
+    "CreateKeyItem",
+    "RotateKeyRequest",
+    "RotateKeyItem",
+];
+
+/// Packages of records on disk: generated, and no part of the descriptor set of the wire.
+const ON_DISK: &str = "polykey.record.";
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Every `.proto` file of the crate, by its import path, sorted.
+fn sources() -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut open: Vec<PathBuf> =
+        ["common", "google", "grpc", "polykey"].iter().map(|d| root().join(d)).collect();
+    while let Some(dir) = open.pop() {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                open.push(path);
+            } else if path.extension().is_some_and(|e| e == "proto") {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+/// What `src/gen` has to hold, by file name.
+fn generate() -> BTreeMap<String, Vec<u8>> {
+    let mut compiler = Compiler::new([root()]).unwrap();
+    compiler.include_imports(true).include_source_info(true).open_files(sources()).unwrap();
+    let full = compiler.file_descriptor_set();
+
+    let out = tempfile::tempdir().unwrap();
+    tonic_prost_build::configure()
+        .out_dir(out.path())
+        .include_file("mod.rs")
+        .codec_path("crate::Codec")
+        .bytes(".")
+        .skip_debug(SECRET.iter().map(|m| format!(".polykey.v2.{m}")))
+        .compile_fds(full.clone())
+        .unwrap();
+
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(out.path()).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        let mut text = fs::read_to_string(&path).unwrap();
+        if name == "mod.rs" {
+            // The generator writes where it wrote; the files stand side by side.
+            text = text.replace(&format!("{}/", out.path().display()), "");
+        }
+        files.insert(name, text.into_bytes());
+    }
+
+    let mut wire = full;
+    wire.file.retain(|f| !f.package().starts_with(ON_DISK));
+    for file in &mut wire.file {
+        file.source_code_info = None;
+    }
+    files.insert("descriptors.bin".to_owned(), wire.encode_to_vec());
+    files
+}
+
+#[test]
+fn generated_code_is_current() {
+    let dir = root().join("src/gen");
+    let fresh = generate();
+    if std::env::var_os("POLYKEY_REGENERATE").is_some() {
+        fs::create_dir_all(&dir).unwrap();
+        for entry in fs::read_dir(&dir).unwrap() {
+            fs::remove_file(entry.unwrap().path()).unwrap();
+        }
+        for (name, bytes) in &fresh {
+            fs::write(dir.join(name), bytes).unwrap();
+        }
+        return;
+    }
+    let mut stale: Vec<String> = fresh
+        .iter()
+        .filter(|(name, bytes)| fs::read(dir.join(name)).ok().as_ref() != Some(*bytes))
+        .map(|(name, _)| name.clone())
+        .collect();
+    for entry in fs::read_dir(&dir).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        if !fresh.contains_key(&name) {
+            stale.push(name);
+        }
+    }
+    assert!(
+        stale.is_empty(),
+        "src/gen differs from the .proto files in {stale:?}; \
+         run POLYKEY_REGENERATE=1 cargo test -p polykey-proto --test regenerate"
+    );
+}
