@@ -66,6 +66,12 @@ redact! {
         expected_revision, clear_access_policies, effective_at;
         secret value
     }
+    CreateClientResponse { client, audit_index; secret api_key }
+    RotateClientApiKeyResponse { info, old_keys_expire_at, audit_index; secret api_key }
+    IssueCertificateResponse {
+        certificate_chain_pem, not_after, certificate_sha256, authority_pem, audit_index;
+        secret private_key_pem
+    }
 }
 
 #[cfg(test)]

@@ -1,14 +1,12 @@
 //! The checked-in generated code is what the `.proto` files say; `POLYKEY_REGENERATE=1` makes it so.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::{Path, PathBuf},
-};
+mod sources;
+
+use std::{collections::BTreeMap, fs};
 
 use prost::Message;
-use protox::Compiler;
+use sources::{ON_DISK, compile, root};
 
 /// Messages with a secret in them: `src/redact.rs` writes their `Debug`.
 const SECRET: &[&str] = &[
@@ -22,39 +20,14 @@ const SECRET: &[&str] = &[
     "CreateKeyItem",
     "RotateKeyRequest",
     "RotateKeyItem",
+    "CreateClientResponse",
+    "RotateClientApiKeyResponse",
+    "IssueCertificateResponse",
 ];
-
-/// Packages of records on disk: generated, and no part of the descriptor set of the wire.
-const ON_DISK: &str = "polykey.record.";
-
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-/// Every `.proto` file of the crate, by its import path, sorted.
-fn sources() -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    let mut open: Vec<PathBuf> =
-        ["common", "google", "grpc", "polykey"].iter().map(|d| root().join(d)).collect();
-    while let Some(dir) = open.pop() {
-        for entry in fs::read_dir(dir).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                open.push(path);
-            } else if path.extension().is_some_and(|e| e == "proto") {
-                found.push(path);
-            }
-        }
-    }
-    found.sort();
-    found
-}
 
 /// What `src/gen` has to hold, by file name.
 fn generate() -> BTreeMap<String, Vec<u8>> {
-    let mut compiler = Compiler::new([root()]).unwrap();
-    compiler.include_imports(true).include_source_info(true).open_files(sources()).unwrap();
-    let full = compiler.file_descriptor_set();
+    let full = compile();
 
     let out = tempfile::tempdir().unwrap();
     tonic_prost_build::configure()
