@@ -1,1 +1,12 @@
 //! Polykey.
+
+#![cfg_attr(
+    test,
+    allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
+)]
+
+pub mod cache;
+pub mod error;
+pub mod key;
+pub mod time;
+pub mod vault;

@@ -1,0 +1,361 @@
+//! The sealed store: typed records over opaque rows, changed only by transactions that carry their
+//! audit events.
+//!
+//! It knows the ring and the store, and no rule of any key's life.
+
+mod head;
+mod seal;
+mod sequencer;
+pub mod space;
+pub mod tree;
+mod tx;
+mod verify;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use arc_swap::ArcSwap;
+use polykey_hsm::{MacPurpose, Ring, Sealer};
+use polykey_proto::polykey::record::v1::{AuditEvent, CanaryRecord, HeadRecord};
+use polykey_storage::{Commit, Direction, KeyRange, Revision, RowKey, Space, Store};
+
+use crate::error::Error;
+use crate::time::{Clock, Time};
+use head::Head;
+pub use sequencer::Receipt;
+use sequencer::{Sequencer, Writer};
+use space::{Record, meta};
+use tree::Hash;
+pub use tx::Tx;
+pub use verify::{Progress, VerifyReport};
+
+/// Whoever remembers rows and must forget them before a change is acknowledged.
+pub trait Invalidate: Send + Sync + 'static {
+    /// These rows have changed.
+    fn invalidate(&self, rows: &[&RowKey]);
+    /// Anything may have changed.
+    fn clear(&self);
+}
+
+/// Figures of the writer, for health and metrics.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    groups: AtomicU64,
+    commits: AtomicU64,
+    failed: AtomicU64,
+}
+
+impl Metrics {
+    fn group(&self, commits: usize) {
+        self.groups.fetch_add(1, Ordering::Relaxed);
+        self.commits.fetch_add(commits as u64, Ordering::Relaxed);
+    }
+    fn failed(&self) {
+        self.failed.fetch_add(1, Ordering::Relaxed);
+    }
+    /// (groups, commits in them, failed groups) since the start.
+    #[must_use]
+    pub fn read(&self) -> (u64, u64, u64) {
+        let load = |n: &AtomicU64| n.load(Ordering::Relaxed);
+        (load(&self.groups), load(&self.commits), load(&self.failed))
+    }
+}
+
+/// A record as it was read.
+#[derive(Clone, Debug)]
+pub struct Loaded<R> {
+    /// The record.
+    pub record: R,
+    /// The revision that last wrote its row.
+    pub revision: Revision,
+}
+
+/// What is known of the log and the set of rows at one moment.
+#[derive(Clone, Debug)]
+pub struct HeadView {
+    /// Number of audit leaves.
+    pub leaves: u64,
+    /// Root of the audit tree.
+    pub root: Hash,
+    /// Number of sealed rows.
+    pub rows: u64,
+    /// Number of keys, destroyed ones included.
+    pub keys: u64,
+    /// The latest time a commit carried.
+    pub last_time: Time,
+}
+
+/// The sealed store.
+pub struct Vault {
+    store: Arc<dyn Store>,
+    ring: Arc<ArcSwap<Ring>>,
+    node_id: [u8; 16],
+    counter: Arc<AtomicU64>,
+    head: Arc<ArcSwap<Head>>,
+    writable: Arc<AtomicBool>,
+    intact: AtomicBool,
+    metrics: Arc<Metrics>,
+    sequencer: Sequencer,
+    clock: Clock,
+}
+
+async fn load_head(store: &dyn Store, sealer: &Sealer) -> Result<Head, Error> {
+    let entry = store.get(HeadRecord::SPACE, meta::HEAD).await?;
+    let entry = entry.ok_or_else(|| Error::data_loss("the store has no head"))?;
+    let (record, counter) = seal::open::<HeadRecord>(sealer, meta::HEAD, &entry.value)?;
+    if counter != record.counter {
+        return Err(Error::data_loss("the head's counter is not its own"));
+    }
+    Head::from_record(&record).ok_or_else(|| Error::data_loss("the head is malformed"))
+}
+
+impl Vault {
+    /// Writes the first group of a new store: `clear` rows (node and slots), canary and head.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] if the store is not empty.
+    pub async fn create(
+        store: Arc<dyn Store>,
+        ring: Ring,
+        node_id: [u8; 16],
+        clear: Vec<(Space, Vec<u8>, Vec<u8>)>,
+        caches: Arc<dyn Invalidate>,
+        clock: Clock,
+    ) -> Result<Self, Error> {
+        if store.status().revision != Revision::EMPTY {
+            return Err(Error::Conflict);
+        }
+        let vault = Self::assemble(store, ring, node_id, Head::default(), caches, clock)?;
+        let mut tx = vault.begin().await?;
+        for (space, key, value) in clear {
+            tx.insert_clear(space, key, value);
+        }
+        let canary = CanaryRecord {
+            node_id: node_id.to_vec().into(),
+            written_at: vault.clock.now().micros(),
+        };
+        tx.insert(meta::CANARY, &canary)?;
+        tx.commit().await?;
+        Ok(vault)
+    }
+
+    /// Opens a store that has been created: the canary and the head must open under the ring.
+    ///
+    /// # Errors
+    /// [`Error::DataLoss`] if they do not.
+    pub async fn open(
+        store: Arc<dyn Store>,
+        ring: Ring,
+        node_id: [u8; 16],
+        caches: Arc<dyn Invalidate>,
+        clock: Clock,
+    ) -> Result<Self, Error> {
+        let sealer = ring.sealer();
+        let canary = store.get(CanaryRecord::SPACE, meta::CANARY).await?;
+        let canary = canary.ok_or_else(|| Error::data_loss("the store has no canary"))?;
+        let (canary, _) = seal::open::<CanaryRecord>(&sealer, meta::CANARY, &canary.value)?;
+        if canary.node_id.as_ref() != node_id.as_slice() {
+            return Err(Error::data_loss("the canary is of another node"));
+        }
+        let head = load_head(&*store, &sealer).await?;
+        Self::assemble(store, ring, node_id, head, caches, clock)
+    }
+
+    fn assemble(
+        store: Arc<dyn Store>,
+        ring: Ring,
+        node_id: [u8; 16],
+        head: Head,
+        caches: Arc<dyn Invalidate>,
+        clock: Clock,
+    ) -> Result<Self, Error> {
+        let ring = Arc::new(ArcSwap::from_pointee(ring));
+        let counter = Arc::new(AtomicU64::new(head.counter));
+        let published = Arc::new(ArcSwap::from_pointee(head.clone()));
+        let writable = Arc::new(AtomicBool::new(true));
+        let metrics = Arc::new(Metrics::default());
+        let (sequencer, _thread) = Sequencer::start(Writer {
+            store: Arc::clone(&store),
+            ring: Arc::clone(&ring),
+            node_id,
+            counter: Arc::clone(&counter),
+            head,
+            published: Arc::clone(&published),
+            caches,
+            writable: Arc::clone(&writable),
+            metrics: Arc::clone(&metrics),
+            clock: clock.clone(),
+        })
+        .map_err(|e| Error::internal(format!("starting the writer thread: {e}")))?;
+        Ok(Self {
+            store,
+            ring,
+            node_id,
+            counter,
+            head: published,
+            writable,
+            intact: AtomicBool::new(true),
+            metrics,
+            sequencer,
+            clock,
+        })
+    }
+
+    /// The node's id, 16 bytes.
+    #[must_use]
+    pub fn node_id(&self) -> [u8; 16] {
+        self.node_id
+    }
+
+    /// The clock everything here goes by.
+    #[must_use]
+    pub fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    /// The ring in force.
+    #[must_use]
+    pub fn ring(&self) -> Arc<Ring> {
+        self.ring.load_full()
+    }
+
+    /// Puts another ring in force; its slot table must be durable already.
+    pub fn replace_ring(&self, ring: Ring) {
+        self.ring.store(Arc::new(ring));
+    }
+
+    /// The store underneath.
+    #[must_use]
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.store
+    }
+
+    /// Whether commits are taken.
+    #[must_use]
+    pub fn writable(&self) -> bool {
+        self.writable.load(Ordering::Acquire) && self.intact.load(Ordering::Acquire)
+    }
+
+    /// Whether no verification has found a row that does not belong.
+    #[must_use]
+    pub fn intact(&self) -> bool {
+        self.intact.load(Ordering::Acquire)
+    }
+
+    /// Figures of the writer.
+    #[must_use]
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// The log and the set of rows, as of the last commit.
+    #[must_use]
+    pub fn head(&self) -> HeadView {
+        let head = self.head.load();
+        HeadView {
+            leaves: head.frontier.size(),
+            root: head.frontier.root(),
+            rows: head.rows,
+            keys: head.keys,
+            last_time: head.last_time,
+        }
+    }
+
+    /// A keyed name for what must not stand in a row key.
+    #[must_use]
+    pub fn row_name(&self, kind: &str, name: &str) -> Hash {
+        self.ring.load().mac(MacPurpose::RowName, &[kind.as_bytes(), name.as_bytes()])
+    }
+
+    /// Reads one record.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if the store cannot be read, [`Error::DataLoss`] if the row fails
+    /// authentication.
+    pub async fn get<R: Record>(&self, key: &[u8]) -> Result<Option<Loaded<R>>, Error> {
+        let Some(entry) = self.store.get(R::SPACE, key).await? else { return Ok(None) };
+        let (record, _) = seal::open::<R>(&self.ring.load().sealer(), key, &entry.value)?;
+        Ok(Some(Loaded { record, revision: entry.revision }))
+    }
+
+    /// Reads a row that stands in the clear.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if the store cannot be read.
+    pub async fn get_clear(
+        &self,
+        space: Space,
+        key: &[u8],
+    ) -> Result<Option<(Vec<u8>, Revision)>, Error> {
+        let entry = self.store.get(space, key).await?;
+        Ok(entry.map(|e| (e.value.to_vec(), e.revision)))
+    }
+
+    /// Reads at most `limit` records of a range, in order of their row keys.
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub async fn scan<R: Record>(
+        &self,
+        range: KeyRange,
+        direction: Direction,
+        limit: usize,
+    ) -> Result<Vec<(Vec<u8>, Loaded<R>)>, Error> {
+        let sealer = self.ring.load().sealer();
+        let entries = self.store.scan(R::SPACE, range, direction, limit).await?;
+        let open = |entry: polykey_storage::Entry| {
+            let (record, _) = seal::open::<R>(&sealer, &entry.key, &entry.value)?;
+            Ok((entry.key, Loaded { record, revision: entry.revision }))
+        };
+        entries.into_iter().map(open).collect()
+    }
+
+    /// Begins a transaction on the rows as they are now.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if the store cannot be read.
+    pub async fn begin(&self) -> Result<Tx<'_>, Error> {
+        Ok(Tx::new(self, self.store.snapshot().await?))
+    }
+
+    /// Makes events durable that change nothing: logins, denials, exports.
+    ///
+    /// # Errors
+    /// As [`Tx::commit`].
+    pub async fn record(&self, events: Vec<AuditEvent>) -> Result<Receipt, Error> {
+        let events = events.into_iter().map(|event| (false, vec![event])).collect();
+        self.submit(Commit::new(), events).await
+    }
+
+    /// Makes one block of data-plane events durable, as one leaf.
+    ///
+    /// # Errors
+    /// As [`Tx::commit`].
+    pub async fn record_block(&self, events: Vec<AuditEvent>) -> Result<Receipt, Error> {
+        self.submit(Commit::new(), vec![(true, events)]).await
+    }
+
+    async fn submit(
+        &self,
+        commit: Commit,
+        events: Vec<(bool, Vec<AuditEvent>)>,
+    ) -> Result<Receipt, Error> {
+        if !self.intact() {
+            return Err(Error::data_loss("the store failed its verification; writing has stopped"));
+        }
+        if !self.writable() {
+            return Err(Error::unavailable("the store takes no commits just now"));
+        }
+        self.sequencer.submit(commit, events).await
+    }
+
+    fn next_counter(&self) -> u64 {
+        self.counter.fetch_add(1, Ordering::Relaxed) + 1
+    }
+}
+
+impl std::fmt::Debug for Vault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vault").field("store", &self.store.status()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,154 @@
+//! The head: log position, record counter and set hash, sealed as the last write of every group.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use polykey_hsm::{MacPurpose, Ring, Sealer};
+use polykey_proto::polykey::record::v1::{AuditBody, AuditEvent, AuditLeaf, HeadRecord};
+use polykey_storage::{Abort, Applied, Finish, RowKey, Write};
+use prost::Message;
+
+use super::seal::{self, counter_of};
+use super::space::{self, Record, meta};
+use super::tree::{Frontier, Hash, leaf_hash};
+use crate::time::Time;
+
+/// The head as the sequencer carries it from group to group.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Head {
+    pub(crate) frontier: Frontier,
+    pub(crate) set_hash: Hash,
+    pub(crate) rows: u64,
+    pub(crate) keys: u64,
+    pub(crate) counter: u64,
+    pub(crate) last_time: Time,
+}
+
+impl Head {
+    pub(crate) fn from_record(record: &HeadRecord) -> Option<Self> {
+        let roots = record.frontier.iter().map(|h| h.as_ref().try_into().ok());
+        let roots = roots.collect::<Option<Vec<Hash>>>()?;
+        Some(Self {
+            frontier: Frontier::from_parts(record.next_leaf, roots)?,
+            set_hash: record.set_hash.as_ref().try_into().ok()?,
+            rows: record.rows,
+            keys: record.keys,
+            counter: record.counter,
+            last_time: Time::from_micros(record.last_time),
+        })
+    }
+
+    pub(crate) fn to_record(&self) -> HeadRecord {
+        HeadRecord {
+            next_leaf: self.frontier.size(),
+            counter: self.counter,
+            set_hash: self.set_hash.to_vec().into(),
+            frontier: self.frontier.roots().iter().map(|h| h.to_vec().into()).collect(),
+            last_time: self.last_time.micros(),
+            rows: self.rows,
+            keys: self.keys,
+        }
+    }
+
+    /// Adds or removes a row: exclusive or is its own inverse. Each row stands in the set at most
+    /// once, and who does not hold the key cannot tell one contribution from random bytes.
+    pub(crate) fn toggle(&mut self, ring: &Ring, row: &RowKey, counter: u64) {
+        let mac = set_element(ring, row, counter);
+        for (byte, other) in self.set_hash.iter_mut().zip(mac) {
+            *byte ^= other;
+        }
+    }
+}
+
+/// The contribution of one row to the set hash.
+pub(crate) fn set_element(ring: &Ring, row: &RowKey, counter: u64) -> Hash {
+    ring.mac(MacPurpose::SetHash, &[&[row.space.0], &row.key, &counter.to_be_bytes()])
+}
+
+/// What the events of one proposal became.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Leaves {
+    pub(crate) first: Option<u64>,
+}
+
+/// Appends audit leaves and the head to a group inside its transaction.
+pub(crate) struct Sealing<'a> {
+    pub(crate) ring: &'a Ring,
+    pub(crate) sealer: &'a Sealer,
+    pub(crate) node_id: [u8; 16],
+    pub(crate) counter: &'a Arc<AtomicU64>,
+    pub(crate) head: Head,
+    /// The events of each proposal, by index in the group.
+    pub(crate) events: Vec<Vec<(bool, Vec<AuditEvent>)>>,
+    pub(crate) leaves: Vec<Leaves>,
+    pub(crate) now: Time,
+}
+
+impl Sealing<'_> {
+    fn leaf(&mut self, data_plane: bool, events: Vec<AuditEvent>) -> Result<Write, Abort> {
+        let index = self.head.frontier.size();
+        let body = AuditBody { index, node_id: self.node_id.to_vec().into(), events, data_plane };
+        let body = body.encode_to_vec();
+        let mut salt = [0_u8; 32];
+        polykey_hsm::random::fill(&mut salt).map_err(|e| Abort::new(e.to_string()))?;
+        let hash = leaf_hash(&salt, &body);
+        let leaf = AuditLeaf { salt: salt.to_vec().into(), body: body.into() };
+        let row = RowKey::new(space::AUDIT, index.to_be_bytes());
+        let counter = self.counter.fetch_add(1, Ordering::Relaxed) + 1;
+        let mut value = hash.to_vec();
+        let sealed = seal::seal(self.sealer, &leaf, &row.key, counter);
+        value.extend_from_slice(&sealed.map_err(Abort::new)?);
+        self.head.toggle(self.ring, &row, counter);
+        self.head.rows += 1;
+        self.head.frontier.push(hash);
+        Ok(Write::Put { row, value: value.into() })
+    }
+}
+
+impl Finish for Sealing<'_> {
+    fn finish(&mut self, applied: &Applied<'_>) -> Result<Vec<Write>, Abort> {
+        for replaced in applied.replaced {
+            if !space::counted(&replaced.row) {
+                continue;
+            }
+            if let Some(old) = &replaced.old {
+                let counter = counter_of(replaced.row.space, old).map_err(Abort::new)?;
+                self.head.toggle(self.ring, &replaced.row, counter);
+                self.head.rows = self.head.rows.saturating_sub(1);
+            }
+            if let Some(new) = &replaced.new {
+                let counter = counter_of(replaced.row.space, new).map_err(Abort::new)?;
+                self.head.toggle(self.ring, &replaced.row, counter);
+                self.head.rows += 1;
+            }
+            if replaced.row.space == space::KEYS {
+                match (&replaced.old, &replaced.new) {
+                    (None, Some(_)) => self.head.keys += 1,
+                    (Some(_), None) => self.head.keys = self.head.keys.saturating_sub(1),
+                    _ => {}
+                }
+            }
+        }
+        let mut writes = Vec::new();
+        for &i in applied.accepted {
+            let events = self.events.get_mut(i).map(std::mem::take).unwrap_or_default();
+            for (data_plane, events) in events {
+                let index = self.head.frontier.size();
+                writes.push(self.leaf(data_plane, events)?);
+                if let Some(leaves) = self.leaves.get_mut(i) {
+                    leaves.first.get_or_insert(index);
+                }
+            }
+        }
+        self.head.last_time = self.head.last_time.max(self.now);
+        let own = self.counter.fetch_add(1, Ordering::Relaxed) + 1;
+        self.head.counter = own;
+        let record = self.head.to_record();
+        let value = seal::seal(self.sealer, &record, meta::HEAD, own).map_err(Abort::new)?;
+        writes.push(Write::Put {
+            row: RowKey::new(HeadRecord::SPACE, meta::HEAD),
+            value: value.into(),
+        });
+        Ok(writes)
+    }
+}

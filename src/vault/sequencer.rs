@@ -1,0 +1,233 @@
+//! One thread that forms commit groups: it drains the queue, lets the store commit what holds, and
+//! tells the caches before it tells the callers.
+//!
+//! There is no timer: while one group is being synced to disk the next one gathers.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use polykey_hsm::Ring;
+use polykey_proto::polykey::record::v1::AuditEvent;
+use polykey_storage::{Commit, CommitError, Revision, RowKey, Store};
+use tokio::sync::{mpsc, oneshot};
+
+use super::head::{Head, Leaves, Sealing};
+use super::{Invalidate, Metrics, load_head};
+use crate::error::Error;
+use crate::time::Clock;
+
+/// Most commits in one group; the queue holds four groups before callers are refused.
+const GROUP: usize = 256;
+const QUEUE: usize = 4 * GROUP;
+/// A group stops growing here, in bytes, far below what the store takes.
+const GROUP_BYTES: usize = 8 * 1024 * 1024;
+
+/// A change that waits for its group.
+pub(crate) struct Proposal {
+    pub(crate) commit: Commit,
+    /// (data plane?, events) per leaf.
+    pub(crate) events: Vec<(bool, Vec<AuditEvent>)>,
+    pub(crate) reply: oneshot::Sender<Result<Receipt, Error>>,
+}
+
+/// What an acknowledged change became.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Receipt {
+    /// The revision that holds it.
+    pub revision: Revision,
+    /// Index of its first audit leaf, if it had events.
+    pub leaf: Option<u64>,
+}
+
+/// The way to the writer thread.
+#[derive(Clone)]
+pub(crate) struct Sequencer {
+    queue: mpsc::Sender<Proposal>,
+}
+
+pub(crate) struct Writer {
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) ring: Arc<ArcSwap<Ring>>,
+    pub(crate) node_id: [u8; 16],
+    pub(crate) counter: Arc<AtomicU64>,
+    pub(crate) head: Head,
+    pub(crate) published: Arc<ArcSwap<Head>>,
+    pub(crate) caches: Arc<dyn Invalidate>,
+    pub(crate) writable: Arc<AtomicBool>,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) clock: Clock,
+}
+
+impl Sequencer {
+    /// Starts the writer thread; it ends when the last `Sequencer` is dropped, after committing
+    /// what is queued.
+    pub(crate) fn start(writer: Writer) -> std::io::Result<(Self, std::thread::JoinHandle<()>)> {
+        let (queue, receiver) = mpsc::channel(QUEUE);
+        let thread = std::thread::Builder::new()
+            .name("polykey-writer".into())
+            .spawn(move || writer.run(receiver))?;
+        Ok((Self { queue }, thread))
+    }
+
+    pub(crate) async fn submit(
+        &self,
+        commit: Commit,
+        events: Vec<(bool, Vec<AuditEvent>)>,
+    ) -> Result<Receipt, Error> {
+        // A commit over the store's limits would take its group with it.
+        commit.size().map_err(|e| Error::invalid("request", e.to_string()))?;
+        let (reply, answer) = oneshot::channel();
+        self.queue.try_send(Proposal { commit, events, reply }).map_err(|e| match e {
+            mpsc::error::TrySendError::Full(_) => {
+                Error::Exhausted { retry_after: Duration::from_millis(100) }
+            }
+            mpsc::error::TrySendError::Closed(_) => Error::unavailable("the writer has stopped"),
+        })?;
+        answer.await.map_err(|_| Error::OutcomeUnknown {
+            internal: "the writer stopped before it answered".into(),
+        })?
+    }
+}
+
+impl Writer {
+    fn run(mut self, mut queue: mpsc::Receiver<Proposal>) {
+        while let Some(first) = queue.blocking_recv() {
+            let mut bytes = first.commit.size().unwrap_or(0);
+            let mut group = vec![first];
+            while group.len() < GROUP && bytes < GROUP_BYTES {
+                let Ok(next) = queue.try_recv() else { break };
+                bytes = bytes.saturating_add(next.commit.size().unwrap_or(0));
+                group.push(next);
+            }
+            self.commit(group);
+            if !self.writable.load(Ordering::Acquire) {
+                self.recover(&mut queue);
+            }
+        }
+    }
+
+    fn commit(&mut self, group: Vec<Proposal>) {
+        let mut commits = Vec::with_capacity(group.len());
+        let mut events = Vec::with_capacity(group.len());
+        let mut replies = Vec::with_capacity(group.len());
+        for Proposal { commit, events: of_commit, reply } in group {
+            commits.push(commit);
+            events.push(of_commit);
+            replies.push(reply);
+        }
+        let rows: Vec<Vec<RowKey>> = commits
+            .iter()
+            .map(|c| c.writes.iter().map(|w| w.row().clone()).collect())
+            .collect();
+        let ring = self.ring.load_full();
+        let sealer = ring.sealer();
+        let mut sealing = Sealing {
+            ring: &ring,
+            sealer: &sealer,
+            node_id: self.node_id,
+            counter: &self.counter,
+            head: self.head.clone(),
+            leaves: vec![Leaves::default(); events.len()],
+            events,
+            now: self.clock.now(),
+        };
+        let result = futures::executor::block_on(self.store.commit(commits, &mut sealing));
+        let Sealing { head, leaves, .. } = sealing;
+        match result {
+            Ok(committed) => {
+                if committed.any() {
+                    self.head = head;
+                    self.published.store(Arc::new(self.head.clone()));
+                    self.metrics.group(committed.outcomes.iter().filter(|o| o.is_ok()).count());
+                }
+                // Every cache forgets before any caller hears: what starts after the answer
+                // cannot meet the old row.
+                let accepted = committed.outcomes.iter().zip(&rows).filter(|(o, _)| o.is_ok());
+                let written: Vec<&RowKey> = accepted.flat_map(|(_, rows)| rows).collect();
+                self.caches.invalidate(&written);
+                for ((outcome, leaves), reply) in
+                    committed.outcomes.into_iter().zip(leaves).zip(replies)
+                {
+                    let answer = match outcome {
+                        Ok(()) => Ok(Receipt { revision: committed.revision, leaf: leaves.first }),
+                        Err(_) => Err(Error::Conflict),
+                    };
+                    // A caller that has gone away has its change all the same.
+                    let _ = reply.send(answer);
+                }
+            }
+            Err(error) => {
+                let answer = self.failed(&error);
+                for reply in replies {
+                    let _ = reply.send(Err(answer.clone()));
+                }
+            }
+        }
+    }
+
+    /// What callers hear of a group that failed; stops writing where the store must be reopened.
+    fn failed(&self, error: &CommitError) -> Error {
+        self.metrics.failed();
+        match error {
+            CommitError::OutcomeUnknown(cause) => {
+                tracing::error!(%cause, "the outcome of a commit is unknown; reopening the store");
+                self.writable.store(false, Ordering::Release);
+                Error::OutcomeUnknown { internal: cause.to_string() }
+            }
+            CommitError::ReadOnly | CommitError::Store(_) => {
+                tracing::error!(%error, "the store refused a commit; reopening it");
+                self.writable.store(false, Ordering::Release);
+                Error::unavailable(error.to_string())
+            }
+            CommitError::TooLarge(_) => Error::invalid("request", error.to_string()),
+            CommitError::Aborted(reason) => Error::data_loss(format!("group aborted: {reason}")),
+        }
+    }
+
+    /// Reopens the store, drops every cache and reads the head again; until that has worked, each
+    /// proposal is refused. Nothing is guessed.
+    fn recover(&mut self, queue: &mut mpsc::Receiver<Proposal>) {
+        let mut pause = Duration::from_millis(20);
+        loop {
+            match self.reload() {
+                Ok(()) => {
+                    self.writable.store(true, Ordering::Release);
+                    tracing::info!("the store is open again");
+                    return;
+                }
+                Err(error) => tracing::warn!(%error, "the store cannot be reopened yet"),
+            }
+            let until = std::time::Instant::now() + pause;
+            while std::time::Instant::now() < until {
+                match queue.try_recv() {
+                    Ok(proposal) => {
+                        let away = Error::unavailable("the store is being reopened");
+                        let _ = proposal.reply.send(Err(away));
+                    }
+                    Err(mpsc::error::TryRecvError::Disconnected) => return,
+                    Err(mpsc::error::TryRecvError::Empty) => {
+                        std::thread::sleep(Duration::from_millis(5));
+                    }
+                }
+            }
+            pause = (pause * 2).min(Duration::from_secs(1));
+        }
+    }
+
+    fn reload(&mut self) -> Result<(), String> {
+        futures::executor::block_on(async {
+            self.store.reopen().await.map_err(|e| e.to_string())?;
+            self.caches.clear();
+            let ring = self.ring.load_full();
+            let head = load_head(&*self.store, &ring.sealer()).await.map_err(|e| {
+                e.internal_text().map_or_else(|| e.to_string(), str::to_owned)
+            })?;
+            self.counter.fetch_max(head.counter, Ordering::SeqCst);
+            self.head = head;
+            self.published.store(Arc::new(self.head.clone()));
+            Ok(())
+        })
+    }
+}

@@ -1,0 +1,190 @@
+//! The comparison of every row with the head: a row that was replayed, dropped or added shows.
+
+use std::sync::atomic::Ordering;
+
+use polykey_proto::polykey::record::v1::{
+    AliasRecord, AuditLeaf, CanaryRecord, ClientRecord, HeadRecord, IdempotencyRecord,
+    IdentityRecord, JobRecord, KeyRecord, ListRow, ResealRecord, RevokedTokenRecord, RoleRecord,
+    SigningKeyRecord, TokenFamilyRecord, UsageMark, UsageRecord, VersionRecord,
+};
+use polykey_storage::{Direction, RowKey, Space};
+
+use super::head::{Head, set_element};
+use super::space::{self, Record, meta};
+use super::tree::{Frontier, leaf_hash};
+use super::{Vault, seal};
+use crate::error::Error;
+
+/// How far a verification is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Rows looked at.
+    pub rows: u64,
+    /// Rows there should be, by the head.
+    pub expected: u64,
+}
+
+/// What a verification found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VerifyReport {
+    /// Rows looked at.
+    pub rows: u64,
+    /// Audit leaves among them.
+    pub leaves: u64,
+    /// What is wrong; empty if nothing is. At most 100 lines.
+    pub findings: Vec<String>,
+}
+
+impl VerifyReport {
+    fn find(&mut self, text: String) {
+        if self.findings.len() < 100 {
+            self.findings.push(text);
+        }
+    }
+}
+
+const STEP: usize = 1024;
+
+impl Vault {
+    /// Compares every row of one snapshot with the head of that snapshot. With `open`, every row
+    /// is opened too, and every audit leaf hashed again; without it only the headers are read.
+    /// Whatever is found stops writing.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if the store cannot be read.
+    pub async fn verify(
+        &self,
+        open: bool,
+        mut progress: impl FnMut(Progress) + Send,
+    ) -> Result<VerifyReport, Error> {
+        let report = self.verify_rows(open, &mut progress).await?;
+        if !report.findings.is_empty() {
+            self.intact.store(false, Ordering::Release);
+            for finding in &report.findings {
+                tracing::error!(finding, "the store failed its verification");
+            }
+        }
+        Ok(report)
+    }
+
+    async fn verify_rows(
+        &self,
+        open: bool,
+        progress: &mut (dyn FnMut(Progress) + Send),
+    ) -> Result<VerifyReport, Error> {
+        let ring = self.ring();
+        let sealer = ring.sealer();
+        let snapshot = self.store.snapshot().await?;
+        let mut report = VerifyReport::default();
+        let entry = snapshot.get(HeadRecord::SPACE, meta::HEAD).await?;
+        let head = entry
+            .as_ref()
+            .and_then(|e| seal::open::<HeadRecord>(&sealer, meta::HEAD, &e.value).ok())
+            .and_then(|(record, _)| Head::from_record(&record));
+        let Some(head) = head else {
+            report.find("the head is missing or does not open".into());
+            return Ok(report);
+        };
+        let mut seen = Head::default();
+        let mut frontier = Frontier::default();
+        for &space in space::ALL {
+            let mut range = polykey_storage::all();
+            loop {
+                let entries = snapshot.scan(space, range, Direction::Forward, STEP).await?;
+                let Some(last) = entries.last() else { break };
+                range = (
+                    std::ops::Bound::Excluded(last.key.clone()),
+                    std::ops::Bound::Unbounded,
+                );
+                for entry in &entries {
+                    let row = RowKey::new(space, entry.key.clone());
+                    if !space::counted(&row) {
+                        continue;
+                    }
+                    report.rows += 1;
+                    match seal::counter_of(space, &entry.value) {
+                        Ok(counter) => {
+                            let element = set_element(&ring, &row, counter);
+                            for (byte, other) in seen.set_hash.iter_mut().zip(element) {
+                                *byte ^= other;
+                            }
+                        }
+                        Err(text) => report.find(text),
+                    }
+                    if open && let Err(error) = open_any(&sealer, &row, &entry.value) {
+                        let text = error.internal_text().unwrap_or("does not open").to_owned();
+                        report.find(format!("row {row:?}: {text}"));
+                    }
+                    if space == space::AUDIT {
+                        if entry.key != report.leaves.to_be_bytes() {
+                            report.find(format!("audit leaf {} is missing", report.leaves));
+                        }
+                        if let Some(hash) = entry.value.first_chunk::<32>() {
+                            frontier.push(*hash);
+                        }
+                        report.leaves += 1;
+                    }
+                }
+                progress(Progress { rows: report.rows, expected: head.rows });
+                // Long reads must let others in between.
+                tokio::task::yield_now().await;
+            }
+        }
+        if seen.set_hash != head.set_hash || report.rows != head.rows {
+            report.find(format!(
+                "the rows are not those the head counts ({} found, {} expected): rows were \
+                 replayed, removed or added",
+                report.rows, head.rows
+            ));
+        }
+        if frontier != head.frontier {
+            report.find("the audit log is not the one the head names".into());
+        }
+        Ok(report)
+    }
+}
+
+fn open_any(sealer: &polykey_hsm::Sealer, row: &RowKey, value: &[u8]) -> Result<(), Error> {
+    fn check<R: Record>(
+        sealer: &polykey_hsm::Sealer,
+        row: &RowKey,
+        value: &[u8],
+    ) -> Result<(), Error> {
+        seal::open::<R>(sealer, &row.key, value).map(drop)
+    }
+    let table: &[(Space, fn(&polykey_hsm::Sealer, &RowKey, &[u8]) -> Result<(), Error>)] = &[
+        (space::KEYS, check::<KeyRecord>),
+        (space::VERSIONS, check::<VersionRecord>),
+        (space::LIST, check::<ListRow>),
+        (space::ALIASES, check::<AliasRecord>),
+        (space::CLIENTS, check::<ClientRecord>),
+        (space::IDENTITIES, check::<IdentityRecord>),
+        (space::ROLES, check::<RoleRecord>),
+        (space::TOKEN_FAMILIES, check::<TokenFamilyRecord>),
+        (space::REVOKED_TOKENS, check::<RevokedTokenRecord>),
+        (space::SIGNING_KEYS, check::<SigningKeyRecord>),
+        (space::JOBS, check::<JobRecord>),
+        (space::IDEMPOTENCY, check::<IdempotencyRecord>),
+        (space::USAGE, check::<UsageRecord>),
+    ];
+    if row.space == space::AUDIT {
+        let (leaf, _) = seal::open::<AuditLeaf>(sealer, &row.key, value)?;
+        let hash = value.first_chunk::<32>().copied().unwrap_or_default();
+        if leaf_hash(&leaf.salt, &leaf.body) != hash {
+            return Err(Error::data_loss("the leaf hash is not that of the leaf"));
+        }
+        return Ok(());
+    }
+    if row.space == space::META {
+        return match row.key.as_slice() {
+            meta::CANARY => check::<CanaryRecord>(sealer, row, value),
+            meta::USAGE_MARK => check::<UsageMark>(sealer, row, value),
+            meta::RESEAL => check::<ResealRecord>(sealer, row, value),
+            _ => Err(Error::data_loss("no such row belongs there")),
+        };
+    }
+    match table.iter().find(|(space, _)| *space == row.space) {
+        Some((_, check)) => check(sealer, row, value),
+        None => Err(Error::data_loss("no record belongs there")),
+    }
+}
