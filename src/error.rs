@@ -85,9 +85,7 @@ impl Reason {
             Self::KeyRevoked => "the key is revoked",
             Self::KeyDisabled => "the key is disabled; enable it first",
             Self::KeyExpired => "the key has expired",
-            Self::KeyPendingDestruction => {
-                "the key waits for its destruction; cancel that first"
-            }
+            Self::KeyPendingDestruction => "the key waits for its destruction; cancel that first",
             Self::KeyDestroyed => "the key has been destroyed",
             Self::KeyWrongState => "the key is not in a state that allows this",
             Self::VersionTooOld => "the version is below the key's minimum version",

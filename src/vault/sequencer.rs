@@ -117,10 +117,8 @@ impl Writer {
             events.push(of_commit);
             replies.push(reply);
         }
-        let rows: Vec<Vec<RowKey>> = commits
-            .iter()
-            .map(|c| c.writes.iter().map(|w| w.row().clone()).collect())
-            .collect();
+        let rows: Vec<Vec<RowKey>> =
+            commits.iter().map(|c| c.writes.iter().map(|w| w.row().clone()).collect()).collect();
         let ring = self.ring.load_full();
         let sealer = ring.sealer();
         let mut sealing = Sealing {
@@ -221,9 +219,9 @@ impl Writer {
             self.store.reopen().await.map_err(|e| e.to_string())?;
             self.caches.clear();
             let ring = self.ring.load_full();
-            let head = load_head(&*self.store, &ring.sealer()).await.map_err(|e| {
-                e.internal_text().map_or_else(|| e.to_string(), str::to_owned)
-            })?;
+            let head = load_head(&*self.store, &ring.sealer())
+                .await
+                .map_err(|e| e.internal_text().map_or_else(|| e.to_string(), str::to_owned))?;
             self.counter.fetch_max(head.counter, Ordering::SeqCst);
             self.head = head;
             self.published.store(Arc::new(self.head.clone()));

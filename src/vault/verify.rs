@@ -92,10 +92,7 @@ impl Vault {
             loop {
                 let entries = snapshot.scan(space, range, Direction::Forward, STEP).await?;
                 let Some(last) = entries.last() else { break };
-                range = (
-                    std::ops::Bound::Excluded(last.key.clone()),
-                    std::ops::Bound::Unbounded,
-                );
+                range = (std::ops::Bound::Excluded(last.key.clone()), std::ops::Bound::Unbounded);
                 for entry in &entries {
                     let row = RowKey::new(space, entry.key.clone());
                     if !space::counted(&row) {

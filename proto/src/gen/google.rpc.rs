@@ -98,8 +98,8 @@ pub struct ErrorInfo {
     #[prost(string, tag = "2")]
     pub domain: ::prost::alloc::string::String,
     /// Further values, by name.
-    #[prost(map = "string, string", tag = "3")]
-    pub metadata: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "3")]
+    pub metadata: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,

@@ -103,15 +103,15 @@ pub struct KeyRecord {
     pub creator: ::prost::alloc::string::String,
     #[prost(string, repeated, tag = "8")]
     pub authorized_contexts: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
-    #[prost(map = "string, string", tag = "9")]
-    pub access_policies: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "9")]
+    pub access_policies: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
     #[prost(string, tag = "10")]
     pub description: ::prost::alloc::string::String,
-    #[prost(map = "string, string", tag = "11")]
-    pub tags: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "11")]
+    pub tags: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
@@ -169,8 +169,8 @@ pub struct KeyRecord {
     #[prost(int64, tag = "33")]
     pub staged_grace_seconds: i64,
     /// Node-supplied parameters given at generation, kept for rotation.
-    #[prost(map = "string, string", tag = "34")]
-    pub generation_params: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "34")]
+    pub generation_params: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
@@ -269,6 +269,13 @@ pub struct ListRow {
     /// A staged version exists.
     #[prost(bool, tag = "5")]
     pub rotating: bool,
+    /// As in the key, so that what comes due counts in filters at once.
+    #[prost(int64, tag = "6")]
+    pub expires_at: i64,
+    #[prost(int64, tag = "7")]
+    pub revoke_at: i64,
+    #[prost(bool, tag = "8")]
+    pub read_after_expiry: bool,
 }
 /// A name for a key.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -441,6 +448,7 @@ pub struct RevokedTokenRecord {
 }
 /// A key that signs tokens or audit checkpoints.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
 pub struct SigningKeyRecord {
     /// 16 random bytes.
     #[prost(bytes = "bytes", tag = "1")]
@@ -492,8 +500,8 @@ pub struct AuditEvent {
     #[prost(string, tag = "11")]
     pub decision_id: ::prost::alloc::string::String,
     /// Public facts only: names, ids, counts; never a secret.
-    #[prost(map = "string, string", tag = "12")]
-    pub details: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "12")]
+    pub details: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,

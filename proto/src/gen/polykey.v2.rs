@@ -1077,8 +1077,8 @@ pub struct AccessAttributes {
     #[prost(string, repeated, tag = "7")]
     pub permissions: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     /// Anything else, at most 50 entries of 256 bytes each.
-    #[prost(map = "string, string", tag = "8")]
-    pub custom_attributes: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "8")]
+    pub custom_attributes: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
@@ -1117,8 +1117,8 @@ pub struct KeyMetadata {
     #[prost(string, repeated, tag = "10")]
     pub authorized_contexts: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     /// Access policies by name, each the text of a Cedar policy; at most 50, 4 KiB each, 32 KiB in all.
-    #[prost(map = "string, string", tag = "11")]
-    pub access_policies: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "11")]
+    pub access_policies: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
@@ -1126,8 +1126,8 @@ pub struct KeyMetadata {
     #[prost(string, tag = "12")]
     pub description: ::prost::alloc::string::String,
     /// Labels, at most 50, values at most 256 bytes.
-    #[prost(map = "string, string", tag = "13")]
-    pub tags: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "13")]
+    pub tags: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
@@ -1278,8 +1278,8 @@ pub struct PolicyDetail {
     #[prost(string, tag = "2")]
     pub policy_type: ::prost::alloc::string::String,
     /// Its parts; the entry "text" is the policy itself.
-    #[prost(map = "string, string", tag = "3")]
-    pub policy_params: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "3")]
+    pub policy_params: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
@@ -4554,8 +4554,8 @@ pub struct ListKeysRequest {
     #[prost(enumeration = "KeyStatus", repeated, tag = "6")]
     pub statuses: ::prost::alloc::vec::Vec<i32>,
     /// Only keys with all these labels. An empty value: any value.
-    #[prost(map = "string, string", tag = "7")]
-    pub tag_filters: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "7")]
+    pub tag_filters: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
@@ -4599,8 +4599,8 @@ pub struct CreateKeyRequest {
     #[prost(string, tag = "3")]
     pub description: ::prost::alloc::string::String,
     /// Labels: at most 50, keys `[a-zA-Z][a-zA-Z0-9_.:/-]{0,127}`, values at most 256 bytes.
-    #[prost(map = "string, string", tag = "4")]
-    pub tags: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "4")]
+    pub tags: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
@@ -4614,8 +4614,8 @@ pub struct CreateKeyRequest {
     >,
     /// Access policies by name, each the text of a Cedar policy about `?resource`: at most 50, 4 KiB
     /// each, 32 KiB in all. Refused when they do not parse or do not fit the schema.
-    #[prost(map = "string, string", tag = "7")]
-    pub access_policies: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "7")]
+    pub access_policies: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
@@ -4624,8 +4624,8 @@ pub struct CreateKeyRequest {
     pub data_classification: ::prost::alloc::string::String,
     /// How to make the material and keep it fresh. "rotation_period_seconds": as the field of that
     /// name. An unknown name is refused.
-    #[prost(map = "string, string", tag = "9")]
-    pub generation_params: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "9")]
+    pub generation_params: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
@@ -4689,8 +4689,8 @@ pub struct RotateKeyRequest {
     pub grace_period_seconds: i32,
     /// With SCHEDULED, "rotation_period_seconds": the period, 3,600 to 315,576,000 seconds. An unknown
     /// name is refused.
-    #[prost(map = "string, string", tag = "5")]
-    pub generation_params: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "5")]
+    pub generation_params: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
@@ -4779,8 +4779,8 @@ pub struct UpdateKeyMetadataRequest {
     #[prost(string, optional, tag = "3")]
     pub description: ::core::option::Option<::prost::alloc::string::String>,
     /// Labels to set, new or not.
-    #[prost(map = "string, string", tag = "4")]
-    pub tags_to_add: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "4")]
+    pub tags_to_add: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
@@ -4794,8 +4794,8 @@ pub struct UpdateKeyMetadataRequest {
     #[prost(string, repeated, tag = "7")]
     pub contexts_to_remove: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     /// Access policies to set, by name. An empty text removes the policy of that name.
-    #[prost(map = "string, string", tag = "8")]
-    pub policies_to_update: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "8")]
+    pub policies_to_update: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
@@ -4851,8 +4851,8 @@ pub struct GetKeyMetadataResponse {
     #[prost(message, repeated, tag = "2")]
     pub access_history: ::prost::alloc::vec::Vec<AccessHistoryEntry>,
     /// The policies that can apply to the key, by id.
-    #[prost(map = "string, message", tag = "3")]
-    pub policy_details: ::std::collections::HashMap<
+    #[prost(btree_map = "string, message", tag = "3")]
+    pub policy_details: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         PolicyDetail,
     >,
@@ -4956,8 +4956,8 @@ pub struct CreateKeyItem {
     #[prost(string, tag = "2")]
     pub description: ::prost::alloc::string::String,
     /// Labels: at most 50, keys `[a-zA-Z][a-zA-Z0-9_.:/-]{0,127}`, values at most 256 bytes.
-    #[prost(map = "string, string", tag = "3")]
-    pub tags: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "3")]
+    pub tags: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
@@ -4971,8 +4971,8 @@ pub struct CreateKeyItem {
     >,
     /// Access policies by name, each the text of a Cedar policy about `?resource`: at most 50, 4 KiB
     /// each, 32 KiB in all. Refused when they do not parse or do not fit the schema.
-    #[prost(map = "string, string", tag = "6")]
-    pub access_policies: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "6")]
+    pub access_policies: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
@@ -4981,8 +4981,8 @@ pub struct CreateKeyItem {
     pub data_classification: ::prost::alloc::string::String,
     /// How to make the material and keep it fresh. "rotation_period_seconds": as the field of that
     /// name. An unknown name is refused.
-    #[prost(map = "string, string", tag = "8")]
-    pub generation_params: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "8")]
+    pub generation_params: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
@@ -5090,8 +5090,8 @@ pub struct RotateKeyItem {
     pub grace_period_seconds: i32,
     /// With SCHEDULED, "rotation_period_seconds": the period, 3,600 to 315,576,000 seconds. An unknown
     /// name is refused.
-    #[prost(map = "string, string", tag = "4")]
-    pub generation_params: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "4")]
+    pub generation_params: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
@@ -5277,8 +5277,8 @@ pub struct UpdateKeyMetadataItem {
     #[prost(string, optional, tag = "2")]
     pub description: ::core::option::Option<::prost::alloc::string::String>,
     /// Labels to set, new or not.
-    #[prost(map = "string, string", tag = "3")]
-    pub tags_to_add: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "3")]
+    pub tags_to_add: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
@@ -5292,8 +5292,8 @@ pub struct UpdateKeyMetadataItem {
     #[prost(string, repeated, tag = "6")]
     pub contexts_to_remove: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     /// Access policies to set, by name. An empty text removes the policy of that name.
-    #[prost(map = "string, string", tag = "7")]
-    pub policies_to_update: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "7")]
+    pub policies_to_update: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
