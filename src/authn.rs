@@ -1,0 +1,3 @@
+//! Who the caller is: the certificate of the connection and the token of the request.
+
+pub mod certificate;
