@@ -1,12 +1,14 @@
 //! Polykey.
-
 #![cfg_attr(
     test,
     allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
 )]
 
+pub mod authn;
 pub mod cache;
 pub mod error;
 pub mod key;
+pub mod net;
+pub mod pki;
 pub mod time;
 pub mod vault;
