@@ -165,3 +165,6 @@ pub(crate) fn open_committed(
     let aad = codec::join(context);
     Cipher::new(&aead_key).open(&[0; NONCE_LEN], &aad, reader.rest())
 }
+
+#[cfg(test)]
+mod tests;
