@@ -12,10 +12,19 @@ use crate::{CryptoFailure, KeyMaterial};
 
 /// A new key as PKCS#8 (RFC 5208).
 pub(super) fn generate() -> Result<KeyMaterial, AlgorithmError> {
-    let pkcs8 = EcdsaKeyPair::generate(&ECDSA_P384_SHA384_ASN1_SIGNING)
-        .and_then(|pair| pair.to_pkcs8v1())
+    let pair = EcdsaKeyPair::generate(&ECDSA_P384_SHA384_ASN1_SIGNING)
         .map_err(|_| CryptoFailure("ECDSA key generation failed"))?;
+    encode(&pair)
+}
+
+fn encode(pair: &EcdsaKeyPair) -> Result<KeyMaterial, AlgorithmError> {
+    let pkcs8 = pair.to_pkcs8v1().map_err(|_| CryptoFailure("ECDSA key encoding failed"))?;
     Ok(KeyMaterial::from_secret(pkcs8.as_ref().to_vec())?)
+}
+
+/// The same key in this library's own PKCS#8.
+pub(super) fn canonical(material: &KeyMaterial) -> Result<KeyMaterial, AlgorithmError> {
+    encode(&parse(material)?)
 }
 
 fn parse(material: &KeyMaterial) -> Result<EcdsaKeyPair, AlgorithmError> {

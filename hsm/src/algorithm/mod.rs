@@ -155,12 +155,18 @@ pub fn generate(
 }
 
 /// Takes over a key from outside after checking that it is one: 32 bytes for AES-256, PKCS#8 for
-/// the asymmetric ones, any bytes for an API key.
+/// the asymmetric ones, any bytes for an API key. A PKCS#8 key is written anew, so that attributes
+/// and stray bytes around it are not kept.
 ///
 /// # Errors
 /// [`AlgorithmError::NotAKey`], or [`AlgorithmError::Inconsistent`] for a pair whose halves do not
 /// belong together.
 pub fn import(algorithm: Algorithm, material: KeyMaterial) -> Result<Generated, AlgorithmError> {
+    let material = match algorithm {
+        Algorithm::Aes256 | Algorithm::ApiKey => material,
+        Algorithm::EcdsaP384 => ecdsa::canonical(&material)?,
+        Algorithm::Rsa4096 => rsa::canonical(&material)?,
+    };
     let public = public_key(algorithm, &material)?;
     check_pair(algorithm, &material, public.as_ref())?;
     Ok(Generated { material, public })

@@ -14,10 +14,20 @@ const MODULUS_LEN: usize = 512;
 
 /// A new key as PKCS#8 (RFC 5208). Takes 0.7 s of CPU, up to 1.5 s.
 pub(super) fn generate() -> Result<KeyMaterial, AlgorithmError> {
-    let pkcs8: Pkcs8V1Der<'_> = RsaKeyPair::generate(KeySize::Rsa4096)
-        .and_then(|pair| pair.as_der())
+    let pair = RsaKeyPair::generate(KeySize::Rsa4096)
         .map_err(|_| CryptoFailure("RSA key generation failed"))?;
+    encode(&pair)
+}
+
+fn encode(pair: &RsaKeyPair) -> Result<KeyMaterial, AlgorithmError> {
+    let pkcs8: Pkcs8V1Der<'_> =
+        pair.as_der().map_err(|_| CryptoFailure("RSA key encoding failed"))?;
     Ok(KeyMaterial::from_secret(pkcs8.as_ref().to_vec())?)
+}
+
+/// The same key in this library's own PKCS#8.
+pub(super) fn canonical(material: &KeyMaterial) -> Result<KeyMaterial, AlgorithmError> {
+    encode(&parse(material)?)
 }
 
 fn parse(material: &KeyMaterial) -> Result<RsaKeyPair, AlgorithmError> {
