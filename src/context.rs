@@ -4,24 +4,17 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use crate::authn::certificate::PeerCertificate;
-use crate::authz::{Claims, PermissionSet};
+use crate::authz::{Claimed, ContextFacts, DecisionId, PrincipalFacts};
 use crate::time::Time;
 
 /// A caller whose certificate and token have been verified and matched to one client.
 #[derive(Clone, Debug)]
 pub struct Caller {
-    /// The client.
-    pub client_id: String,
-    /// The revision of its record that was verified.
-    pub client_revision: u64,
-    /// Names of its roles.
-    pub roles: Vec<String>,
-    /// Literal permissions and those of its roles, expanded.
-    pub permissions: PermissionSet,
+    /// Client id, record revision, roles, expanded permissions, tier and environment, all from the
+    /// server's own record.
+    pub facts: Arc<PrincipalFacts>,
     /// common.v2.ClientTier.
     pub tier: i32,
-    /// As in the client's record.
-    pub environment: String,
     /// The verified certificate.
     pub certificate: Arc<PeerCertificate>,
     /// `jti` of the access token.
@@ -30,6 +23,14 @@ pub struct Caller {
     pub token_expires_at: Time,
     /// Security epoch at which all this was verified; see `Directory::epoch`.
     pub epoch: u64,
+}
+
+impl Caller {
+    /// The client's id.
+    #[must_use]
+    pub fn client_id(&self) -> &str {
+        &self.facts.client
+    }
 }
 
 /// One request.
@@ -46,5 +47,23 @@ pub struct Context {
     /// Read once, when the request came in.
     pub now: Time,
     /// What the caller says of itself: never grants anything.
-    pub claims: Claims,
+    pub claimed: Claimed,
+}
+
+impl Context {
+    /// What decisions are made from besides caller and resource, under a fresh decision id.
+    #[must_use]
+    pub fn facts(&self) -> ContextFacts {
+        let micros = u64::try_from(self.now.micros()).unwrap_or(0);
+        #[expect(clippy::cast_possible_truncation, reason = "below 10^9")]
+        let nanos = ((micros % 1_000_000) * 1000) as u32;
+        let timestamp = uuid::Timestamp::from_unix(uuid::NoContext, micros / 1_000_000, nanos);
+        ContextFacts {
+            decision_id: DecisionId(uuid::Uuid::new_v7(timestamp)),
+            now: jiff::Timestamp::from_microsecond(self.now.micros()).unwrap_or_default(),
+            source: Some(self.peer.ip()),
+            certificate: self.caller.certificate.thumbprint_hex().to_owned(),
+            claimed: self.claimed.clone(),
+        }
+    }
 }

@@ -33,13 +33,13 @@ pub const ALIAS: usize = 256;
 /// Aliases of a key.
 pub const ALIASES: usize = 50;
 /// Bytes of a supplied value.
-pub const VALUE: usize = 64 * 1024;
+pub const VALUE: usize = 4096;
 /// Entries of `generation_params`, and bytes of a value there.
 pub const PARAMS: usize = 16;
 /// Shortest and longest rotation period, in seconds: one hour to ten years.
-pub const ROTATION_PERIOD: std::ops::RangeInclusive<i64> = 3600..=315_360_000;
+pub const ROTATION_PERIOD: std::ops::RangeInclusive<i64> = 3600..=315_576_000;
 /// Longest grace period, in seconds: ten years.
-pub const GRACE: i32 = 315_360_000;
+pub const GRACE: i32 = 315_576_000;
 /// Bytes of a request message: 4 MiB of payload and 64 KiB for the rest.
 pub const MESSAGE: usize = 4 * 1024 * 1024 + 64 * 1024;
 /// The data classifications there are.
