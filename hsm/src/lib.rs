@@ -8,8 +8,8 @@
 //! ([`Sealer`]), keys MACs ([`MacPurpose`]) and wraps the material of key versions
 //! ([`MaterialContext`]); a version's [`BlobKey`] seals what a client holds ([`WrappedBlob`]).
 //!
-//! Memory is not locked here: `mlock` needs `unsafe`, and a process that wants none of its secrets
-//! in swap is better served by one `mlockall` at its start. Everything secret is erased on drop.
+//! Memory is not locked here: locking one value needs `unsafe`, while `mlockall` at the start of a
+//! process is safe and covers the copies that no type knows of. What is secret is erased on drop.
 
 #![cfg_attr(
     test,

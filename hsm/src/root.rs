@@ -7,7 +7,7 @@ use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
 use crate::cipher::{self, Key};
-use crate::codec::{self, Reader};
+use crate::codec::Reader;
 use crate::{
     CryptoFailure, Deadline, Hex, KeyMaterial, KeyWrapper, WrapContext, WrapError, WrappedKey,
     random,
@@ -130,16 +130,6 @@ impl RootKey {
         sealed: &[u8],
     ) -> Result<Zeroizing<Vec<u8>>, cipher::Broken> {
         cipher::open_committed(self.key.as_slice(), RING_LABEL, &[&self.id, header], sealed)
-    }
-
-    /// A short public fingerprint, to compare two copies of a root without showing either: the
-    /// first 8 bytes of an HMAC under it, in hexadecimal.
-    ///
-    /// # Errors
-    /// When key derivation fails.
-    pub fn fingerprint(&self) -> Result<String, CryptoFailure> {
-        let mac = self.mac_slots(&codec::join(&[b"fingerprint"]))?;
-        Ok(data_encoding::HEXLOWER.encode(mac.first_chunk::<8>().map_or(&[], |c| c.as_slice())))
     }
 }
 

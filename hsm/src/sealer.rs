@@ -107,7 +107,7 @@ impl Sealer {
 
     /// Seals a record under the primary epoch:
     /// format 1 ‖ epoch u32 ‖ counter u64 ‖ nonce 12 ‖ AES-256-GCM-SIV ciphertext ‖ tag 16.
-    /// About 1 µs for 256 bytes.
+    /// 1 to 2 µs for 256 bytes.
     ///
     /// # Errors
     /// When the random generator fails or the plaintext exceeds 64 GiB.

@@ -124,6 +124,13 @@ fn only_keys_are_taken_over() {
     assert!(import(Algorithm::Aes256, material(&[1; 32])).is_ok());
     assert!(import(Algorithm::EcdsaP384, material(&p384)).unwrap().public.is_some());
     assert!(import(Algorithm::ApiKey, material(b"\0")).is_ok());
+    // The private half of one pair with the public half of another, which ends the encoding.
+    let other = generate(Algorithm::EcdsaP384, GenerationParams::default()).unwrap();
+    let other = other.material.expose_for_export();
+    let at = p384.len() - 97;
+    assert_eq!((p384[at], other[at]), (4, 4), "uncompressed points");
+    let mixed = [&p384[..at], &other[at..]].concat();
+    assert!(import(Algorithm::EcdsaP384, material(&mixed)).is_err());
     // Stray bytes behind a key are not kept.
     let trimmed = import(Algorithm::EcdsaP384, material(&longer)).unwrap();
     assert_eq!(trimmed.material.expose_for_export(), p384);
