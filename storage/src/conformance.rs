@@ -9,7 +9,10 @@
     reason = "this is a test"
 )]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Bound,
+};
 
 use bytes::Bytes;
 
@@ -46,7 +49,7 @@ impl Rng {
     }
 
     /// The next number.
-    pub fn next(&mut self) -> u64 {
+    pub fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -56,7 +59,7 @@ impl Rng {
 
     /// A number from 0 to `n` - 1.
     pub fn below(&mut self, n: usize) -> usize {
-        usize::try_from(self.next() % u64::try_from(n).unwrap()).unwrap()
+        usize::try_from(self.number() % u64::try_from(n).unwrap()).unwrap()
     }
 
     /// True in `percent` of 100 cases.
@@ -72,7 +75,7 @@ impl Rng {
     fn bytes(&mut self, len: usize) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(len + 8);
         while bytes.len() < len {
-            bytes.extend_from_slice(&self.next().to_le_bytes());
+            bytes.extend_from_slice(&self.number().to_le_bytes());
         }
         bytes.truncate(len);
         bytes
@@ -276,7 +279,7 @@ pub fn group(rng: &mut Rng, model: &Model) -> Vec<Commit> {
                     (6..9, Some(revision)) => Require::At(revision),
                     // Of the past, of this very group, or impossible.
                     _ => Require::At(*rng.pick(&[
-                        Revision(rng.clone().next() % (model.revision.0 + 1)),
+                        Revision(rng.clone().number() % (model.revision.0 + 1)),
                         Revision(model.revision.0 + 1),
                         Revision(u64::MAX),
                     ])),
@@ -311,6 +314,8 @@ pub async fn suite<S: Store>(make: impl Fn() -> S) {
     store.reopen().await.unwrap();
     run.model.compare(&store).await.unwrap();
 }
+
+type MakeBound = fn(Vec<u8>) -> Bound<Vec<u8>>;
 
 struct Run {
     rng: Rng,
@@ -422,21 +427,20 @@ impl Run {
         let limit = *self.rng.pick(&[0, 1, 2, 5, usize::MAX]);
         let mut scans =
             vec![(prefix(one.clone()), self.model.scan(space, |key| key.starts_with(&one)))];
-        let bounds: [fn(Vec<u8>) -> std::ops::Bound<Vec<u8>>; 3] =
-            [std::ops::Bound::Included, std::ops::Bound::Excluded, |_| std::ops::Bound::Unbounded];
+        let bounds: [MakeBound; 3] = [Bound::Included, Bound::Excluded, |_| Bound::Unbounded];
         for start in bounds {
             for end in bounds {
                 let range = (start(one.clone()), end(other.clone()));
                 let expected = self.model.scan(space, |key| {
                     let after = match &range.0 {
-                        std::ops::Bound::Included(start) => key >= start.as_slice(),
-                        std::ops::Bound::Excluded(start) => key > start.as_slice(),
-                        std::ops::Bound::Unbounded => true,
+                        Bound::Included(start) => key >= start.as_slice(),
+                        Bound::Excluded(start) => key > start.as_slice(),
+                        Bound::Unbounded => true,
                     };
                     let before = match &range.1 {
-                        std::ops::Bound::Included(end) => key <= end.as_slice(),
-                        std::ops::Bound::Excluded(end) => key < end.as_slice(),
-                        std::ops::Bound::Unbounded => true,
+                        Bound::Included(end) => key <= end.as_slice(),
+                        Bound::Excluded(end) => key < end.as_slice(),
+                        Bound::Unbounded => true,
                     };
                     after && before
                 });

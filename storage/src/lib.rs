@@ -24,6 +24,8 @@ mod error;
 pub mod memory;
 mod range;
 pub mod redb;
+#[cfg(feature = "conformance")]
+pub mod simulation;
 
 use std::path::PathBuf;
 
@@ -102,6 +104,9 @@ impl std::fmt::Debug for Entry {
             .finish()
     }
 }
+
+/// Revisions, oldest first, and the rows that each wrote.
+pub type Changes = Vec<(Revision, Vec<RowKey>)>;
 
 /// The order in which a scan walks the keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -220,7 +225,7 @@ pub trait Store: Send + Sync + 'static {
         &self,
         after: Revision,
         limit: usize,
-    ) -> BoxFuture<'_, Result<Vec<(Revision, Vec<RowKey>)>, ChangesError>>;
+    ) -> BoxFuture<'_, Result<Changes, ChangesError>>;
 
     /// Closes the medium and opens it again, and returns the revision that is durable there.
     /// Required after [`CommitError::OutcomeUnknown`], allowed at any time. Snapshots taken

@@ -11,8 +11,8 @@ use futures::future::{BoxFuture, ready};
 use parking_lot::{Mutex, RwLock};
 
 use crate::{
-    Applied, ChangesError, Commit, CommitError, Committed, Direction, Entry, Finish, Health,
-    KeyRange, ReadError, ReopenError, Replaced, Revision, RowKey, Snapshot, Space, Store,
+    Applied, Changes, ChangesError, Commit, CommitError, Committed, Direction, Entry, Finish,
+    Health, KeyRange, ReadError, ReopenError, Replaced, Revision, RowKey, Snapshot, Space, Store,
     StoreError, StoreStatus, commit, range,
 };
 
@@ -114,11 +114,7 @@ impl Memory {
         Ok(Committed { revision, outcomes: admitted.outcomes })
     }
 
-    fn changes_now(
-        &self,
-        after: Revision,
-        limit: usize,
-    ) -> Result<Vec<(Revision, Vec<RowKey>)>, ChangesError> {
+    fn changes_now(&self, after: Revision, limit: usize) -> Result<Changes, ChangesError> {
         let state = Arc::clone(&self.state.read());
         if after > state.revision {
             return Err(ChangesError::Ahead { current: state.revision });
@@ -162,7 +158,7 @@ impl Store for Memory {
         &self,
         after: Revision,
         limit: usize,
-    ) -> BoxFuture<'_, Result<Vec<(Revision, Vec<RowKey>)>, ChangesError>> {
+    ) -> BoxFuture<'_, Result<Changes, ChangesError>> {
         Box::pin(async move { self.changes_now(after, limit) })
     }
 

@@ -30,12 +30,12 @@ use futures::future::BoxFuture;
 use parking_lot::{Mutex, RwLock};
 
 use self::{
-    failure::{Failed, Failure, Latch, Unwinding},
+    failure::{Failed, Failure, Latch},
     snapshot::{RedbSnapshot, View},
 };
 use crate::{
-    Applied, ChangesError, Commit, CommitError, Committed, Finish, Health, OpenError, ReadError,
-    ReopenError, Replaced, Revision, RowKey, Snapshot, Store, StoreError, StoreStatus, Write,
+    Applied, Changes, ChangesError, Commit, CommitError, Committed, Finish, Health, OpenError,
+    ReadError, ReopenError, Replaced, Revision, Snapshot, Store, StoreError, StoreStatus, Write,
     commit, memory,
 };
 
@@ -189,20 +189,23 @@ impl Redb {
     fn reopen_now(&self) -> Result<Revision, OpenError> {
         let _writer = self.writer.lock();
         let mut slot = self.database.write();
-        {
+        let again = {
             let mut known = self.known.lock();
             known.failure.get_or_insert_with(|| {
                 StoreError::Other("the store has not been opened again yet".into())
             });
             // Snapshots of the generation before no longer speak for this store.
             known.generation = known.generation.saturating_add(1);
-        }
+            known.generation > 1
+        };
         if let Some(database) = slot.take() {
-            // A failure to close says nothing new: recovery follows.
-            drop(database.close());
+            close(database);
         }
         if self.on_file {
             file::check(&self.path)?;
+            if again {
+                file::forget_cached(&self.path).map_err(|error| self.open_failed(error.into()))?;
+            }
         }
         let (database, id, revision) = self.open_database()?;
         *slot = Some(database);
@@ -223,11 +226,20 @@ impl Redb {
             Ok(Err(error)) => return Err(open_error(&self.path, error)),
             Err(_) => return Err(not_a_store(&self.path, "its pages make no sense")),
         };
-        if !self.on_file {
-            initialise_if_empty(&database).map_err(|error| self.open_failed(error))?;
+        let identified = catch_unwind(AssertUnwindSafe(|| {
+            if !self.on_file {
+                initialise_if_empty(&database).map_err(|error| self.open_failed(error))?;
+            }
+            identify(&self.path, &database)
+        }))
+        .unwrap_or_else(|_| Err(not_a_store(&self.path, "its pages make no sense")));
+        match identified {
+            Ok((id, revision)) => Ok((database, id, revision)),
+            Err(error) => {
+                close(database);
+                Err(error)
+            }
         }
-        let (id, revision) = identify(&self.path, &database)?;
-        Ok((database, id, revision))
     }
 
     fn open_failed(&self, error: StoreError) -> OpenError {
@@ -252,10 +264,8 @@ impl Redb {
         };
         let latch = Latch { known: Arc::clone(&self.known), generation };
         let database = database.as_ref().ok_or(ReadError::NeedsReopen)?;
-        match View::new(database) {
-            Ok(view) => Ok(RedbSnapshot { view, latch }),
-            Err(failure) => Err(latch.read_error(failure)),
-        }
+        let view = latch.read(|| View::new(database))?;
+        Ok(RedbSnapshot { view, latch })
     }
 
     fn commit_now(
@@ -270,9 +280,9 @@ impl Redb {
             return Err(CommitError::ReadOnly);
         };
         // A panic in redb or in `finish` leaves behind what only opening again can sort out.
-        let unwinding = Unwinding(&self.known);
-        let result = self.commit_on(database, before, group, finish);
-        unwinding.disarm();
+        let result =
+            catch_unwind(AssertUnwindSafe(|| self.commit_on(database, before, group, finish)))
+                .unwrap_or_else(|_| Err(Failed::During(Failure::panicked())));
 
         let mut known = self.known.lock();
         match result {
@@ -379,11 +389,7 @@ impl Redb {
         Ok(())
     }
 
-    fn changes_now(
-        &self,
-        after: Revision,
-        limit: usize,
-    ) -> Result<Vec<(Revision, Vec<RowKey>)>, ChangesError> {
+    fn changes_now(&self, after: Revision, limit: usize) -> Result<Changes, ChangesError> {
         let snapshot = self.begin()?;
         let current = snapshot.view.revision;
         if after > current {
@@ -406,12 +412,15 @@ impl Redb {
             }
             Ok(Ok(listed))
         };
-        match listed() {
-            Ok(Ok(listed)) => Ok(listed),
-            Ok(Err(oldest)) => Err(ChangesError::Trimmed { oldest }),
-            Err(failure) => Err(snapshot.latch.read_error(failure).into()),
-        }
+        let listed = snapshot.latch.read(listed)?;
+        listed.map_err(|oldest| ChangesError::Trimmed { oldest })
     }
+}
+
+// Closes without a panic, which dropping does not promise for a damaged file. A failure says
+// nothing new: recovery follows with the next opening.
+fn close(database: Database) {
+    drop(catch_unwind(AssertUnwindSafe(|| database.close())));
 }
 
 fn begin_write(database: &Database) -> Result<WriteTransaction, Failure> {
@@ -525,6 +534,14 @@ fn open_error(path: &Path, error: DatabaseError) -> OpenError {
     }
 }
 
+impl Drop for Redb {
+    fn drop(&mut self) {
+        if let Some(database) = self.database.get_mut().take() {
+            close(database);
+        }
+    }
+}
+
 impl Store for Redb {
     fn snapshot(&self) -> BoxFuture<'_, Result<Box<dyn Snapshot>, ReadError>> {
         Box::pin(async move { Ok(Box::new(self.begin()?) as Box<dyn Snapshot>) })
@@ -542,7 +559,7 @@ impl Store for Redb {
         &self,
         after: Revision,
         limit: usize,
-    ) -> BoxFuture<'_, Result<Vec<(Revision, Vec<RowKey>)>, ChangesError>> {
+    ) -> BoxFuture<'_, Result<Changes, ChangesError>> {
         Box::pin(async move { self.changes_now(after, limit) })
     }
 

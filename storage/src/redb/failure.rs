@@ -1,6 +1,10 @@
 //! What an error of redb means for the store.
 
-use std::{fmt::Display, mem, sync::Arc};
+use std::{
+    fmt::Display,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
 
 use ::redb::{CommitError, DatabaseError, StorageError, TableError, TransactionError};
 use parking_lot::Mutex;
@@ -25,6 +29,11 @@ impl Failure {
     /// A failure after which nothing in memory is trusted.
     pub(super) fn latching(error: StoreError) -> Self {
         Self { error, needs_reopen: true }
+    }
+
+    /// A panic that was caught.
+    pub(super) fn panicked() -> Self {
+        Self::latching(StoreError::Other("interrupted by a panic".into()))
     }
 
     fn other(error: impl Display) -> Self {
@@ -117,8 +126,21 @@ pub(super) struct Latch {
 }
 
 impl Latch {
+    /// Runs a read. redb asserts on some damaged pages, hence the net.
+    pub(super) fn read<T>(
+        &self,
+        read: impl FnOnce() -> Result<T, Failure>,
+    ) -> Result<T, ReadError> {
+        let failure = match catch_unwind(AssertUnwindSafe(read)) {
+            Ok(Ok(found)) => return Ok(found),
+            Ok(Err(failure)) => failure,
+            Err(_) => Failure::latching(StoreError::Damaged("a page makes no sense".into())),
+        };
+        Err(self.read_error(failure))
+    }
+
     /// Notes what `failure` means for the store, and translates it for a reader.
-    pub(super) fn read_error(&self, failure: Failure) -> ReadError {
+    fn read_error(&self, failure: Failure) -> ReadError {
         let mut known = self.known.lock();
         if known.generation != self.generation || known.failure.is_some() {
             return ReadError::NeedsReopen;
@@ -127,21 +149,5 @@ impl Latch {
             known.failure = Some(failure.error.clone());
         }
         ReadError::Store(failure.error)
-    }
-}
-
-/// Marks the store as in need of reopening unless it is [disarmed](Self::disarm), which a panic
-/// prevents.
-pub(super) struct Unwinding<'a>(pub(super) &'a Mutex<Known>);
-
-impl Unwinding<'_> {
-    pub(super) fn disarm(self) {
-        mem::forget(self);
-    }
-}
-
-impl Drop for Unwinding<'_> {
-    fn drop(&mut self) {
-        self.0.lock().failure = Some(StoreError::Other("a commit was interrupted".into()));
     }
 }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use ::redb::{Builder, WriteTransaction};
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{Advice, FlockOperation, fadvise, flock};
 
 use super::{Options, begin_write, failure::Failure, identify, initialise, open_error};
 use crate::{OpenError, StoreError};
@@ -65,6 +65,16 @@ pub(super) fn check(path: &Path) -> Result<(), OpenError> {
         }
         Err(error) => Err(OpenError::Store { path: path.to_path_buf(), error: error.into() }),
     }
+}
+
+/// Has the next reads of the file come from the disk.
+///
+/// After a sync that failed, the page cache may go on showing what never reached the disk: the
+/// store would build on a state that the next power cut takes away.
+pub(super) fn forget_cached(path: &Path) -> io::Result<()> {
+    let file = OpenOptions::new().read(true).write(true).open(path)?;
+    file.sync_all()?;
+    Ok(fadvise(&file, 0, None, Advice::DontNeed)?)
 }
 
 fn starts_like_redb(path: &Path) -> io::Result<bool> {

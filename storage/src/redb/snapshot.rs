@@ -97,8 +97,7 @@ impl Snapshot for RedbSnapshot {
         space: Space,
         key: &'a [u8],
     ) -> BoxFuture<'a, Result<Option<Entry>, ReadError>> {
-        let found = self.view.get(space, key);
-        Box::pin(ready(found.map_err(|failure| self.latch.read_error(failure))))
+        Box::pin(ready(self.latch.read(|| self.view.get(space, key))))
     }
 
     fn scan(
@@ -108,10 +107,6 @@ impl Snapshot for RedbSnapshot {
         direction: Direction,
         limit: usize,
     ) -> BoxFuture<'_, Result<Vec<Entry>, ReadError>> {
-        Box::pin(async move {
-            self.view
-                .scan(space, &range, direction, limit)
-                .map_err(|failure| self.latch.read_error(failure))
-        })
+        Box::pin(async move { self.latch.read(|| self.view.scan(space, &range, direction, limit)) })
     }
 }
