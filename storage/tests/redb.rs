@@ -1,11 +1,23 @@
 //! The redb store against the conformance suite, and what is its own: files, locks, snapshots.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stdout
+)]
 
+use std::{fs, os::unix::fs::PermissionsExt};
+
+use bytes::Bytes;
 use futures::executor::block_on;
 use polykey_storage::{
-    conformance,
-    redb::{Options, Redb},
+    Abort, Applied, ChangesError, Commit, CommitError, Direction, Health, NoFinish, OpenError,
+    ReadError, Require, Revision, RowKey, Space, Store, StoreStatus, Write, all, conformance,
+    redb::{FORMAT, Options, Redb},
+    simulation::Disk,
 };
+use redb::{Database, TableDefinition};
 
 #[test]
 fn conforms() {
@@ -17,4 +29,280 @@ fn conforms() {
         let options = Options { changes: 300, ..Options::default() };
         Redb::create(path, options).unwrap()
     }));
+}
+
+const SPACE: Space = Space(7);
+
+fn put(key: impl Into<Vec<u8>>, value: impl Into<Bytes>) -> Commit {
+    Commit::new().put(SPACE, key, value)
+}
+
+fn commit(store: &dyn Store, commit: Commit) -> Revision {
+    block_on(store.commit(vec![commit], &mut NoFinish)).unwrap().revision
+}
+
+fn value(store: &dyn Store, key: &[u8]) -> Option<Bytes> {
+    block_on(store.get(SPACE, key)).unwrap().map(|entry| entry.value)
+}
+
+#[test]
+fn rows_outlive_the_process_that_wrote_them() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let missing = Redb::open(&path, Options::default()).unwrap_err();
+    assert_eq!(missing, OpenError::NotFound { path: path.clone() });
+    let store = Redb::open_or_create(&path, Options::default()).unwrap();
+    assert_eq!(commit(&store, put("a", "1")), Revision(1));
+    let before = store.status();
+    assert_eq!(before.path.as_ref(), Some(&path));
+    assert_eq!(before.bytes, Some(fs::metadata(&path).unwrap().len()));
+    assert_eq!(before.generation, 1);
+    drop(store);
+
+    let store = Redb::open_or_create(&path, Options::default()).unwrap();
+    assert_eq!(value(&store, b"a").unwrap(), "1");
+    let bytes = store.status().bytes;
+    assert_eq!(store.status(), StoreStatus { bytes, ..before.clone() });
+    assert_ne!(before.id, [0; 16]);
+    assert_eq!(commit(&store, put("a", "2")), Revision(2));
+
+    // The old snapshot must not keep the file locked, nor show what is newer.
+    let old = block_on(store.snapshot()).unwrap();
+    assert_eq!(block_on(store.reopen()).unwrap(), Revision(2));
+    assert_eq!(store.status().generation, 2);
+    commit(&store, put("a", "3"));
+    match block_on(old.get(SPACE, b"a")) {
+        Ok(entry) => assert_eq!(entry.unwrap().value, "2"),
+        Err(error) => assert_eq!(error, ReadError::NeedsReopen),
+    }
+    // What the old snapshot met says nothing about the store.
+    assert_eq!(store.status().health, Health::Ready);
+    assert_eq!(value(&store, b"a").unwrap(), "3");
+
+    let exists = Redb::create(&path, Options::default()).unwrap_err();
+    assert_eq!(exists, OpenError::Exists { path });
+}
+
+#[test]
+fn a_file_is_private_and_leaves_nothing_beside_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    // What a crash during an earlier creation left.
+    fs::write(directory.path().join(".store.new"), "half a store").unwrap();
+    drop(Redb::create(&path, Options::default()).unwrap());
+    let mode = fs::metadata(&path).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let names = fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().file_name());
+    assert_eq!(names.collect::<Vec<_>>(), ["store"]);
+}
+
+// Run by the next test as a process of its own.
+#[test]
+fn open_from_another_process() {
+    if let Ok(path) = std::env::var("POLYKEY_TEST_STORE") {
+        let error = Redb::open(&path, Options::default()).unwrap_err();
+        assert_eq!(error, OpenError::InUse { path: path.into() });
+        println!("refused");
+    }
+}
+
+#[test]
+fn a_store_is_opened_once_at_a_time() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let store = Redb::create(&path, Options::default()).unwrap();
+    let error = Redb::open(&path, Options::default()).unwrap_err();
+    assert_eq!(error, OpenError::InUse { path: path.clone() });
+    assert!(error.to_string().contains("in use"));
+    let child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "open_from_another_process", "--nocapture"])
+        .env("POLYKEY_TEST_STORE", &path)
+        .output()
+        .unwrap();
+    assert!(child.status.success(), "{child:?}");
+    assert!(String::from_utf8_lossy(&child.stdout).contains("refused"));
+    commit(&store, put("a", "1"));
+    drop(store);
+    assert!(Redb::open(&path, Options::default()).is_ok());
+}
+
+#[test]
+fn what_is_not_a_store_of_this_version_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let refusal = || Redb::open(&path, Options::default()).unwrap_err();
+    for content in [&b""[..], b"x", b"redb\x1a\x0a\xa9\x0d\x0a", &[7; 100_000]] {
+        fs::write(&path, content).unwrap();
+        let error = refusal();
+        assert!(error.to_string().contains("store"), "{error}");
+        assert_eq!(fs::read(&path).unwrap(), content, "it is as it was: {error}");
+    }
+    fs::remove_file(&path).unwrap();
+    fs::create_dir(&path).unwrap();
+    assert!(matches!(refusal(), OpenError::NotAStore { .. }));
+    fs::remove_dir(&path).unwrap();
+
+    // A redb database of another program, with and without a table of the same name.
+    let database = Database::create(&path).unwrap();
+    let transaction = database.begin_write().unwrap();
+    transaction.commit().unwrap();
+    drop(database);
+    assert!(matches!(refusal(), OpenError::NotAStore { .. }));
+    let database = Database::create(&path).unwrap();
+    let transaction = database.begin_write().unwrap();
+    let table = TableDefinition::<u64, u64>::new("meta");
+    drop(transaction.open_table(table).unwrap());
+    transaction.commit().unwrap();
+    drop(database);
+    assert!(matches!(refusal(), OpenError::NotAStore { .. }));
+    fs::remove_file(&path).unwrap();
+
+    // A later version of the format.
+    drop(Redb::create(&path, Options::default()).unwrap());
+    let database = Database::open(&path).unwrap();
+    let transaction = database.begin_write().unwrap();
+    let table = TableDefinition::<&str, &[u8]>::new("meta");
+    let mut meta = transaction.open_table(table).unwrap();
+    meta.insert("format", &[0, 0, 0, 9][..]).unwrap();
+    drop(meta);
+    transaction.commit().unwrap();
+    drop(database);
+    let error = refusal();
+    assert!(matches!(error, OpenError::NewerFormat { found: 9, supported: FORMAT, .. }));
+    let text = error.to_string();
+    assert!(text.contains('9') && text.contains(&FORMAT.to_string()), "{text}");
+}
+
+#[test]
+fn damaged_files_never_panic() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let store = Redb::create(&path, Options::default()).unwrap();
+    for n in 0..40_u8 {
+        commit(&store, put([n], vec![n; 200]));
+    }
+    drop(store);
+    let whole = fs::read(&path).unwrap();
+    let mut rng = conformance::Rng::new(conformance::seed());
+    let mut refused = 0;
+    for round in 0..300 {
+        let mut bytes = whole.clone();
+        if round % 3 == 0 {
+            bytes.truncate(rng.below(whole.len()));
+        } else {
+            // Anywhere, or in the header.
+            let within = if round % 3 == 1 { whole.len() } else { 512 };
+            for _ in 0..=rng.below(8) {
+                let at = rng.below(within);
+                bytes[at] ^= 1 << rng.below(8);
+            }
+        }
+        fs::write(&path, &bytes).unwrap();
+        let Ok(store) = Redb::open(&path, Options::default()) else {
+            refused += 1;
+            continue;
+        };
+        drop(block_on(store.scan(SPACE, all(), Direction::Forward, 100)));
+        drop(block_on(store.changes(Revision::EMPTY, 100)));
+        drop(block_on(store.commit(vec![put("new", "row")], &mut NoFinish)));
+    }
+    assert!(refused > 0);
+}
+
+#[test]
+fn changes_are_kept_for_the_configured_number_of_revisions() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let options = |changes| Options { changes, ..Options::default() };
+    let store = Redb::create(&path, options(50)).unwrap();
+    for _ in 0..60 {
+        commit(&store, put("a", "1"));
+    }
+    let trimmed = |oldest| Err(ChangesError::Trimmed { oldest: Revision(oldest) });
+    assert_eq!(block_on(store.changes(Revision(9), 1)), trimmed(11));
+    let listed = block_on(store.changes(Revision(10), 1000)).unwrap();
+    assert_eq!(listed.len(), 50);
+    assert_eq!(listed[0], (Revision(11), vec![RowKey::new(SPACE, "a")]));
+    drop(store);
+
+    // A lowered retention is reached in steps.
+    let store = Redb::open(&path, options(10)).unwrap();
+    commit(&store, put("a", "1"));
+    let Err(ChangesError::Trimmed { oldest }) = block_on(store.changes(Revision(0), 1)) else {
+        panic!("trimmed")
+    };
+    assert!(oldest > Revision(11) && oldest < Revision(52), "{oldest}");
+    for _ in 0..9 {
+        commit(&store, put("a", "1"));
+    }
+    assert_eq!(block_on(store.changes(Revision(0), 1)), trimmed(61));
+    drop(store);
+
+    let store = Redb::open(&path, options(0)).unwrap();
+    commit(&store, put("a", "1"));
+    assert_eq!(block_on(store.changes(Revision(70), 1)), trimmed(72));
+    assert_eq!(block_on(store.changes(Revision(71), 1)), Ok(vec![]));
+}
+
+#[test]
+fn compaction_gives_space_back_and_keeps_the_rows() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let store = Redb::create(&path, Options::default()).unwrap();
+    for n in 0..100_u8 {
+        commit(&store, put([n], vec![n; 50_000]));
+    }
+    for n in 0..99_u8 {
+        commit(&store, Commit::new().delete(SPACE, [n]));
+    }
+    let in_use = Redb::compact(&path, Options::default()).unwrap_err();
+    assert!(matches!(in_use, OpenError::InUse { .. }));
+    drop(store);
+    let compacted = Redb::compact(&path, Options::default()).unwrap();
+    assert!(compacted.after < compacted.before / 4, "{compacted:?}");
+    let store = Redb::open(&path, Options::default()).unwrap();
+    assert_eq!(store.status().rows, Some(1));
+    assert_eq!(store.status().revision, Revision(199));
+    assert_eq!(value(&store, &[99]).unwrap(), vec![99; 50_000]);
+}
+
+#[test]
+fn a_panic_in_finish_leaves_the_store_recoverable() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Redb::create(directory.path().join("store"), Options::default()).unwrap();
+    commit(&store, put("a", "1"));
+    let mut finish = |_: &Applied<'_>| -> Result<Vec<Write>, Abort> { panic!("on purpose") };
+    let outcome = block_on(store.commit(vec![put("a", "2")], &mut finish));
+    assert!(matches!(outcome, Err(CommitError::OutcomeUnknown(_))));
+    let outcome = block_on(store.commit(vec![put("a", "3")], &mut NoFinish));
+    assert!(matches!(outcome, Err(CommitError::ReadOnly)));
+    assert_eq!(block_on(store.reopen()).unwrap(), Revision(1));
+    assert_eq!(value(&store, b"a").unwrap(), "1");
+    assert_eq!(commit(&store, put("a", "2")), Revision(2));
+}
+
+#[test]
+fn a_group_costs_as_many_syncs_as_one_commit() {
+    let disk = Disk::new(1);
+    let store = {
+        let disk = disk.clone();
+        Redb::with_backend("simulated", Options::default(), move || disk.open()).unwrap()
+    };
+    let syncs = |commits: u8| {
+        let before = disk.syncs();
+        let group = (0..commits).map(|n| put([n], vec![n; 300])).collect();
+        let committed = block_on(store.commit(group, &mut NoFinish)).unwrap();
+        assert!(committed.outcomes.iter().all(Result::is_ok));
+        disk.syncs() - before
+    };
+    // At times the file grows or shrinks, which costs a sync of its own; hence the least of ten.
+    let least = |commits| (0..10).map(|_| syncs(commits)).min();
+    assert_eq!(least(64), Some(2));
+    assert_eq!(least(1), Some(2));
+    // A group of which nothing is accepted costs none.
+    let before = disk.syncs();
+    let refused = put([0], "x").require(SPACE, [0], Require::Absent);
+    let committed = block_on(store.commit(vec![refused], &mut NoFinish)).unwrap();
+    assert!(!committed.any());
+    assert_eq!(disk.syncs(), before);
 }
