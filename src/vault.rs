@@ -4,6 +4,7 @@
 //! It knows the ring and the store, and no rule of any key's life.
 
 mod head;
+mod reseal;
 mod seal;
 mod sequencer;
 pub mod space;
@@ -12,16 +13,19 @@ mod tx;
 mod verify;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 use polykey_hsm::{MacPurpose, Ring, Sealer};
 use polykey_proto::polykey::record::v1::{AuditEvent, CanaryRecord, HeadRecord};
-use polykey_storage::{Commit, Direction, KeyRange, Revision, RowKey, Space, Store};
+use polykey_storage::{
+    Commit, Direction, Entry, KeyRange, Revision, RowKey, Snapshot, Space, Store,
+};
 
 use crate::error::Error;
 use crate::time::{Clock, Time};
 use head::Head;
+pub use reseal::{Position, Stale};
 pub use sequencer::Receipt;
 use sequencer::{Sequencer, Writer};
 use space::{Record, meta};
@@ -85,6 +89,19 @@ pub struct HeadView {
     pub last_time: Time,
 }
 
+/// What the first group of a new store holds besides the head.
+#[derive(Debug, Default)]
+pub struct Founding {
+    /// Rows in the clear: node and slots.
+    pub clear: Vec<(Space, Vec<u8>, Vec<u8>)>,
+    /// Generation of the slot table among them.
+    pub slots_generation: u64,
+    /// Its MAC.
+    pub slots_mac: Vec<u8>,
+    /// What becomes the first audit leaves.
+    pub events: Vec<AuditEvent>,
+}
+
 /// The sealed store.
 pub struct Vault {
     store: Arc<dyn Store>,
@@ -93,6 +110,7 @@ pub struct Vault {
     counter: Arc<AtomicU64>,
     head: Arc<ArcSwap<Head>>,
     writable: Arc<AtomicBool>,
+    fence: Arc<AtomicU32>,
     intact: AtomicBool,
     metrics: Arc<Metrics>,
     sequencer: Sequencer,
@@ -122,19 +140,40 @@ impl Vault {
         caches: Arc<dyn Invalidate>,
         clock: Clock,
     ) -> Result<Self, Error> {
+        let founding = Founding { clear, ..Founding::default() };
+        Self::found(store, ring, node_id, founding, caches, clock).await
+    }
+
+    /// As [`Self::create`], with all that the first group may hold.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] if the store is not empty.
+    pub async fn found(
+        store: Arc<dyn Store>,
+        ring: Ring,
+        node_id: [u8; 16],
+        founding: Founding,
+        caches: Arc<dyn Invalidate>,
+        clock: Clock,
+    ) -> Result<Self, Error> {
         if store.status().revision != Revision::EMPTY {
             return Err(Error::Conflict);
         }
         let vault = Self::assemble(store, ring, node_id, Head::default(), caches, clock)?;
         let mut tx = vault.begin().await?;
-        for (space, key, value) in clear {
+        for (space, key, value) in founding.clear {
             tx.insert_clear(space, key, value);
         }
         let canary = CanaryRecord {
             node_id: node_id.to_vec().into(),
             written_at: vault.clock.now().micros(),
+            slots_generation: founding.slots_generation,
+            slots_mac: founding.slots_mac.into(),
         };
         tx.insert(meta::CANARY, &canary)?;
+        for event in founding.events {
+            tx.event(event);
+        }
         tx.commit().await?;
         Ok(vault)
     }
@@ -174,6 +213,7 @@ impl Vault {
         let published = Arc::new(ArcSwap::from_pointee(head.clone()));
         let writable = Arc::new(AtomicBool::new(true));
         let metrics = Arc::new(Metrics::default());
+        let fence = Arc::new(AtomicU32::new(0));
         let (sequencer, _thread) = Sequencer::start(Writer {
             store: Arc::clone(&store),
             ring: Arc::clone(&ring),
@@ -183,6 +223,7 @@ impl Vault {
             published: Arc::clone(&published),
             caches,
             writable: Arc::clone(&writable),
+            fence: Arc::clone(&fence),
             metrics: Arc::clone(&metrics),
             clock: clock.clone(),
         })
@@ -194,6 +235,7 @@ impl Vault {
             counter,
             head: published,
             writable,
+            fence,
             intact: AtomicBool::new(true),
             metrics,
             sequencer,
@@ -273,9 +315,30 @@ impl Vault {
     /// [`Error::Unavailable`] if the store cannot be read, [`Error::DataLoss`] if the row fails
     /// authentication.
     pub async fn get<R: Record>(&self, key: &[u8]) -> Result<Option<Loaded<R>>, Error> {
-        let Some(entry) = self.store.get(R::SPACE, key).await? else { return Ok(None) };
-        let (record, _) = seal::open::<R>(&self.ring.load().sealer(), key, &entry.value)?;
+        let Some(mut entry) = self.store.get(R::SPACE, key).await? else { return Ok(None) };
+        // After the row: an epoch is in force before anything is sealed under it.
+        let mut sealer = self.ring.load().sealer();
+        if !seal::known(&sealer, R::SPACE, &entry.value) {
+            // Unless its epoch was retired in between, which the row as it is now has survived.
+            let Some(again) = self.store.get(R::SPACE, key).await? else { return Ok(None) };
+            entry = again;
+            sealer = self.ring.load().sealer();
+        }
+        let (record, _) = seal::open::<R>(&sealer, key, &entry.value)?;
         Ok(Some(Loaded { record, revision: entry.revision }))
+    }
+
+    /// A snapshot, and a ring that holds every epoch in it.
+    pub(crate) async fn steady(&self) -> Result<(Box<dyn Snapshot>, Arc<Ring>), Error> {
+        loop {
+            let before = self.ring.load_full();
+            let snapshot = self.store.snapshot().await?;
+            // A row is sealed under an epoch of the ring in force, and an epoch is retired from it
+            // when no row is left: while the ring stays, it fits.
+            if Arc::ptr_eq(&before, &self.ring.load()) {
+                return Ok((snapshot, before));
+            }
+        }
     }
 
     /// Reads a row that stands in the clear.
@@ -301,9 +364,11 @@ impl Vault {
         direction: Direction,
         limit: usize,
     ) -> Result<Vec<(Vec<u8>, Loaded<R>)>, Error> {
-        let sealer = self.ring.load().sealer();
-        let entries = self.store.scan(R::SPACE, range, direction, limit).await?;
-        let open = |entry: polykey_storage::Entry| {
+        let (snapshot, ring) = self.steady().await?;
+        let sealer = ring.sealer();
+        let entries = snapshot.scan(R::SPACE, range, direction, limit).await?;
+        drop(snapshot);
+        let open = |entry: Entry| {
             let (record, _) = seal::open::<R>(&sealer, &entry.key, &entry.value)?;
             Ok((entry.key, Loaded { record, revision: entry.revision }))
         };
@@ -315,7 +380,8 @@ impl Vault {
     /// # Errors
     /// [`Error::Unavailable`] if the store cannot be read.
     pub async fn begin(&self) -> Result<Tx<'_>, Error> {
-        Ok(Tx::new(self, self.store.snapshot().await?))
+        let (snapshot, ring) = self.steady().await?;
+        Ok(Tx::new(self, snapshot, ring))
     }
 
     /// Makes events durable that change nothing: logins, denials, exports.
@@ -324,7 +390,7 @@ impl Vault {
     /// As [`Tx::commit`].
     pub async fn record(&self, events: Vec<AuditEvent>) -> Result<Receipt, Error> {
         let events = events.into_iter().map(|event| (false, vec![event])).collect();
-        self.submit(Commit::new(), events).await
+        self.submit(Commit::new(), events, u32::MAX).await
     }
 
     /// Makes one block of data-plane events durable, as one leaf.
@@ -332,13 +398,14 @@ impl Vault {
     /// # Errors
     /// As [`Tx::commit`].
     pub async fn record_block(&self, events: Vec<AuditEvent>) -> Result<Receipt, Error> {
-        self.submit(Commit::new(), vec![(true, events)]).await
+        self.submit(Commit::new(), vec![(true, events)], u32::MAX).await
     }
 
     async fn submit(
         &self,
         commit: Commit,
         events: Vec<(bool, Vec<AuditEvent>)>,
+        oldest_epoch: u32,
     ) -> Result<Receipt, Error> {
         if !self.intact() {
             return Err(Error::data_loss("the store failed its verification; writing has stopped"));
@@ -346,7 +413,7 @@ impl Vault {
         if !self.writable() {
             return Err(Error::unavailable("the store takes no commits just now"));
         }
-        self.sequencer.submit(commit, events).await
+        self.sequencer.submit(commit, events, oldest_epoch).await
     }
 
     fn next_counter(&self) -> u64 {

@@ -105,6 +105,12 @@ impl Sealer {
     /// What [`Self::seal_record`] adds to a plaintext, in bytes.
     pub const OVERHEAD: usize = HEADER_LEN + NONCE_LEN + TAG_LEN;
 
+    /// Whether the ring holds this epoch.
+    #[must_use]
+    pub fn holds(&self, epoch: u32) -> bool {
+        self.0.epoch(epoch).is_some()
+    }
+
     /// Seals a record under the primary epoch:
     /// format 1 ‖ epoch u32 ‖ counter u64 ‖ nonce 12 ‖ AES-256-GCM-SIV ciphertext ‖ tag 16.
     /// 1 to 2 µs for 256 bytes.

@@ -45,3 +45,16 @@ pub(crate) fn counter_of(space: Space, value: &[u8]) -> Result<u64, String> {
         .map(|header| header.counter)
         .map_err(|e| format!("a row of space {} has no valid header: {e}", space.0))
 }
+
+/// The epoch in the header of a sealed value, without opening it.
+pub(crate) fn epoch_of(space: Space, value: &[u8]) -> Result<u32, Error> {
+    let sealed = value.get(clear_prefix(space)..).unwrap_or_default();
+    polykey_hsm::header(sealed).map(|header| header.epoch).map_err(|e| {
+        Error::data_loss(format!("a row of space {} has no valid header: {e}", space.0))
+    })
+}
+
+/// Whether the sealer holds the epoch of a sealed value. What has no header is known to be broken.
+pub(crate) fn known(sealer: &Sealer, space: Space, value: &[u8]) -> bool {
+    epoch_of(space, value).map_or(true, |epoch| sealer.holds(epoch))
+}

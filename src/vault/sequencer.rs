@@ -4,7 +4,7 @@
 //! There is no timer: while one group is being synced to disk the next one gathers.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -29,6 +29,8 @@ pub(crate) struct Proposal {
     pub(crate) commit: Commit,
     /// (data plane?, events) per leaf.
     pub(crate) events: Vec<(bool, Vec<AuditEvent>)>,
+    /// The oldest epoch under which it has sealed or wrapped anything.
+    pub(crate) oldest_epoch: u32,
     pub(crate) reply: oneshot::Sender<Result<Receipt, Error>>,
 }
 
@@ -56,6 +58,8 @@ pub(crate) struct Writer {
     pub(crate) published: Arc<ArcSwap<Head>>,
     pub(crate) caches: Arc<dyn Invalidate>,
     pub(crate) writable: Arc<AtomicBool>,
+    /// Nothing is written under an epoch below this one any more.
+    pub(crate) fence: Arc<AtomicU32>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) clock: Clock,
 }
@@ -75,16 +79,21 @@ impl Sequencer {
         &self,
         commit: Commit,
         events: Vec<(bool, Vec<AuditEvent>)>,
+        oldest_epoch: u32,
     ) -> Result<Receipt, Error> {
         // A commit over the store's limits would take its group with it.
         commit.size().map_err(|e| Error::invalid("request", e.to_string()))?;
         let (reply, answer) = oneshot::channel();
-        self.queue.try_send(Proposal { commit, events, reply }).map_err(|e| match e {
-            mpsc::error::TrySendError::Full(_) => {
-                Error::Exhausted { retry_after: Duration::from_millis(100) }
-            }
-            mpsc::error::TrySendError::Closed(_) => Error::unavailable("the writer has stopped"),
-        })?;
+        self.queue.try_send(Proposal { commit, events, oldest_epoch, reply }).map_err(
+            |e| match e {
+                mpsc::error::TrySendError::Full(_) => {
+                    Error::Exhausted { retry_after: Duration::from_millis(100) }
+                }
+                mpsc::error::TrySendError::Closed(_) => {
+                    Error::unavailable("the writer has stopped")
+                }
+            },
+        )?;
         answer.await.map_err(|_| Error::OutcomeUnknown {
             internal: "the writer stopped before it answered".into(),
         })?
@@ -112,10 +121,19 @@ impl Writer {
         let mut commits = Vec::with_capacity(group.len());
         let mut events = Vec::with_capacity(group.len());
         let mut replies = Vec::with_capacity(group.len());
-        for Proposal { commit, events: of_commit, reply } in group {
+        let fence = self.fence.load(Ordering::SeqCst);
+        for Proposal { commit, events: of_commit, oldest_epoch, reply } in group {
+            if oldest_epoch < fence {
+                // It began before the last rotation and would outlive the key it is sealed under.
+                let _ = reply.send(Err(Error::Conflict));
+                continue;
+            }
             commits.push(commit);
             events.push(of_commit);
             replies.push(reply);
+        }
+        if commits.is_empty() {
+            return;
         }
         let rows: Vec<Vec<RowKey>> =
             commits.iter().map(|c| c.writes.iter().map(|w| w.row().clone()).collect()).collect();

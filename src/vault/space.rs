@@ -25,6 +25,12 @@ macro_rules! records {
         })*)*
         /// Every space that is in use.
         pub const ALL: &[Space] = &[$($konst),*];
+        fn kinds(space: Space) -> &'static [u8] {
+            match space.0 {
+                $($space => &[$($kind),*],)*
+                _ => &[],
+            }
+        }
     };
 }
 
@@ -89,6 +95,24 @@ pub fn counted(row: &RowKey) -> bool {
     row.space != CHECKPOINTS
 }
 
+/// The kind of the record that stands in a sealed row; `None` where none belongs.
+#[must_use]
+pub fn kind(row: &RowKey) -> Option<u8> {
+    if row.space == META {
+        return match row.key.as_slice() {
+            meta::CANARY => Some(record::CanaryRecord::KIND),
+            meta::HEAD => Some(record::HeadRecord::KIND),
+            meta::USAGE_MARK => Some(record::UsageMark::KIND),
+            meta::RESEAL => Some(record::ResealRecord::KIND),
+            _ => None,
+        };
+    }
+    match kinds(row.space) {
+        [kind] => Some(*kind),
+        _ => None,
+    }
+}
+
 /// The clear prefix of a row's value in front of its seal, in bytes.
 #[must_use]
 pub fn clear_prefix(space: Space) -> usize {
@@ -105,5 +129,15 @@ mod tests {
         numbers.sort_unstable();
         numbers.dedup();
         assert_eq!(numbers.len(), ALL.len());
+        assert_eq!(numbers, ALL.iter().map(|s| s.0).collect::<Vec<_>>(), "walked in order");
+    }
+
+    #[test]
+    fn every_sealed_space_but_meta_has_one_kind() {
+        for &space in ALL {
+            let kind = kind(&RowKey::new(space, *b"x"));
+            assert_eq!(kind.is_some(), space != META && space != CHECKPOINTS, "{space:?}");
+        }
+        assert_eq!(kind(&RowKey::new(META, meta::RESEAL)), Some(4));
     }
 }

@@ -1,8 +1,11 @@
 //! One change of the sealed store: what it read, what it writes, and the events that go with it.
 
+use std::any::Any;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use polykey_proto::polykey::record::v1::AuditEvent;
+use polykey_hsm::{MaterialState, Ring, Sealer};
+use polykey_proto::polykey::record::v1::{AuditEvent, VersionRecord};
 use polykey_storage::{
     Commit, Direction, KeyRange, Require, Revision, RowKey, Snapshot, Space, Write,
 };
@@ -26,10 +29,12 @@ pub struct Tx<'v> {
     requires: BTreeMap<RowKey, Require>,
     pending: BTreeMap<RowKey, Pending>,
     events: Vec<AuditEvent>,
+    ring: Arc<Ring>,
+    oldest_epoch: u32,
 }
 
 impl<'v> Tx<'v> {
-    pub(super) fn new(vault: &'v Vault, snapshot: Box<dyn Snapshot>) -> Self {
+    pub(super) fn new(vault: &'v Vault, snapshot: Box<dyn Snapshot>, ring: Arc<Ring>) -> Self {
         Self {
             vault,
             snapshot,
@@ -37,7 +42,15 @@ impl<'v> Tx<'v> {
             requires: BTreeMap::new(),
             pending: BTreeMap::new(),
             events: Vec::new(),
+            ring,
+            oldest_epoch: u32::MAX,
         }
+    }
+
+    /// What opens `value`: the ring of the snapshot, or that in force for what was written since.
+    fn sealer(&self, space: Space, value: &[u8]) -> Sealer {
+        let sealer = self.ring.sealer();
+        if seal::known(&sealer, space, value) { sealer } else { self.vault.ring.load().sealer() }
     }
 
     /// The vault it changes.
@@ -52,11 +65,10 @@ impl<'v> Tx<'v> {
     /// As [`Vault::get`].
     pub async fn get<R: Record>(&mut self, key: &[u8]) -> Result<Option<Loaded<R>>, Error> {
         let row = RowKey::new(R::SPACE, key);
-        let sealer = self.vault.ring.load().sealer();
         match self.pending.get(&row) {
             Some(Pending::Deleted) => return Ok(None),
             Some(Pending::Put { value, .. }) => {
-                let (record, _) = seal::open::<R>(&sealer, key, value)?;
+                let (record, _) = seal::open::<R>(&self.sealer(R::SPACE, value), key, value)?;
                 let revision = self.read.get(&row).copied().flatten().unwrap_or_default();
                 return Ok(Some(Loaded { record, revision }));
             }
@@ -65,7 +77,7 @@ impl<'v> Tx<'v> {
         let entry = self.snapshot.get(R::SPACE, key).await?;
         self.read.insert(row, entry.as_ref().map(|e| e.revision));
         let Some(entry) = entry else { return Ok(None) };
-        let (record, _) = seal::open::<R>(&sealer, key, &entry.value)?;
+        let (record, _) = seal::open::<R>(&self.sealer(R::SPACE, &entry.value), key, &entry.value)?;
         Ok(Some(Loaded { record, revision: entry.revision }))
     }
 
@@ -80,7 +92,7 @@ impl<'v> Tx<'v> {
         direction: Direction,
         limit: usize,
     ) -> Result<Vec<(Vec<u8>, Loaded<R>)>, Error> {
-        let sealer = self.vault.ring.load().sealer();
+        let sealer = self.ring.sealer();
         let entries = self.snapshot.scan(R::SPACE, range, direction, limit).await?;
         let mut records = Vec::with_capacity(entries.len());
         for entry in entries {
@@ -152,7 +164,16 @@ impl<'v> Tx<'v> {
 
     fn write<R: Record>(&mut self, row: RowKey, key: &[u8], record: &R) -> Result<(), Error> {
         let counter = self.vault.next_counter();
-        let value = seal::seal(&self.vault.ring.load().sealer(), record, key, counter)?;
+        let ring = self.vault.ring.load();
+        let value = seal::seal(&ring.sealer(), record, key, counter)?;
+        self.oldest_epoch = self.oldest_epoch.min(ring.primary_epoch());
+        if let Some(version) = (record as &dyn Any).downcast_ref::<VersionRecord>()
+            && !version.material.is_empty()
+        {
+            let state = MaterialState::decode(&version.material)
+                .map_err(|e| Error::internal(format!("writing material: {e}")))?;
+            self.oldest_epoch = self.oldest_epoch.min(state.epoch());
+        }
         self.require_as_read(row.clone());
         self.pending.insert(row, Pending::Put { value });
         Ok(())
@@ -197,7 +218,7 @@ impl<'v> Tx<'v> {
     /// if the medium failed at the wrong moment, [`Error::Unavailable`] and [`Error::Exhausted`]
     /// with nothing changed.
     pub async fn commit(self) -> Result<Receipt, Error> {
-        let Self { vault, snapshot, requires, pending, events, .. } = self;
+        let Self { vault, snapshot, requires, pending, events, oldest_epoch, .. } = self;
         // A store on disk cannot reuse pages that a snapshot sees.
         drop(snapshot);
         let mut commit = Commit::new();
@@ -209,7 +230,8 @@ impl<'v> Tx<'v> {
                 Pending::Deleted => Write::Delete { row },
             })
             .collect();
-        vault.submit(commit, events.into_iter().map(|event| (false, vec![event])).collect()).await
+        let events = events.into_iter().map(|event| (false, vec![event])).collect();
+        vault.submit(commit, events, oldest_epoch).await
     }
 }
 

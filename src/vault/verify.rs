@@ -72,9 +72,8 @@ impl Vault {
         open: bool,
         progress: &mut (dyn FnMut(Progress) + Send),
     ) -> Result<VerifyReport, Error> {
-        let ring = self.ring();
+        let (snapshot, ring) = self.steady().await?;
         let sealer = ring.sealer();
-        let snapshot = self.store.snapshot().await?;
         let mut report = VerifyReport::default();
         let entry = snapshot.get(HeadRecord::SPACE, meta::HEAD).await?;
         let head = entry

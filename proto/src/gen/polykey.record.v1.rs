@@ -57,6 +57,11 @@ pub struct CanaryRecord {
     pub node_id: ::prost::bytes::Bytes,
     #[prost(int64, tag = "2")]
     pub written_at: i64,
+    /// Generation and MAC of the slot table in force: an older table that is put back does not match.
+    #[prost(uint64, tag = "3")]
+    pub slots_generation: u64,
+    #[prost(bytes = "bytes", tag = "4")]
+    pub slots_mac: ::prost::bytes::Bytes,
 }
 /// The state of the log and of the whole set of rows; the last write of every commit group.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
