@@ -419,3 +419,145 @@ pub fn write_file(path: &Path, bytes: &[u8], mode: u32) -> Result<(), PkiError> 
         PkiError::File { file: path.to_owned(), source }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use x509_parser::prelude::{FromDer, X509Certificate};
+
+    use super::*;
+
+    fn now() -> SystemTime {
+        UNIX_EPOCH + Duration::from_secs(1_830_000_000)
+    }
+
+    fn authority() -> (Authority, Issued) {
+        Authority::create("Test authority", KeyKind::P256, Validity::days(now(), 30).unwrap())
+            .unwrap()
+    }
+
+    fn der(pem: &str) -> Vec<u8> {
+        x509_parser::pem::parse_x509_pem(pem.as_bytes()).unwrap().1.contents
+    }
+
+    #[test]
+    fn what_is_issued_has_our_names_usages_and_times() {
+        let (authority, ca) = authority();
+        let validity = Validity::days(now(), 7).unwrap();
+        let client = authority.client("alice", KeyKind::P384, validity).unwrap();
+        let bytes = der(&client.certificate);
+        let (_, parsed) = X509Certificate::from_der(&bytes).unwrap();
+        let ca_bytes = der(&ca.certificate);
+        let (_, ca_parsed) = X509Certificate::from_der(&ca_bytes).unwrap();
+        assert_eq!(parsed.issuer().to_string(), ca_parsed.subject().to_string());
+        let usage = parsed.extended_key_usage().unwrap().unwrap().value;
+        assert!(usage.client_auth && !usage.server_auth && !parsed.is_ca());
+        let names = parsed.subject_alternative_name().unwrap().unwrap();
+        assert_eq!(
+            format!("{:?}", names.value.general_names),
+            r#"[URI("spiffe://polykey.local/client/alice")]"#
+        );
+        assert_eq!(parsed.validity().not_before.timestamp(), 1_830_000_000 - 300);
+        assert_eq!(parsed.validity().not_after.timestamp(), 1_830_000_000 + 7 * 86_400);
+        assert_eq!((parsed.raw_serial(), client.serial.len()), (client.serial.as_slice(), 20));
+        let constraints = ca_parsed.basic_constraints().unwrap().unwrap().value;
+        assert_eq!((constraints.ca, constraints.path_len_constraint), (true, Some(0)));
+    }
+
+    #[test]
+    fn serial_numbers_differ_and_stay_positive() {
+        let (authority, _) = authority();
+        let validity = Validity::days(now(), 1).unwrap();
+        let serials: std::collections::HashSet<_> = (0..50)
+            .map(|_| authority.client("a", KeyKind::P256, validity).unwrap().serial)
+            .collect();
+        assert_eq!(serials.len(), 50);
+        assert!(serials.iter().all(|serial| serial[0] & 0xc0 == 0x40));
+    }
+
+    #[test]
+    fn nothing_of_a_request_survives_but_its_key() {
+        let (authority, _) = authority();
+        let key = KeyPair::generate().unwrap();
+        let mut wish = CertificateParams::new(vec!["root.example.org".to_owned()]).unwrap();
+        wish.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        wish.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        wish.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::Any];
+        wish.distinguished_name.push(DnType::CommonName, "root");
+        let request = wish.serialize_request(&key).unwrap().pem().unwrap();
+        let issued = authority
+            .client_from_request(&request, "bob", Validity::days(now(), 1).unwrap())
+            .unwrap();
+        assert!(issued.key.is_none());
+        let bytes = der(&issued.certificate);
+        let (_, parsed) = X509Certificate::from_der(&bytes).unwrap();
+        assert_eq!(parsed.public_key().raw, key.subject_public_key_info());
+        assert!(!parsed.is_ca() && !parsed.key_usage().unwrap().unwrap().value.key_cert_sign());
+        let usage = parsed.extended_key_usage().unwrap().unwrap().value;
+        assert!(usage.client_auth && !usage.server_auth && !usage.any);
+        assert_eq!(parsed.subject().to_string(), "CN=bob");
+        let names = parsed.subject_alternative_name().unwrap().unwrap();
+        assert_eq!(names.value.general_names.len(), 1);
+
+        let other = KeyPair::generate().unwrap().serialize_pem();
+        for bad in ["", "hello", &other, &request.replacen('A', "B", 3)] {
+            let refused =
+                authority.client_from_request(bad, "bob", Validity::days(now(), 1).unwrap());
+            assert!(matches!(refused, Err(PkiError::Request(_))), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn names_and_times_out_of_range_are_refused() {
+        let (authority, _) = authority();
+        let validity = Validity::days(now(), 1).unwrap();
+        for id in ["", "a/b", "..", ".", "a b", "é", "a\0", &"a".repeat(256)] {
+            assert!(
+                matches!(authority.client(id, KeyKind::P256, validity), Err(PkiError::ClientId(_))),
+                "{id:?}"
+            );
+        }
+        for name in ["", "a b", "*.org", "a/b"] {
+            assert!(
+                matches!(
+                    authority.server(&[name], KeyKind::P256, validity),
+                    Err(PkiError::ServerName(_))
+                ),
+                "{name:?}"
+            );
+        }
+        assert!(authority.server(&[], KeyKind::P256, validity).is_err());
+        for days in [0, MAX_DAYS + 1] {
+            assert!(matches!(Validity::days(now(), days), Err(PkiError::Validity(_))));
+        }
+        assert!(Validity::days(now(), MAX_DAYS).is_ok());
+    }
+
+    #[test]
+    fn files_appear_whole_and_keys_private_and_nothing_is_overwritten() {
+        let directory = tempfile::tempdir().unwrap();
+        let (certificate, key) = (directory.path().join("ca.pem"), directory.path().join("ca.key"));
+        let (_, issued) = authority();
+        issued.write(&certificate, &key).unwrap();
+        assert_eq!(fs::metadata(&key).unwrap().permissions().mode() & 0o7777, 0o600);
+        assert!(
+            matches!(issued.write(&certificate, &key), Err(PkiError::Exists(file)) if file == key)
+        );
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2, "no temporary file stays");
+        let loaded = Authority::load(&certificate, &key).unwrap();
+        assert_eq!(loaded.certificate(), issued.certificate);
+
+        let (_, other) = authority();
+        let foreign = Authority::from_pem(&issued.certificate, other.key.as_ref().unwrap());
+        assert!(matches!(foreign, Err(PkiError::Authority(_))));
+        let leaf =
+            loaded.client("alice", KeyKind::P256, Validity::days(now(), 1).unwrap()).unwrap();
+        assert!(
+            Authority::from_pem(&leaf.certificate, leaf.key.as_ref().unwrap()).is_err(),
+            "a leaf is no authority"
+        );
+        assert!(!format!("{issued:?}{loaded:?}").contains("PRIVATE"));
+    }
+}

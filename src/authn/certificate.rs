@@ -498,3 +498,6 @@ fn is_host_name(name: &str) -> bool {
     };
     (1..=MAX_DNS_BYTES).contains(&name.len()) && name.split('.').all(label_ok)
 }
+
+#[cfg(test)]
+mod tests;

@@ -360,7 +360,7 @@ async fn wait_for(workers: &mut Vec<oneshot::Receiver<()>>, deadline: impl Futur
 mod tests {
     use super::*;
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn no_error_of_accept_ends_the_loop() {
         let metrics = NetMetrics::default();
         let peer: SocketAddr = "127.0.0.1:1".parse().unwrap();

@@ -91,6 +91,7 @@ impl Gate {
 #[derive(Clone, Copy)]
 enum Refusal {
     ResourceExhausted,
+    Unimplemented,
     Internal,
     Unauthenticated,
 }
@@ -99,6 +100,7 @@ impl Refusal {
     fn code(self) -> HeaderValue {
         HeaderValue::from_static(match self {
             Self::ResourceExhausted => "8",
+            Self::Unimplemented => "12",
             Self::Internal => "13",
             Self::Unauthenticated => "16",
         })
@@ -107,6 +109,7 @@ impl Refusal {
     fn text(self) -> HeaderValue {
         HeaderValue::from_static(match self {
             Self::ResourceExhausted => "the server is busy",
+            Self::Unimplemented => "unknown method",
             Self::Internal => "internal error",
             Self::Unauthenticated => UNAUTHENTICATED_TEXT,
         })
@@ -200,6 +203,10 @@ where
         increment(&gate.metrics.certificates_refused);
         tracing::info!(request_id = %id, connection = connection.id(), peer = %connection.peer(), "the client certificate is no longer accepted");
         return Ok(Refusal::Unauthenticated.reply(&id));
+    }
+    // A router and a policy may read `*` or a missing slash differently (CVE-2026-33186): neither gets to see one.
+    if !request.uri().path().starts_with('/') {
+        return Ok(Refusal::Unimplemented.reply(&id));
     }
     let Some(in_flight) = InFlight::enter(&gate, &connection) else {
         increment(&gate.metrics.requests_refused);

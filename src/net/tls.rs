@@ -469,3 +469,6 @@ impl ClientCertVerifier for StrictVerifier {
         self.inner.supported_verify_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests;
