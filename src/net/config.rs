@@ -33,6 +33,9 @@ pub struct NetConfig {
     pub max_age: Option<Duration>,
     /// Time for the requests of a connection that was asked to go.
     pub max_age_grace: Duration,
+    /// How often the chains of all open connections are looked at, so that idle connections and long streams of an
+    /// expired or revoked certificate end too: they are asked to go, and cut off after five seconds.
+    pub recheck_interval: Duration,
     /// Time for requests in flight when the server stops; then they are aborted.
     pub drain_timeout: Duration,
 }
@@ -54,6 +57,7 @@ impl Default for NetConfig {
             keepalive_timeout: Duration::from_secs(20),
             max_age: Some(Duration::from_secs(3600)),
             max_age_grace: Duration::from_secs(600),
+            recheck_interval: Duration::from_secs(5),
             drain_timeout: Duration::from_secs(20),
         }
     }
@@ -89,6 +93,7 @@ impl NetConfig {
             ("max_header_bytes", self.max_header_bytes == 0),
             ("keepalive_interval", self.keepalive_interval.is_zero()),
             ("keepalive_timeout", self.keepalive_timeout.is_zero()),
+            ("recheck_interval", self.recheck_interval.is_zero()),
             ("max_age", self.max_age.is_some_and(|age| age.is_zero())),
         ];
         if let Some((name, _)) = zeros.iter().find(|(_, zero)| *zero) {

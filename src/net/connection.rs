@@ -177,6 +177,20 @@ impl Connections {
         invalid.map(|connection| connection.close()).count()
     }
 
+    /// Asks those connections to go whose chain is no longer accepted, and tells how many are going. Yields between
+    /// verifications, of which there is one for each connection after a reload.
+    pub(crate) async fn retire_invalid(&self, tls: &TlsState) -> usize {
+        let all: Vec<_> = self.open.lock().values().cloned().collect();
+        let mut going = 0;
+        for connection in all {
+            if !connection.certificate_still_valid(tls.now()) {
+                going += 1;
+            }
+            tokio::task::yield_now().await;
+        }
+        going
+    }
+
     /// How many connections are open whose handshake is done.
     #[must_use]
     pub fn len(&self) -> usize {

@@ -275,6 +275,7 @@ async fn accept_until(
                 biased;
                 () = shutdown.cancelled() => {}
                 () = dealing => {}
+                () = recheck(&shared) => {}
             }
         }
         Err(error) => {
@@ -282,6 +283,19 @@ async fn accept_until(
         }
     }
     drain(acceptor, &shared).await
+}
+
+/// Looks at the chains of all connections, for ever.
+async fn recheck(shared: &Shared) {
+    let mut interval = tokio::time::interval(shared.config.recheck_interval);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        interval.tick().await;
+        let going = shared.connections.retire_invalid(&shared.gate.tls).await;
+        if going > 0 {
+            tracing::info!(connections = going, "client certificates are no longer accepted");
+        }
+    }
 }
 
 /// Accepts for ever: no error ends it. An error that belongs to one peer is skipped, any other (no descriptors, no

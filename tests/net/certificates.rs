@@ -21,6 +21,11 @@ use crate::support::{Identity, NOW, TestCa, TestServer, good, validity};
 const FIXTURE_CA: &str = include_str!("data/ca.pem");
 const URI: &str = "spiffe://polykey.local/client/alice";
 
+/// Without the periodic look at open connections, so that it is the request that finds out.
+fn quiet() -> NetConfig {
+    NetConfig { recheck_interval: Duration::from_secs(3600), ..NetConfig::default() }
+}
+
 fn uri(text: &str) -> SanType {
     SanType::URI(text.try_into().unwrap())
 }
@@ -433,7 +438,7 @@ fn unsound_cases(ca: &TestCa, server: &TestServer) -> Vec<(&'static str, Identit
 
 #[tokio::test]
 async fn every_sound_certificate_is_served_and_no_other() {
-    let server = TestServer::start_with(NetConfig::default(), &[FIXTURE_CA], false);
+    let server = TestServer::start_with(quiet(), &[FIXTURE_CA], false);
     let sound = sound_cases(&server.ca);
     let unsound = unsound_cases(&server.ca, &server);
     assert!(unsound.len() >= 60, "{} cases", unsound.len());
@@ -462,7 +467,7 @@ async fn every_sound_certificate_is_served_and_no_other() {
 
 #[tokio::test]
 async fn a_revoked_certificate_is_refused_from_the_first_request_on_every_path() {
-    let server = TestServer::start_with(NetConfig::default(), &[], true);
+    let server = TestServer::start_with(quiet(), &[], true);
     let revoked = server.ca.authority.client("revoked", KeyKind::P256, good()).unwrap();
     let open = Arc::new(server.config(Identity::issued(&revoked)));
     let other = Arc::new(server.config(server.ca.client("other")));
@@ -488,7 +493,7 @@ async fn a_revoked_certificate_is_refused_from_the_first_request_on_every_path()
 
 #[tokio::test]
 async fn idle_connections_of_a_revoked_certificate_are_closed() {
-    let server = TestServer::start_with(NetConfig::default(), &[], true);
+    let server = TestServer::start_with(quiet(), &[], true);
     let revoked = server.ca.authority.client("revoked", KeyKind::P256, good()).unwrap();
     let mut idle =
         server.connect(&Arc::new(server.config(Identity::issued(&revoked)))).await.unwrap();
@@ -502,8 +507,24 @@ async fn idle_connections_of_a_revoked_certificate_are_closed() {
 }
 
 #[tokio::test]
+async fn idle_connections_of_an_expired_certificate_end_by_themselves() {
+    let config = NetConfig { recheck_interval: Duration::from_millis(10), ..NetConfig::default() };
+    let server = TestServer::start(config);
+    let short =
+        server.ca.authority.client("short", KeyKind::P256, validity(NOW - 10, NOW + 10)).unwrap();
+    let mut idle =
+        server.connect(&Arc::new(server.config(Identity::issued(&short)))).await.unwrap();
+    let mut other = server.client("other").await;
+    assert_eq!(idle.status("/test/echo").await.as_deref(), Some("0"));
+    assert_eq!(other.status("/test/echo").await.as_deref(), Some("0"));
+    server.clock.set(NOW + 11);
+    idle.closed().await;
+    assert_eq!(other.status("/test/echo").await.as_deref(), Some("0"));
+}
+
+#[tokio::test]
 async fn a_revocation_list_that_ran_out_refuses_everybody() {
-    let server = TestServer::start_with(NetConfig::default(), &[], true);
+    let server = TestServer::start_with(quiet(), &[], true);
     let mut client = server.client("alice").await;
     assert_eq!(client.status("/test/echo").await.as_deref(), Some("0"));
     server.clock.set(NOW + 500_000);
@@ -513,7 +534,7 @@ async fn a_revocation_list_that_ran_out_refuses_everybody() {
 
 #[tokio::test]
 async fn a_certificate_that_expires_is_refused_on_open_connections_and_on_resumption() {
-    let server = TestServer::start(NetConfig::default());
+    let server = TestServer::start(quiet());
     let short =
         server.ca.authority.client("short", KeyKind::P256, validity(NOW - 10, NOW + 10)).unwrap();
     let config = Arc::new(server.config(Identity::issued(&short)));
@@ -541,7 +562,7 @@ async fn a_certificate_that_expires_is_refused_on_open_connections_and_on_resump
 
 #[tokio::test]
 async fn a_broken_file_keeps_the_old_material_and_names_the_file() {
-    let server = TestServer::start(NetConfig::default());
+    let server = TestServer::start(quiet());
     std::fs::write(server.path("ca.pem"), "-----BEGIN CERTIFICATE-----\nnonsense").unwrap();
     let error = server.tls.reload().unwrap_err().to_string();
     assert!(error.contains("ca.pem"), "{error}");
