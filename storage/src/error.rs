@@ -43,9 +43,9 @@ pub enum ReadError {
 /// Why a group was not committed.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum CommitError {
-    /// The store takes no commits: after an earlier failure until [`crate::Store::reopen`]
-    /// succeeds, or because it was opened so. Nothing was applied.
-    #[error("the store takes no commits")]
+    /// The store takes no commits after an earlier failure, until [`crate::Store::reopen`]
+    /// succeeds. Nothing was applied.
+    #[error("the store takes no commits until it is reopened")]
     ReadOnly,
     /// The medium failed while the group was being made durable: all of it is, or nothing.
     #[error("whether the group was committed is unknown: {0}")]

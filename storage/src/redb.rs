@@ -22,8 +22,7 @@ use std::{
 
 use ::redb::{
     Builder, Database, DatabaseError, Durability, ReadableDatabase, ReadableTable,
-    ReadableTableMetadata, StorageBackend, StorageError, Table, TableDefinition, TableError,
-    WriteTransaction,
+    ReadableTableMetadata, StorageBackend, Table, TableDefinition, WriteTransaction,
 };
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -96,6 +95,7 @@ pub struct Redb {
 struct Known {
     id: [u8; 16],
     revision: Revision,
+    rows: u64,
     generation: u64,
     failure: Option<StoreError>,
 }
@@ -115,7 +115,7 @@ impl Redb {
     /// # Errors
     /// [`OpenError::Exists`] if there is anything at `path`.
     pub fn create(path: impl AsRef<Path>, options: Options) -> Result<Self, OpenError> {
-        file::create(path.as_ref(), options, |_| Ok(()))?;
+        file::create(path.as_ref(), options)?;
         Self::open(path, options)
     }
 
@@ -178,6 +178,7 @@ impl Redb {
             known: Arc::new(Mutex::new(Known {
                 id: [0; 16],
                 revision: Revision::EMPTY,
+                rows: 0,
                 generation: 0,
                 failure: None,
             })),
@@ -207,34 +208,35 @@ impl Redb {
                 file::forget_cached(&self.path).map_err(|error| self.open_failed(error.into()))?;
             }
         }
-        let (database, id, revision) = self.open_database()?;
+        let (database, found) = self.open_database()?;
         *slot = Some(database);
         let mut known = self.known.lock();
-        known.id = id;
-        known.revision = revision;
+        known.id = found.id;
+        known.revision = found.revision;
+        known.rows = found.rows;
         known.failure = None;
-        Ok(revision)
+        Ok(found.revision)
     }
 
-    fn open_database(&self) -> Result<(Database, [u8; 16], Revision), OpenError> {
+    fn open_database(&self) -> Result<(Database, file::Identity), OpenError> {
         let mut builder = Builder::new();
         builder.set_cache_size(self.options.cache_bytes);
         // redb asserts on some files it has not written.
         let opened = catch_unwind(AssertUnwindSafe(|| (self.opener)(&builder)));
         let database = match opened {
             Ok(Ok(database)) => database,
-            Ok(Err(error)) => return Err(open_error(&self.path, error)),
-            Err(_) => return Err(not_a_store(&self.path, "its pages make no sense")),
+            Ok(Err(error)) => return Err(file::open_error(&self.path, error)),
+            Err(_) => return Err(file::not_a_store(&self.path, "its pages make no sense")),
         };
         let identified = catch_unwind(AssertUnwindSafe(|| {
             if !self.on_file {
                 initialise_if_empty(&database).map_err(|error| self.open_failed(error))?;
             }
-            identify(&self.path, &database)
+            file::identify(&self.path, &database)
         }))
-        .unwrap_or_else(|_| Err(not_a_store(&self.path, "its pages make no sense")));
+        .unwrap_or_else(|_| Err(file::not_a_store(&self.path, "its pages make no sense")));
         match identified {
-            Ok((id, revision)) => Ok((database, id, revision)),
+            Ok(found) => Ok((database, found)),
             Err(error) => {
                 close(database);
                 Err(error)
@@ -286,8 +288,9 @@ impl Redb {
 
         let mut known = self.known.lock();
         match result {
-            Ok(committed) => {
+            Ok((committed, rows)) => {
                 known.revision = committed.revision;
+                known.rows = rows.unwrap_or(known.rows);
                 Ok(committed)
             }
             Err(Failed::Aborted(abort)) => Err(CommitError::Aborted(abort)),
@@ -305,13 +308,14 @@ impl Redb {
         }
     }
 
+    // What came of a group, and how many rows there are if anything was committed.
     fn commit_on(
         &self,
         database: &Database,
         before: Revision,
         group: Vec<Commit>,
         finish: &mut dyn Finish,
-    ) -> Result<Committed, Failed> {
+    ) -> Result<(Committed, Option<u64>), Failed> {
         let admitted = if group.iter().all(|commit| commit.requires.is_empty()) {
             commit::admit::<Failure>(&group, |_| Ok(None))?
         } else {
@@ -322,7 +326,8 @@ impl Redb {
             })?
         };
         if admitted.accepted.is_empty() {
-            return Ok(Committed { revision: before, outcomes: admitted.outcomes });
+            let committed = Committed { revision: before, outcomes: admitted.outcomes };
+            return Ok((committed, None));
         }
 
         let revision = Revision(before.0.saturating_add(1));
@@ -334,25 +339,29 @@ impl Redb {
         let filled = self.fill(&transaction, (before, revision), writes.flatten(), |replaced| {
             finish.finish(&Applied { revision, accepted: &admitted.accepted, replaced })
         });
-        if let Err(failed) = filled {
-            // Nothing of it has been made current, so nothing of it survives, even if this fails.
-            if let Err(error) = transaction.abort() {
-                self.known.lock().failure = Some(Failure::from(error).error);
+        let rows = match filled {
+            Ok(rows) => rows,
+            Err(failed) => {
+                // Nothing has been made current, so nothing survives, even if this fails.
+                if let Err(error) = transaction.abort() {
+                    self.known.lock().failure = Some(Failure::from(error).error);
+                }
+                return Err(failed);
             }
-            return Err(failed);
-        }
+        };
         transaction.commit().map_err(|error| Failed::During(error.into()))?;
-        Ok(Committed { revision, outcomes: admitted.outcomes })
+        let committed = Committed { revision, outcomes: admitted.outcomes };
+        Ok((committed, Some(rows)))
     }
 
-    // Everything a transaction writes.
+    // Everything a transaction writes; the number of rows there are then.
     fn fill(
         &self,
         transaction: &WriteTransaction,
         (before, revision): (Revision, Revision),
         writes: impl Iterator<Item = Write>,
         finish: impl FnOnce(&[Replaced]) -> Result<Vec<Write>, crate::Abort>,
-    ) -> Result<(), Failed> {
+    ) -> Result<u64, Failed> {
         let mut meta = transaction.open_table(META)?;
         if encode::revision_of(meta.get(META_REVISION)?)? != before {
             return Err(Failure::damaged("the last revision is not the expected one").into());
@@ -386,7 +395,7 @@ impl Redb {
             }
             changes.pop_first()?;
         }
-        Ok(())
+        Ok(rows.len()?)
     }
 
     fn changes_now(&self, after: Revision, limit: usize) -> Result<Changes, ChangesError> {
@@ -477,63 +486,6 @@ fn initialise(transaction: &WriteTransaction) -> Result<(), Failure> {
     Ok(())
 }
 
-// Reads what makes a database a store: its id and its last revision.
-fn identify(path: &Path, database: &Database) -> Result<([u8; 16], Revision), OpenError> {
-    let read = || -> Result<_, Failure> {
-        let transaction = database.begin_read()?;
-        let meta = match transaction.open_table(META) {
-            Ok(meta) => meta,
-            Err(TableError::Storage(error)) => return Err(error.into()),
-            Err(_) => return Ok(Err("it is a redb database of another program")),
-        };
-        let Some(format) = encode::format_of(meta.get(META_FORMAT)?) else {
-            return Ok(Err("it has no format version"));
-        };
-        if format != FORMAT {
-            return Ok(Ok((format, [0; 16], Revision::EMPTY)));
-        }
-        let Some(id) = encode::id_of(meta.get(META_ID)?) else {
-            return Ok(Err("it has no id"));
-        };
-        let revision = encode::revision_of(meta.get(META_REVISION)?)?;
-        transaction.open_table(ROWS)?;
-        transaction.open_table(CHANGES)?;
-        Ok(Ok((format, id, revision)))
-    };
-    match read() {
-        Ok(Ok((FORMAT, id, revision))) => Ok((id, revision)),
-        Ok(Ok((found, ..))) if found > FORMAT => {
-            Err(OpenError::NewerFormat { path: path.to_path_buf(), found, supported: FORMAT })
-        }
-        Ok(Ok(_)) => Err(not_a_store(path, "its format version is impossible")),
-        Ok(Err(reason)) => Err(not_a_store(path, reason)),
-        Err(failure) => Err(OpenError::Store { path: path.to_path_buf(), error: failure.error }),
-    }
-}
-
-fn not_a_store(path: &Path, reason: &str) -> OpenError {
-    OpenError::NotAStore { path: path.to_path_buf(), reason: reason.into() }
-}
-
-fn open_error(path: &Path, error: DatabaseError) -> OpenError {
-    let path = path.to_path_buf();
-    match error {
-        DatabaseError::DatabaseAlreadyOpen | DatabaseError::LockProtocolMismatch => {
-            OpenError::InUse { path }
-        }
-        DatabaseError::UpgradeRequired(version) => OpenError::NotAStore {
-            path,
-            reason: format!("its redb file format is version {version}"),
-        },
-        DatabaseError::Storage(StorageError::Io(error))
-            if error.kind() == std::io::ErrorKind::InvalidData =>
-        {
-            OpenError::NotAStore { path, reason: error.to_string() }
-        }
-        other => OpenError::Store { path, error: Failure::from(other).error },
-    }
-}
-
 impl Drop for Redb {
     fn drop(&mut self) {
         if let Some(database) = self.database.get_mut().take() {
@@ -568,7 +520,6 @@ impl Store for Redb {
     }
 
     fn status(&self) -> StoreStatus {
-        let rows = self.begin().ok().and_then(|snapshot| snapshot.view.rows.len().ok());
         let bytes = std::fs::metadata(&self.path).ok().map(|file| file.len());
         let known = self.known.lock();
         StoreStatus {
@@ -576,7 +527,7 @@ impl Store for Redb {
             path: self.on_file.then(|| self.path.clone()),
             id: known.id,
             bytes: bytes.filter(|_| self.on_file),
-            rows,
+            rows: Some(known.rows),
             revision: known.revision,
             generation: known.generation,
             health: match known.failure.clone() {

@@ -8,11 +8,17 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ::redb::{Builder, WriteTransaction};
+use ::redb::{
+    Builder, Database, DatabaseError, ReadableDatabase, ReadableTableMetadata, StorageError,
+    TableError,
+};
 use rustix::fs::{Advice, FlockOperation, fadvise, flock};
 
-use super::{Options, begin_write, failure::Failure, identify, initialise, open_error};
-use crate::{OpenError, StoreError};
+use super::{
+    CHANGES, FORMAT, META, META_FORMAT, META_ID, META_REVISION, Options, ROWS, begin_write, encode,
+    failure::Failure, initialise,
+};
+use crate::{OpenError, Revision, StoreError};
 
 /// The first bytes of every redb file, from redb's design document.
 const MAGIC: &[u8] = b"redb\x1a\x0a\xa9\x0d\x0a";
@@ -51,13 +57,12 @@ impl super::Redb {
 
 /// Refuses what redb would only refuse obscurely, or take for an empty database.
 pub(super) fn check(path: &Path) -> Result<(), OpenError> {
-    let not_a_store = |reason: &str| super::not_a_store(path, reason);
     match fs::metadata(path) {
-        Ok(found) if !found.is_file() => Err(not_a_store("it is not a regular file")),
-        Ok(found) if found.len() == 0 => Err(not_a_store("it is empty")),
+        Ok(found) if !found.is_file() => Err(not_a_store(path, "it is not a regular file")),
+        Ok(found) if found.len() == 0 => Err(not_a_store(path, "it is empty")),
         Ok(_) => match starts_like_redb(path) {
             Ok(true) => Ok(()),
-            Ok(false) => Err(not_a_store("it does not start as a redb file does")),
+            Ok(false) => Err(not_a_store(path, "it does not start as a redb file does")),
             Err(error) => Err(OpenError::Store { path: path.to_path_buf(), error: error.into() }),
         },
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -85,15 +90,11 @@ fn starts_like_redb(path: &Path) -> io::Result<bool> {
     Ok(start == MAGIC)
 }
 
-/// Creates an empty store, lets `fill` write to it, and gives it its name when it is durable.
+/// Creates an empty store, and gives it its name when it is durable.
 ///
 /// redb's own creation is not atomic: a crash in the middle of it leaves a file that never opens
 /// again. Hence a temporary file, synced, renamed, and the directory synced.
-pub(super) fn create(
-    path: &Path,
-    options: Options,
-    fill: impl FnOnce(&WriteTransaction) -> Result<(), Failure>,
-) -> Result<(), OpenError> {
+pub(super) fn create(path: &Path, options: Options) -> Result<(), OpenError> {
     let failed = |error: StoreError| OpenError::Store { path: path.to_path_buf(), error };
     let io_failed = |error: io::Error| failed(error.into());
     let (directory, temporary) = places(path)?;
@@ -127,7 +128,6 @@ pub(super) fn create(
     let filled = || -> Result<(), Failure> {
         let transaction = begin_write(&database)?;
         initialise(&transaction)?;
-        fill(&transaction)?;
         transaction.commit()?;
         Ok(())
     };
@@ -141,7 +141,7 @@ pub(super) fn create(
 // The directory of `path`, and the temporary file in it.
 fn places(path: &Path) -> Result<(PathBuf, PathBuf), OpenError> {
     let Some(name) = path.file_name() else {
-        return Err(super::not_a_store(path, "it is a directory"));
+        return Err(not_a_store(path, "it is a directory"));
     };
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
@@ -152,4 +152,70 @@ fn places(path: &Path) -> Result<(PathBuf, PathBuf), OpenError> {
     temporary.push(".new");
     let temporary = directory.join(temporary);
     Ok((directory, temporary))
+}
+
+/// What a file says about itself.
+pub(super) struct Identity {
+    pub(super) id: [u8; 16],
+    pub(super) revision: Revision,
+    pub(super) rows: u64,
+}
+
+/// Tells a store of this format from anything else.
+pub(super) fn identify(path: &Path, database: &Database) -> Result<Identity, OpenError> {
+    let read = || -> Result<Result<Identity, OpenError>, Failure> {
+        let refuse = |reason| Ok(Err(not_a_store(path, reason)));
+        let transaction = database.begin_read()?;
+        let meta = match transaction.open_table(META) {
+            Ok(meta) => meta,
+            Err(TableError::Storage(error)) => return Err(error.into()),
+            Err(_) => return refuse("it is a redb database of another program"),
+        };
+        match encode::format_of(meta.get(META_FORMAT)?) {
+            Some(FORMAT) => {}
+            Some(found) if found > FORMAT => {
+                return Ok(Err(OpenError::NewerFormat {
+                    path: path.to_path_buf(),
+                    found,
+                    supported: FORMAT,
+                }));
+            }
+            _ => return refuse("it has no format version that ever was"),
+        }
+        let Some(id) = encode::id_of(meta.get(META_ID)?) else {
+            return refuse("it has no id");
+        };
+        transaction.open_table(CHANGES)?;
+        Ok(Ok(Identity {
+            id,
+            revision: encode::revision_of(meta.get(META_REVISION)?)?,
+            rows: transaction.open_table(ROWS)?.len()?,
+        }))
+    };
+    read().unwrap_or_else(|failure| {
+        Err(OpenError::Store { path: path.to_path_buf(), error: failure.error })
+    })
+}
+
+pub(super) fn not_a_store(path: &Path, reason: &str) -> OpenError {
+    OpenError::NotAStore { path: path.to_path_buf(), reason: reason.into() }
+}
+
+pub(super) fn open_error(path: &Path, error: DatabaseError) -> OpenError {
+    let path = path.to_path_buf();
+    match error {
+        DatabaseError::DatabaseAlreadyOpen | DatabaseError::LockProtocolMismatch => {
+            OpenError::InUse { path }
+        }
+        DatabaseError::UpgradeRequired(version) => OpenError::NotAStore {
+            path,
+            reason: format!("its redb file format is version {version}"),
+        },
+        DatabaseError::Storage(StorageError::Io(error))
+            if error.kind() == io::ErrorKind::InvalidData =>
+        {
+            OpenError::NotAStore { path, reason: error.to_string() }
+        }
+        other => OpenError::Store { path, error: Failure::from(other).error },
+    }
 }
