@@ -75,6 +75,8 @@ type Opener = Box<dyn Fn(&Builder) -> Result<Database, DatabaseError> + Send + S
 
 /// A store in one file, or on any other [`StorageBackend`].
 ///
+/// Reopening refuses a medium on which an acknowledged revision is gone.
+///
 /// After a failure of the medium it serves nothing until [`Store::reopen`] succeeds: what redb
 /// holds in memory may then differ from what is durable. Snapshots taken before may still answer,
 /// from the revision they were taken at.
@@ -98,6 +100,20 @@ struct Known {
     rows: u64,
     generation: u64,
     failure: Option<StoreError>,
+}
+
+impl Known {
+    // What was acknowledged and is no longer there.
+    fn loss(&self, found: &file::Identity) -> Option<String> {
+        if found.id != self.id {
+            Some("another store stands in its place".into())
+        } else if found.revision < self.revision {
+            let (found, last) = (found.revision, self.revision);
+            Some(format!("it is back at revision {found}, and {last} was acknowledged"))
+        } else {
+            None
+        }
+    }
 }
 
 impl fmt::Debug for Redb {
@@ -209,8 +225,12 @@ impl Redb {
             }
         }
         let (database, found) = self.open_database()?;
-        *slot = Some(database);
         let mut known = self.known.lock();
+        if let Some(loss) = known.loss(&found).filter(|_| again) {
+            close(database);
+            return Err(self.open_failed(StoreError::Damaged(loss)));
+        }
+        *slot = Some(database);
         known.id = found.id;
         known.revision = found.revision;
         known.rows = found.rows;

@@ -15,7 +15,7 @@ use polykey_storage::{
     Abort, Applied, ChangesError, Commit, CommitError, Direction, Health, NoFinish, OpenError,
     ReadError, Require, Revision, RowKey, Space, Store, StoreStatus, Write, all, conformance,
     redb::{FORMAT, Options, Redb},
-    simulation::Disk,
+    simulation::{Disk, Honesty},
 };
 use redb::{Database, TableDefinition};
 
@@ -305,4 +305,53 @@ fn a_group_costs_as_many_syncs_as_one_commit() {
     let committed = block_on(store.commit(vec![refused], &mut NoFinish)).unwrap();
     assert!(!committed.any());
     assert_eq!(disk.syncs(), before);
+}
+
+#[test]
+fn reopening_notices_a_file_put_in_its_place() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let other = directory.path().join("other");
+    let store = Redb::create(&path, Options::default()).unwrap();
+    commit(&store, put("a", "1"));
+    drop(store);
+    fs::copy(&path, &other).unwrap();
+    let store = Redb::open(&path, Options::default()).unwrap();
+    commit(&store, put("a", "2"));
+
+    // An older copy.
+    fs::rename(&other, &path).unwrap();
+    let error = block_on(store.reopen()).unwrap_err();
+    assert!(error.to_string().contains("back at revision 1"), "{error}");
+    let read = block_on(store.get(SPACE, b"a"));
+    assert_eq!(read, Err(ReadError::NeedsReopen));
+
+    // Another store.
+    drop(Redb::create(&other, Options::default()).unwrap());
+    fs::rename(&other, &path).unwrap();
+    let error = block_on(store.reopen()).unwrap_err();
+    assert!(error.to_string().contains("another store"), "{error}");
+
+    // None.
+    fs::remove_file(&path).unwrap();
+    let error = block_on(store.reopen()).unwrap_err();
+    assert_eq!(error, OpenError::NotFound { path });
+}
+
+#[test]
+fn reopening_notices_that_the_disk_has_lied() {
+    let disk = Disk::new(2);
+    let store = {
+        let disk = disk.clone();
+        Redb::with_backend("simulated", Options::default(), move || disk.open()).unwrap()
+    };
+    commit(&store, put("a", "1"));
+    disk.set_honesty(Honesty::SyncsNothing);
+    for _ in 0..5 {
+        commit(&store, put("a", "2"));
+    }
+    disk.power_cycle();
+    assert!(block_on(store.reopen()).is_err());
+    let outcome = block_on(store.commit(vec![put("a", "3")], &mut NoFinish));
+    assert!(matches!(outcome, Err(CommitError::ReadOnly)));
 }
