@@ -1,0 +1,25 @@
+//! The audit log: events, the trail that makes them durable, reading, checkpoints, proofs and
+//! verification.
+//!
+//! Every leaf of the log is either one security-relevant event, durable before the reply, or one
+//! block of data-plane events, durable a moment later. Leaves hash salted plaintext and their hashes
+//! stand in the clear, so that whoever holds the public key alone can verify that nothing was
+//! changed, taken out or put in.
+
+pub mod checkpoint;
+mod denials;
+pub mod event;
+pub mod export;
+mod flush;
+pub mod proof;
+pub mod read;
+mod trail;
+mod usage;
+pub mod verify;
+
+pub use checkpoint::{Checkpoint, Signer, VerifyingKey};
+pub use event::{Draft, Origin, Outcome, anonymous};
+pub use read::{EventView, Filter, Order, Page};
+pub use trail::{DataPlane, Options, Trail};
+pub use usage::Access;
+pub use verify::{Report, verify_clear, verify_store};

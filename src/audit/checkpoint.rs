@@ -1,0 +1,263 @@
+//! Checkpoints: signed statements of the log's size and root, as C2SP `tlog-checkpoint` notes.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use aws_lc_rs::digest::{SHA256, digest};
+use aws_lc_rs::signature::{ED25519, UnparsedPublicKey};
+use data_encoding::{BASE64, HEXLOWER};
+use polykey_proto::polykey::record::v1::CheckpointRecord;
+use polykey_storage::{Direction, Store};
+use prost::Message;
+use serde::Serialize;
+
+use super::trail::{Inner, Trail};
+use crate::error::Error;
+use crate::time::Time;
+use crate::vault::tree::Hash;
+use crate::vault::{Vault, space};
+
+/// What signs checkpoints: an Ed25519 key of the node.
+pub trait Signer: Send + Sync + 'static {
+    /// The public key, as RFC 8032 encodes it.
+    fn public_key(&self) -> [u8; 32];
+    /// The signature of `message` under it.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] if the cryptographic library fails, [`Error::Unavailable`] if the key is
+    /// away.
+    fn sign(&self, message: &[u8]) -> Result<[u8; 64], Error>;
+}
+
+/// A key that verifies checkpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VerifyingKey(pub [u8; 32]);
+
+/// The signature type of Ed25519 in C2SP `signed-note`.
+const ED25519_NOTE: u8 = 1;
+
+impl VerifyingKey {
+    /// From the text of [`std::fmt::Display`]: base64 of 32 bytes.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        BASE64.decode(text.trim().as_bytes()).ok()?.try_into().ok().map(Self)
+    }
+
+    /// The hint by which a signature line names its key: the first 4 bytes of
+    /// SHA-256(name ‖ 0x0a ‖ 0x01 ‖ key).
+    #[must_use]
+    pub fn hint(&self, name: &str) -> [u8; 4] {
+        let input = [name.as_bytes(), b"\n", &[ED25519_NOTE], &self.0].concat();
+        let hash = digest(&SHA256, &input);
+        hash.as_ref().first_chunk().copied().unwrap_or_default()
+    }
+}
+
+impl std::fmt::Display for VerifyingKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&BASE64.encode(&self.0))
+    }
+}
+
+/// The name of a node's log: what its checkpoints begin with.
+#[must_use]
+pub fn origin(node_id: &[u8; 16]) -> String {
+    format!("polykey/{}", HEXLOWER.encode(node_id))
+}
+
+/// A checkpoint that has been read, and verified if [`Self::verify`] said so.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// The name of the log.
+    pub origin: String,
+    /// How many leaves it covers.
+    pub size: u64,
+    /// The root of the tree over them.
+    pub root: Hash,
+    /// When it was signed, as the signer says.
+    pub time: Time,
+    /// The whole note.
+    pub note: String,
+}
+
+const SEPARATOR: &str = "\n\n";
+
+fn body(origin: &str, size: u64, root: &Hash, time: Time) -> String {
+    format!("{origin}\n{size}\n{}\ntime {}\n", BASE64.encode(root), time.micros())
+}
+
+impl Checkpoint {
+    /// Makes and signs one.
+    ///
+    /// # Errors
+    /// As [`Signer::sign`].
+    pub fn sign(
+        origin: String,
+        size: u64,
+        root: Hash,
+        time: Time,
+        signer: &dyn Signer,
+    ) -> Result<Self, Error> {
+        let body = body(&origin, size, &root, time);
+        let signature = signer.sign(body.as_bytes())?;
+        let mut signed = VerifyingKey(signer.public_key()).hint(&origin).to_vec();
+        signed.extend_from_slice(&signature);
+        let note = format!("{body}\n\u{2014} {origin} {}\n", BASE64.encode(&signed));
+        Ok(Self { origin, size, root, time, note })
+    }
+
+    /// Reads a note; `None` unless it is exactly one that [`Self::sign`] could have written, the
+    /// signature aside.
+    #[must_use]
+    pub fn parse(note: &str) -> Option<Self> {
+        let (text, _) = note.split_once(SEPARATOR)?;
+        let mut lines = text.split('\n');
+        let origin = lines.next()?.to_owned();
+        let size = lines.next()?.parse().ok()?;
+        let root = BASE64.decode(lines.next()?.as_bytes()).ok()?.try_into().ok()?;
+        let time = lines.next()?.strip_prefix("time ")?.parse().ok()?;
+        let time = Time::from_micros(time);
+        let canonical = body(&origin, size, &root, time);
+        let exact = lines.next().is_none()
+            && !origin.is_empty()
+            && !origin.contains([' ', '+'])
+            && note.strip_prefix(&canonical).is_some_and(|rest| rest.starts_with('\n'));
+        exact.then(|| Self { origin, size, root, time, note: note.to_owned() })
+    }
+
+    /// Which of `keys` has signed it.
+    #[must_use]
+    pub fn verify(&self, keys: &[VerifyingKey]) -> Option<VerifyingKey> {
+        let (text, signatures) = self.note.split_once(SEPARATOR)?;
+        let body = format!("{text}\n");
+        let prefix = format!("\u{2014} {} ", self.origin);
+        let signatures = signatures.strip_suffix('\n')?.split('\n');
+        let signatures: Vec<Vec<u8>> = signatures
+            .map(|line| BASE64.decode(line.strip_prefix(&prefix)?.as_bytes()).ok())
+            .collect::<Option<_>>()?;
+        let signed_by = |key: &&VerifyingKey| {
+            signatures.iter().any(|signature| {
+                signature.strip_prefix(&key.hint(&self.origin)).is_some_and(|signature| {
+                    UnparsedPublicKey::new(&ED25519, key.0)
+                        .verify(body.as_bytes(), signature)
+                        .is_ok()
+                })
+            })
+        };
+        keys.iter().find(signed_by).copied()
+    }
+}
+
+/// A checkpoint as it is shown.
+#[derive(Clone, Debug, Serialize, PartialEq, Eq)]
+pub struct CheckpointView {
+    /// The name of the log.
+    pub origin: String,
+    /// Leaves it covers.
+    pub size: u64,
+    /// The root, base64.
+    pub root: String,
+    /// When it was signed, RFC 3339.
+    pub time: String,
+    /// The note, for offline verification.
+    pub note: String,
+}
+
+impl From<&Checkpoint> for CheckpointView {
+    fn from(checkpoint: &Checkpoint) -> Self {
+        Self {
+            origin: checkpoint.origin.clone(),
+            size: checkpoint.size,
+            root: BASE64.encode(&checkpoint.root),
+            time: checkpoint.time.to_string(),
+            note: checkpoint.note.clone(),
+        }
+    }
+}
+
+/// What a row of the checkpoint space holds.
+pub(super) fn decode(key: &[u8], value: &[u8]) -> Result<Checkpoint, String> {
+    let size = key.try_into().map(u64::from_be_bytes).map_err(|_| "its row key is malformed")?;
+    let record = CheckpointRecord::decode(value).map_err(|_| "its row is malformed")?;
+    let checkpoint = Checkpoint::parse(&record.note).ok_or("its note is malformed")?;
+    if checkpoint.size != size {
+        return Err(format!("it stands at {size} and is of size {}", checkpoint.size));
+    }
+    Ok(checkpoint)
+}
+
+/// The newest checkpoint in the store.
+pub(super) async fn latest(vault: &Vault) -> Result<Option<Checkpoint>, Error> {
+    let rows = vault
+        .store()
+        .scan(space::CHECKPOINTS, polykey_storage::all(), Direction::Backward, 1)
+        .await?;
+    let decoded = rows.first().map(|row| decode(&row.key, &row.value));
+    decoded.transpose().map_err(|e| Error::data_loss(format!("the last checkpoint: {e}")))
+}
+
+/// All checkpoints in the store, smallest first; a row that is none is told apart by its error.
+pub(super) async fn all(
+    store: &dyn Store,
+) -> Result<Vec<Result<Checkpoint, String>>, polykey_storage::ReadError> {
+    let mut range = polykey_storage::all();
+    let mut found = Vec::new();
+    loop {
+        let rows = store.scan(space::CHECKPOINTS, range, Direction::Forward, 1024).await?;
+        let Some(last) = rows.last() else { return Ok(found) };
+        range = (std::ops::Bound::Excluded(last.key.clone()), std::ops::Bound::Unbounded);
+        found.extend(rows.iter().map(|row| decode(&row.key, &row.value)));
+    }
+}
+
+impl Inner {
+    pub(super) async fn checkpoint(&self) -> Result<Option<Checkpoint>, Error> {
+        let _one = self.signing.lock().await;
+        let Some(signer) = &self.signer else { return latest(&self.vault).await };
+        let head = self.vault.head();
+        let last = latest(&self.vault).await?;
+        if head.leaves == 0 || last.as_ref().is_some_and(|last| last.size >= head.leaves) {
+            return Ok(last);
+        }
+        let checkpoint = Checkpoint::sign(
+            origin(&self.vault.node_id()),
+            head.leaves,
+            head.root,
+            self.vault.clock().now(),
+            &**signer,
+        )?;
+        let record = CheckpointRecord { note: checkpoint.note.clone() };
+        let mut tx = self.vault.begin().await?;
+        let key = checkpoint.size.to_be_bytes().to_vec();
+        tx.insert_clear(space::CHECKPOINTS, key, record.encode_to_vec());
+        tx.commit().await?;
+        self.checkpointed.store(checkpoint.size, Ordering::Relaxed);
+        Ok(Some(checkpoint))
+    }
+}
+
+impl Trail {
+    /// Signs the log as it is now, unless that has been done already, and returns the newest
+    /// checkpoint; `None` for an empty log. Without a signer it is the newest stored one.
+    ///
+    /// # Errors
+    /// As [`Signer::sign`] and [`crate::vault::Tx::commit`].
+    pub async fn checkpoint(&self) -> Result<Option<Checkpoint>, Error> {
+        self.inner.checkpoint().await
+    }
+
+    /// The newest stored checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::DataLoss`] if it is malformed, [`Error::Unavailable`] if the store cannot be read.
+    pub async fn latest_checkpoint(&self) -> Result<Option<Checkpoint>, Error> {
+        latest(&self.inner.vault).await
+    }
+
+    /// The key that verifies new checkpoints, if the trail signs any.
+    #[must_use]
+    pub fn verifying_key(&self) -> Option<VerifyingKey> {
+        let signer: &Arc<dyn Signer> = self.inner.signer.as_ref()?;
+        Some(VerifyingKey(signer.public_key()))
+    }
+}

@@ -1,0 +1,221 @@
+//! The tasks behind the trail: each keeps what it holds until that is durable, exactly once.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use polykey_proto::polykey::record::v1::AuditEvent;
+
+use super::trail::{Inner, Queued, Waiter};
+use super::usage::read_bodies;
+use crate::error::Error;
+
+/// Most bytes of the events of one block, far below what a row takes.
+const BLOCK_BYTES: usize = 1024 * 1024;
+const PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Makes data-plane events durable, block by block, until the trail closes and the queue is empty.
+pub(super) async fn blocks(inner: Arc<Inner>) {
+    loop {
+        let closing = inner.closing.is_cancelled();
+        let (queued, waited_for) = {
+            let state = inner.state.lock();
+            (state.queue.len(), state.queue.iter().any(|q| q.waiter.is_some()))
+        };
+        if queued == 0 {
+            if closing {
+                return;
+            }
+            tokio::select! {
+                () = inner.wake.notified() => {}
+                () = inner.closing.cancelled() => {}
+            }
+            continue;
+        }
+        if !closing && !waited_for && queued < inner.options.block {
+            tokio::select! {
+                () = tokio::time::sleep(inner.options.linger) => {}
+                () = inner.urgent.notified() => {}
+                () = inner.closing.cancelled() => {}
+            }
+        }
+        let (events, waiters, bytes) = take(&inner);
+        let leaf = deliver(&inner, &events, true).await;
+        {
+            let mut state = inner.state.lock();
+            state.usage.block(leaf, &events);
+            state.in_flight = Arc::default();
+            state.floor = None;
+            state.bytes = state.bytes.saturating_sub(bytes);
+        }
+        for waiter in waiters {
+            // Whoever has gone away has its event all the same.
+            let _ = waiter.send(Ok(leaf));
+        }
+    }
+}
+
+fn take(inner: &Inner) -> (Arc<Vec<AuditEvent>>, Vec<Waiter>, usize) {
+    let mut state = inner.state.lock();
+    let mut events = Vec::new();
+    let mut waiters = Vec::new();
+    let mut bytes = 0;
+    while events.len() < inner.options.block {
+        let fits = |q: &mut Queued| events.is_empty() || bytes + q.bytes <= BLOCK_BYTES;
+        let Some(queued) = state.queue.pop_front_if(fits) else { break };
+        bytes += queued.bytes;
+        events.push(queued.event);
+        waiters.extend(queued.waiter);
+    }
+    let events = Arc::new(events);
+    state.in_flight = Arc::clone(&events);
+    state.floor = Some(inner.vault.head().leaves);
+    (events, waiters, bytes)
+}
+
+/// Commits events until they are durable, and returns the index of their first leaf. After an
+/// unknown outcome the log itself is asked whether they are there.
+async fn deliver(inner: &Inner, events: &[AuditEvent], block: bool) -> u64 {
+    let floor = inner.vault.head().leaves;
+    let mut pause = PAUSE;
+    loop {
+        let result = if block {
+            inner.vault.record_block(events.to_vec()).await
+        } else {
+            inner.vault.record(events.to_vec()).await
+        };
+        let error = match result {
+            Ok(receipt) => {
+                if let Some(leaf) = receipt.leaf {
+                    inner.failing.store(false, Ordering::Relaxed);
+                    return leaf;
+                }
+                Error::internal("events became no leaf")
+            }
+            Err(error @ Error::OutcomeUnknown { .. }) => {
+                inner.failing.store(true, Ordering::Relaxed);
+                match landed(inner, floor, events, block).await {
+                    Some(leaf) => {
+                        inner.failing.store(false, Ordering::Relaxed);
+                        return leaf;
+                    }
+                    None => error,
+                }
+            }
+            Err(error) => error,
+        };
+        if !inner.failing.swap(true, Ordering::Relaxed) {
+            let cause = error.internal_text().unwrap_or("");
+            tracing::error!(%error, cause, "audit events are not durable yet; trying again");
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// Waits until the store has been reopened, and looks for the events among the leaves from `floor`
+/// on. Their request ids are their own, so equal events are these events.
+async fn landed(inner: &Inner, floor: u64, events: &[AuditEvent], block: bool) -> Option<u64> {
+    let mut pause = PAUSE;
+    loop {
+        if inner.vault.writable() {
+            match find(inner, floor, events, block).await {
+                Ok(found) => return found,
+                Err(error) => tracing::warn!(%error, "the audit log cannot be read yet"),
+            }
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+pub(super) async fn find(
+    inner: &Inner,
+    floor: u64,
+    events: &[AuditEvent],
+    block: bool,
+) -> Result<Option<u64>, Error> {
+    let to = inner.vault.head().leaves;
+    let mut next = floor;
+    while next < to {
+        let bodies = read_bodies(&inner.vault, next, to, 16).await?;
+        if bodies.is_empty() {
+            return Err(Error::data_loss(format!("audit leaf {next} is missing")));
+        }
+        for (leaf, body) in bodies {
+            let same =
+                if block { body.events == events } else { body.events.first() == events.first() };
+            if body.data_plane == block && same {
+                return Ok(Some(leaf));
+            }
+            next = leaf + 1;
+        }
+    }
+    Ok(None)
+}
+
+/// Writes counted denials out, until the trail closes and none is left.
+pub(super) async fn denials(inner: Arc<Inner>) {
+    loop {
+        let closing = inner.closing.is_cancelled();
+        let (due, waiting) = {
+            let denials = &mut inner.state.lock().denials;
+            (denials.due(closing, Instant::now()), denials.waiting())
+        };
+        for events in due.chunks(256) {
+            let first = deliver(&inner, events, false).await;
+            let mut state = inner.state.lock();
+            for (leaf, event) in (first..).zip(events) {
+                state.usage.observed(leaf, event);
+            }
+        }
+        if closing {
+            return;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_millis(50)), if waiting => {}
+            () = inner.counted.notified(), if !waiting => {}
+            () = inner.closing.cancelled() => {}
+        }
+    }
+}
+
+pub(super) async fn usage(inner: &Inner, all: bool) -> Result<(), Error> {
+    let _one = inner.folding.lock().await;
+    super::usage::flush(inner, all).await
+}
+
+/// Writes the use of keys and signs checkpoints, until the trail closes.
+pub(super) async fn upkeep(inner: Arc<Inner>) {
+    let mut rest = inner.options.usage_interval;
+    let mut new_since: Option<Instant> = None;
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(rest) => {}
+            () = inner.closing.cancelled() => return,
+        }
+        let begun = Instant::now();
+        if let Err(error) = usage(&inner, false).await {
+            let cause = error.internal_text().unwrap_or("");
+            tracing::warn!(%error, cause, "the use of keys was not written; trying again");
+        }
+        // A fifth of the time at most, so that writing the use never crowds out the use.
+        rest = inner.options.usage_interval.max(begun.elapsed() * 4);
+        let fresh =
+            inner.vault.head().leaves.saturating_sub(inner.checkpointed.load(Ordering::Relaxed));
+        if fresh == 0 {
+            new_since = None;
+            continue;
+        }
+        let since = *new_since.get_or_insert(begun);
+        if fresh >= inner.options.checkpoint_leaves
+            || since.elapsed() >= inner.options.checkpoint_interval
+        {
+            match inner.checkpoint().await {
+                Ok(_) => new_since = None,
+                Err(error) => tracing::warn!(%error, "no checkpoint was signed; trying again"),
+            }
+        }
+    }
+}

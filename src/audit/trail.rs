@@ -1,0 +1,385 @@
+//! The trail: takes events in, answers when they are durable, and refuses when it cannot.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use polykey_proto::polykey::record::v1::{AuditEvent, UsageRecord};
+use prost::Message;
+use tokio::sync::{Notify, oneshot};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::checkpoint::Signer;
+use super::denials::{Denials, Verdict};
+use super::usage::{self, Access, Held, Touch, Usage};
+use super::{checkpoint, flush};
+use crate::error::Error;
+use crate::key::KeyId;
+use crate::vault::Vault;
+
+/// Most bytes of events that wait, beside their number.
+const QUEUE_BYTES: usize = 64 * 1024 * 1024;
+
+/// When an ordinary use of a key is answered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DataPlane {
+    /// When its event has been accepted; it is durable within 100 ms.
+    #[default]
+    Buffered,
+    /// When its event is durable.
+    Durable,
+}
+
+/// How the trail works.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// When an ordinary use of a key is answered.
+    pub data_plane: DataPlane,
+    /// How long the first event of a block waits for others; at most 50 ms. Default 2 ms.
+    pub linger: Duration,
+    /// Most events that wait to become durable, at least 1. Default 65,536.
+    pub queue: usize,
+    /// Most events in one block, 1 to 2,048. Default 2,048.
+    pub block: usize,
+    /// Denials of one source within a second that are recorded each by itself. Default 20.
+    pub denial_burst: u32,
+    /// How often the use of keys is written. Default 1 s.
+    pub usage_interval: Duration,
+    /// New leaves after which a checkpoint is signed, at least 1. Default 1,000.
+    pub checkpoint_leaves: u64,
+    /// Age of the first new leaf after which a checkpoint is signed. Default 60 s.
+    pub checkpoint_interval: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            data_plane: DataPlane::Buffered,
+            linger: Duration::from_millis(2),
+            queue: 65_536,
+            block: 2_048,
+            denial_burst: 20,
+            usage_interval: Duration::from_secs(1),
+            checkpoint_leaves: 1_000,
+            checkpoint_interval: Duration::from_secs(60),
+        }
+    }
+}
+
+/// What the trail says about itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// Events that wait to become durable.
+    pub queued: usize,
+    /// How many may wait.
+    pub capacity: usize,
+    /// Whether the last attempt to make events durable failed.
+    pub failing: bool,
+    /// Leaves whose use of keys has not been written yet.
+    pub usage_backlog: usize,
+}
+
+pub(super) type Waiter = oneshot::Sender<Result<u64, Error>>;
+
+pub(super) struct Queued {
+    pub(super) event: AuditEvent,
+    pub(super) bytes: usize,
+    pub(super) waiter: Option<Waiter>,
+}
+
+pub(super) struct State {
+    pub(super) queue: VecDeque<Queued>,
+    /// Bytes of queued events and of those in flight.
+    pub(super) bytes: usize,
+    /// Events taken from the queue that are not known to be durable.
+    pub(super) in_flight: Arc<Vec<AuditEvent>>,
+    /// The block in flight can be no leaf before this one.
+    pub(super) floor: Option<u64>,
+    pub(super) closed: bool,
+    pub(super) usage: Usage,
+    pub(super) denials: Denials,
+}
+
+pub(super) struct Inner {
+    pub(super) vault: Arc<Vault>,
+    pub(super) options: Options,
+    pub(super) signer: Option<Arc<dyn Signer>>,
+    pub(super) state: Mutex<State>,
+    /// There is something in the queue.
+    pub(super) wake: Notify,
+    /// It should not linger: someone waits, or a block is full.
+    pub(super) urgent: Notify,
+    /// There are counted denials.
+    pub(super) counted: Notify,
+    pub(super) closing: CancellationToken,
+    pub(super) failing: AtomicBool,
+    /// Size of the last checkpoint.
+    pub(super) checkpointed: AtomicU64,
+    /// One checkpoint at a time.
+    pub(super) signing: tokio::sync::Mutex<()>,
+    /// One write-behind of usage at a time.
+    pub(super) folding: tokio::sync::Mutex<()>,
+}
+
+impl Held for Inner {
+    fn vault(&self) -> &Vault {
+        &self.vault
+    }
+
+    fn with<T>(&self, f: impl FnOnce(&mut Usage) -> T) -> T {
+        f(&mut self.state.lock().usage)
+    }
+
+    fn limit(&self) -> u64 {
+        // The head first: a block that takes off between the two reads lands at or after it, and
+        // one that lands between them is pending already.
+        let leaves = self.vault.head().leaves;
+        self.state.lock().floor.map_or(leaves, |floor| floor.min(leaves))
+    }
+
+    fn unsettled(&self, key: &[u8; 16], out: &mut Vec<Touch>) {
+        let state = self.state.lock();
+        let events = state.in_flight.iter().chain(state.queue.iter().map(|q| &q.event));
+        let of_key = events.filter(|event| event.key_id.as_ref() == key);
+        out.extend(of_key.filter_map(|event| usage::touch(event, true, u64::MAX)));
+    }
+}
+
+/// The trail of one node. Dropped without [`Self::shutdown`], it forgets what is not durable, as a
+/// killed process does.
+pub struct Trail {
+    pub(super) inner: Arc<Inner>,
+    tasks: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Trail {
+    /// Applies what the log holds beyond the stored usage, and starts the tasks that make events
+    /// durable, on the current runtime. There may be one trail for a vault.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] or [`Error::DataLoss`] if the log cannot be read.
+    pub async fn start(
+        vault: Arc<Vault>,
+        options: Options,
+        signer: Option<Arc<dyn Signer>>,
+    ) -> Result<Self, Error> {
+        let mark = usage::load_mark(&vault).await?;
+        let checkpointed = checkpoint::latest(&vault).await?.map_or(0, |c| c.size);
+        let options = Options {
+            linger: options.linger.min(Duration::from_millis(50)),
+            queue: options.queue.max(1),
+            block: options.block.clamp(1, 2_048),
+            checkpoint_leaves: options.checkpoint_leaves.max(1),
+            ..options
+        };
+        let state = State {
+            queue: VecDeque::new(),
+            bytes: 0,
+            in_flight: Arc::default(),
+            floor: None,
+            closed: false,
+            usage: Usage::new(mark),
+            denials: Denials::default(),
+        };
+        let inner = Arc::new(Inner {
+            vault,
+            options,
+            signer,
+            state: Mutex::new(state),
+            wake: Notify::new(),
+            urgent: Notify::new(),
+            counted: Notify::new(),
+            closing: CancellationToken::new(),
+            failing: AtomicBool::new(false),
+            checkpointed: AtomicU64::new(checkpointed),
+            signing: tokio::sync::Mutex::new(()),
+            folding: tokio::sync::Mutex::new(()),
+        });
+        usage::flush(&*inner, false).await?;
+        let tasks = vec![
+            tokio::spawn(flush::blocks(Arc::clone(&inner))),
+            tokio::spawn(flush::denials(Arc::clone(&inner))),
+            tokio::spawn(flush::upkeep(Arc::clone(&inner))),
+        ];
+        Ok(Self { inner, tasks: Mutex::new(tasks) })
+    }
+
+    /// The vault underneath.
+    #[must_use]
+    pub fn vault(&self) -> &Arc<Vault> {
+        &self.inner.vault
+    }
+
+    fn push(&self, event: AuditEvent, waiter: Option<Waiter>) -> Result<(), Error> {
+        let inner = &*self.inner;
+        let bytes = event.encoded_len();
+        let urgent = waiter.is_some();
+        let mut state = inner.state.lock();
+        if state.closed {
+            return Err(Error::unavailable("the audit trail is closed"));
+        }
+        let waiting = state.queue.len() + state.in_flight.len();
+        if waiting >= inner.options.queue || state.bytes.saturating_add(bytes) > QUEUE_BYTES {
+            return Err(Error::Exhausted { retry_after: Duration::from_millis(100) });
+        }
+        state.usage.accepted(&event);
+        state.bytes += bytes;
+        state.queue.push_back(Queued { event, bytes, waiter });
+        let queued = state.queue.len();
+        drop(state);
+        if queued == 1 {
+            inner.wake.notify_one();
+        }
+        if urgent || queued == inner.options.block {
+            inner.urgent.notify_one();
+        }
+        Ok(())
+    }
+
+    /// Accepts the event of an ordinary use of a key. It is durable a moment later; it is never
+    /// dropped.
+    ///
+    /// # Errors
+    /// [`Error::Exhausted`] if too many events wait already, [`Error::Unavailable`] after
+    /// [`Self::shutdown`]: the use must be refused then.
+    pub fn data_plane(&self, event: impl Into<AuditEvent>) -> Result<(), Error> {
+        self.push(event.into(), None)
+    }
+
+    /// As [`Self::data_plane`], and waits until the event is durable. Returns the index of its leaf.
+    ///
+    /// # Errors
+    /// As [`Self::data_plane`]; [`Error::OutcomeUnknown`] if the trail ended before it could tell.
+    pub async fn data_plane_durable(&self, event: impl Into<AuditEvent>) -> Result<u64, Error> {
+        let (waiter, durable) = oneshot::channel();
+        self.push(event.into(), Some(waiter))?;
+        durable.await.map_err(|_| Error::OutcomeUnknown {
+            internal: "the audit trail ended before the event was known to be durable".into(),
+        })?
+    }
+
+    /// The event of an ordinary use of a key, waiting or not as the configuration says.
+    ///
+    /// # Errors
+    /// As [`Self::data_plane_durable`].
+    pub async fn used(&self, event: impl Into<AuditEvent> + Send) -> Result<(), Error> {
+        match self.inner.options.data_plane {
+            DataPlane::Buffered => self.data_plane(event),
+            DataPlane::Durable => self.data_plane_durable(event).await.map(drop),
+        }
+    }
+
+    /// Records a security-relevant event that changes nothing (a login, an export, material leaving
+    /// in the clear): durable when this returns. Returns the index of its leaf.
+    ///
+    /// # Errors
+    /// As [`Vault::record`]; the operation must be refused then.
+    pub async fn record(&self, event: impl Into<AuditEvent> + Send) -> Result<u64, Error> {
+        let event = event.into();
+        let receipt = self.inner.vault.record(vec![event.clone()]).await?;
+        let leaf = receipt.leaf.ok_or_else(|| Error::internal("an event became no leaf"))?;
+        self.observed(leaf, &event);
+        Ok(leaf)
+    }
+
+    /// Records a denial. Within the burst of its source it is durable when this returns; beyond it
+    /// it is counted, and the count is durable within a second.
+    ///
+    /// # Errors
+    /// As [`Self::record`]; the call is refused one way or the other.
+    pub async fn denied(&self, event: impl Into<AuditEvent> + Send) -> Result<(), Error> {
+        let burst = self.inner.options.denial_burst;
+        let verdict = {
+            let mut state = self.inner.state.lock();
+            if state.closed {
+                return Err(Error::unavailable("the audit trail is closed"));
+            }
+            state.denials.admit(event.into(), burst, Instant::now())
+        };
+        match verdict {
+            Verdict::Alone(event) => self.record(*event).await.map(drop),
+            Verdict::Counted => {
+                self.inner.counted.notify_one();
+                Ok(())
+            }
+        }
+    }
+
+    /// To be called with the event of a committed mutation and the index of its leaf
+    /// ([`crate::vault::Receipt::leaf`], one more for each further event of the same transaction),
+    /// so that [`Self::usage`] shows it at once. If it is not, the log is read a moment later.
+    pub fn observed(&self, leaf: u64, event: &AuditEvent) {
+        self.inner.state.lock().usage.observed(leaf, event);
+    }
+
+    /// How often and when a key was used, every accepted event included. Usually answered from
+    /// memory.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if the store cannot be read.
+    pub async fn access(&self, key: &KeyId) -> Result<Access, Error> {
+        usage::access(&*self.inner, &key.bytes()).await
+    }
+
+    /// As [`Self::access`], with the last 32 events of the key, oldest first. An event that has no
+    /// leaf yet has `u64::MAX` for its index. That a key was made is not among them.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if the store cannot be read.
+    pub async fn usage(&self, key: &KeyId) -> Result<UsageRecord, Error> {
+        usage::full(&*self.inner, &key.bytes()).await
+    }
+
+    /// What the trail says about itself, for health and metrics.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let state = self.inner.state.lock();
+        Status {
+            queued: state.queue.len() + state.in_flight.len(),
+            capacity: self.inner.options.queue,
+            failing: self.inner.failing.load(Ordering::Relaxed),
+            usage_backlog: state.usage.backlog(),
+        }
+    }
+
+    /// Refuses further events, makes those that wait durable, writes the use of keys and signs a
+    /// last checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::DeadlineExceeded`] if that took longer than `limit`; whatever the store said.
+    pub async fn shutdown(&self, limit: Duration) -> Result<(), Error> {
+        self.inner.state.lock().closed = true;
+        self.inner.closing.cancel();
+        let tasks = std::mem::take(&mut *self.tasks.lock());
+        let aborts: Vec<_> = tasks.iter().map(JoinHandle::abort_handle).collect();
+        let finish = async {
+            for task in tasks {
+                task.await.map_err(|e| Error::internal(format!("a task of the trail: {e}")))?;
+            }
+            flush::usage(&self.inner, true).await?;
+            self.checkpoint().await.map(drop)
+        };
+        let result = tokio::time::timeout(limit, finish).await;
+        for abort in aborts {
+            abort.abort();
+        }
+        result.map_err(|_| Error::DeadlineExceeded)?
+    }
+}
+
+impl Drop for Trail {
+    fn drop(&mut self) {
+        for task in self.tasks.lock().drain(..) {
+            task.abort();
+        }
+    }
+}
+
+impl std::fmt::Debug for Trail {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Trail").field("status", &self.status()).finish_non_exhaustive()
+    }
+}

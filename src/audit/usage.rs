@@ -1,0 +1,383 @@
+//! How often and when keys are used: derived from the log, one leaf after the other, each once.
+//!
+//! The stored rows and the mark change in one transaction, so the rows hold exactly the leaves before
+//! the mark, whatever happens. What is newer is held in memory, and read again from the log where it
+//! is not.
+
+use std::collections::{BTreeMap, HashMap};
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use lru::LruCache;
+use polykey_proto::polykey::record::v1::{
+    AuditBody, AuditEvent, AuditLeaf, HistoryEntry, UsageMark, UsageRecord,
+};
+use polykey_storage::Direction;
+use prost::Message;
+
+use super::event::Outcome;
+use crate::error::Error;
+use crate::time::Time;
+use crate::vault::Vault;
+use crate::vault::space::{self, Record, meta};
+
+/// Entries of recent history a key keeps.
+pub(crate) const RECENT: usize = 32;
+/// Keys whose figures are kept in memory.
+const CACHED: NonZeroUsize = NonZeroUsize::MIN.saturating_add(65_535);
+/// A step of the write-behind stops at this many touches, or leaves.
+const STEP_TOUCHES: usize = 1024;
+const STEP_LEAVES: u64 = 4096;
+/// Without touches the mark moves only every so many leaves.
+const LAZY_MARK: u64 = 1024;
+
+type Key = [u8; 16];
+
+/// How often a key was used, and when last.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Access {
+    /// Successful uses.
+    pub count: u64,
+    /// The time of the last one.
+    pub last: Option<Time>,
+}
+
+/// What one event means to one key.
+#[derive(Clone, Debug)]
+pub(crate) struct Touch {
+    key: Key,
+    counts: bool,
+    entry: HistoryEntry,
+}
+
+/// Whether an event is a use of its key: work with it or its material, and not a look at its metadata
+/// or a change of it.
+fn is_use(event: &AuditEvent, data_plane: bool) -> bool {
+    event.outcome() == Outcome::Success
+        && match event.action.as_str() {
+            "keys:describe" | "keys:list" => false,
+            "keys:export" | "keys:read" => true,
+            action => data_plane || action.starts_with("crypto:"),
+        }
+}
+
+fn key_of(event: &AuditEvent) -> Option<Key> {
+    event.key_id.as_ref().try_into().ok()
+}
+
+pub(crate) fn touch(event: &AuditEvent, data_plane: bool, leaf: u64) -> Option<Touch> {
+    // A key that was made and never used has no row: creating keys must not cost two.
+    if matches!(event.action.as_str(), "keys:create" | "keys:import") {
+        return None;
+    }
+    Some(Touch {
+        key: key_of(event)?,
+        counts: is_use(event, data_plane),
+        entry: HistoryEntry {
+            time: event.time,
+            client_id: event.client_id.clone(),
+            action: event.action.clone(),
+            success: event.outcome() == Outcome::Success,
+            correlation_id: event.correlation_id.clone(),
+            leaf,
+        },
+    })
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Delta {
+    count: u64,
+    last: i64,
+}
+
+/// What is known beyond the stored rows.
+#[derive(Debug)]
+pub(crate) struct Usage {
+    /// The stored rows hold exactly the leaves before this one.
+    mark: u64,
+    /// Leaves from the mark on, as far as they have been seen.
+    pending: BTreeMap<u64, Arc<[Touch]>>,
+    /// Uses that are not in the stored rows: queued, in flight and pending ones.
+    deltas: HashMap<Key, Delta>,
+    /// Stored figures, as of the mark.
+    base: LruCache<Key, Access>,
+}
+
+impl Usage {
+    pub(crate) fn new(mark: u64) -> Self {
+        Self { mark, pending: BTreeMap::new(), deltas: HashMap::new(), base: LruCache::new(CACHED) }
+    }
+
+    fn add(&mut self, event: &AuditEvent, data_plane: bool) {
+        if let Some(key) = key_of(event)
+            && is_use(event, data_plane)
+        {
+            let delta = self.deltas.entry(key).or_default();
+            delta.count += 1;
+            delta.last = delta.last.max(event.time);
+        }
+    }
+
+    /// A data-plane event has been accepted; it has no leaf yet.
+    pub(crate) fn accepted(&mut self, event: &AuditEvent) {
+        self.add(event, true);
+    }
+
+    /// A block of accepted events has become a leaf.
+    pub(crate) fn block(&mut self, leaf: u64, events: &[AuditEvent]) {
+        let touches = events.iter().filter_map(|event| touch(event, true, leaf)).collect();
+        self.pending.insert(leaf, touches);
+    }
+
+    /// A single event has become a leaf.
+    pub(crate) fn observed(&mut self, leaf: u64, event: &AuditEvent) {
+        // Before the mark it has been read from the log already.
+        if leaf >= self.mark && !self.pending.contains_key(&leaf) {
+            self.add(event, false);
+            self.pending.insert(leaf, touch(event, false, leaf).into_iter().collect());
+        }
+    }
+
+    /// The stored rows now hold the leaves before `mark`.
+    fn advance(&mut self, mark: u64) {
+        let rest = self.pending.split_off(&mark);
+        for touch in std::mem::replace(&mut self.pending, rest).values().flat_map(|t| t.iter()) {
+            if touch.counts
+                && let Some(delta) = self.deltas.get_mut(&touch.key)
+            {
+                delta.count = delta.count.saturating_sub(1);
+                if delta.count == 0 {
+                    self.deltas.remove(&touch.key);
+                }
+            }
+        }
+        self.mark = mark;
+    }
+
+    fn merged(&self, key: &Key, base: Access) -> Access {
+        let delta = self.deltas.get(key).copied().unwrap_or_default();
+        let last = base.last.max(Time::optional(delta.last));
+        Access { count: base.count.saturating_add(delta.count), last }
+    }
+
+    pub(crate) fn backlog(&self) -> usize {
+        self.pending.len()
+    }
+}
+
+/// Where the trail keeps its [`Usage`], and how far the log may be read.
+pub(crate) trait Held: Sync {
+    fn vault(&self) -> &Vault;
+    fn with<T>(&self, f: impl FnOnce(&mut Usage) -> T) -> T;
+    /// No leaf from this one on is taken from the log: a block in flight may be one of them.
+    fn limit(&self) -> u64;
+    /// Touches of accepted events that have no leaf yet, in order.
+    fn unsettled(&self, key: &Key, out: &mut Vec<Touch>);
+}
+
+fn access_of(record: &UsageRecord) -> Access {
+    Access { count: record.access_count, last: Time::optional(record.last_accessed_at) }
+}
+
+async fn stored(vault: &Vault, key: &Key) -> Result<(u64, Option<UsageRecord>), Error> {
+    let mut tx = vault.begin().await?;
+    let mark = tx.get::<UsageMark>(meta::USAGE_MARK).await?.map_or(0, |m| m.record.next_leaf);
+    Ok((mark, tx.get::<UsageRecord>(key).await?.map(|r| r.record)))
+}
+
+/// Reads until the stored rows and the memory are of the same mark.
+async fn consistent<T>(
+    held: &impl Held,
+    key: &Key,
+    mut f: impl FnMut(&mut Usage, UsageRecord) -> T,
+) -> Result<T, Error> {
+    for _ in 0..200 {
+        let (mark, record) = stored(held.vault(), key).await?;
+        let record = record.unwrap_or_default();
+        let done = held.with(|usage| (usage.mark == mark).then(|| f(usage, record)));
+        match done {
+            Some(value) => return Ok(value),
+            // The write-behind is between its commit and its bookkeeping.
+            None => tokio::time::sleep(std::time::Duration::from_millis(1)).await,
+        }
+    }
+    Err(Error::unavailable("the usage of keys is being written"))
+}
+
+pub(crate) async fn access(held: &impl Held, key: &Key) -> Result<Access, Error> {
+    let cached = held.with(|usage| {
+        let base = usage.base.get(key).copied()?;
+        Some(usage.merged(key, base))
+    });
+    if let Some(access) = cached {
+        return Ok(access);
+    }
+    consistent(held, key, |usage, record| {
+        let base = access_of(&record);
+        usage.base.put(*key, base);
+        usage.merged(key, base)
+    })
+    .await
+}
+
+pub(crate) async fn full(held: &impl Held, key: &Key) -> Result<UsageRecord, Error> {
+    // Events move from unsettled to pending, never back: taken in this order none is missed, and
+    // what is met twice is known by being equal.
+    let mut unsettled = Vec::new();
+    held.unsettled(key, &mut unsettled);
+    consistent(held, key, |usage, mut record| {
+        let access = usage.merged(key, access_of(&record));
+        let settled: Vec<&Touch> = usage
+            .pending
+            .values()
+            .flat_map(|touches| touches.iter())
+            .filter(|touch| touch.key == *key)
+            .collect();
+        let same = |a: &HistoryEntry, b: &HistoryEntry| {
+            HistoryEntry { leaf: 0, ..a.clone() } == HistoryEntry { leaf: 0, ..b.clone() }
+        };
+        let since: Vec<HistoryEntry> = settled.iter().map(|t| t.entry.clone()).collect();
+        let met = |entry: &HistoryEntry| {
+            since.iter().chain(&record.recent).filter(|other| same(entry, other)).count()
+        };
+        let mut fresh: Vec<HistoryEntry> = Vec::new();
+        for touch in &unsettled {
+            let before = fresh.iter().filter(|other| same(&touch.entry, other)).count();
+            if met(&touch.entry) <= before {
+                fresh.push(touch.entry.clone());
+            }
+        }
+        record.recent.extend(since);
+        record.recent.extend(fresh);
+        let excess = record.recent.len().saturating_sub(RECENT);
+        record.recent.drain(..excess);
+        record.access_count = access.count;
+        record.last_accessed_at = access.last.map_or(0, Time::micros);
+        record
+    })
+    .await
+}
+
+fn fold(record: &mut UsageRecord, touches: &[Touch]) {
+    for touch in touches {
+        if touch.counts {
+            record.access_count = record.access_count.saturating_add(1);
+            record.last_accessed_at = record.last_accessed_at.max(touch.entry.time);
+        }
+        record.recent.push(touch.entry.clone());
+    }
+    let excess = record.recent.len().saturating_sub(RECENT);
+    record.recent.drain(..excess);
+}
+
+pub(crate) async fn load_mark(vault: &Vault) -> Result<u64, Error> {
+    Ok(vault.get::<UsageMark>(meta::USAGE_MARK).await?.map_or(0, |mark| mark.record.next_leaf))
+}
+
+/// The leaves of one step: those in memory as they are, the others from the log.
+async fn gather(held: &impl Held, from: u64, limit: u64) -> Result<(u64, Vec<Touch>), Error> {
+    let to = limit.min(from.saturating_add(STEP_LEAVES));
+    let known: BTreeMap<u64, Arc<[Touch]>> = held
+        .with(|usage| usage.pending.range(from..to).map(|(leaf, t)| (*leaf, t.clone())).collect());
+    let mut touches = Vec::new();
+    let mut read = std::collections::VecDeque::new();
+    let mut next = from;
+    while next < to {
+        if !touches.is_empty() && touches.len() >= STEP_TOUCHES {
+            break;
+        }
+        if let Some(known) = known.get(&next) {
+            touches.extend_from_slice(known);
+        } else {
+            if read.front().is_none_or(|(leaf, _)| *leaf != next) {
+                read = read_bodies(held.vault(), next, to, 16).await?.into();
+            }
+            let Some((leaf, body)) = read.pop_front().filter(|(leaf, _)| *leaf == next) else {
+                return Err(Error::data_loss(format!("audit leaf {next} is missing")));
+            };
+            let of_body = |event| touch(event, body.data_plane, leaf);
+            touches.extend(body.events.iter().filter_map(of_body));
+        }
+        next += 1;
+    }
+    Ok((next, touches))
+}
+
+/// At most `limit` leaves of `from..to`, opened.
+pub(crate) async fn read_bodies(
+    vault: &Vault,
+    from: u64,
+    to: u64,
+    limit: usize,
+) -> Result<Vec<(u64, AuditBody)>, Error> {
+    use std::ops::Bound;
+    let range =
+        (Bound::Included(from.to_be_bytes().to_vec()), Bound::Excluded(to.to_be_bytes().to_vec()));
+    let rows = vault.scan::<AuditLeaf>(range, Direction::Forward, limit).await?;
+    rows.iter().map(|(key, leaf)| open_body(key, &leaf.record)).collect()
+}
+
+/// The body of a leaf, which must be the one that belongs to its row.
+pub(crate) fn open_body(key: &[u8], leaf: &AuditLeaf) -> Result<(u64, AuditBody), Error> {
+    let index = key.try_into().map(u64::from_be_bytes);
+    let index = index.map_err(|_| Error::data_loss("an audit row has a malformed key"))?;
+    let body = AuditBody::decode(leaf.body.as_ref())
+        .map_err(|e| Error::data_loss(format!("audit leaf {index} failed to decode: {e}")))?;
+    if body.index != index {
+        return Err(Error::data_loss(format!("audit leaf {index} names itself {}", body.index)));
+    }
+    Ok((index, body))
+}
+
+/// Writes out what is pending. With `all`, the mark moves even where nothing was touched.
+pub(crate) async fn flush(held: &impl Held, all: bool) -> Result<(), Error> {
+    let vault = held.vault();
+    loop {
+        let from = held.with(|usage| usage.mark);
+        let limit = held.limit();
+        if from >= limit {
+            return Ok(());
+        }
+        let (to, touches) = gather(held, from, limit).await?;
+        if touches.is_empty() && !all && to - from < LAZY_MARK {
+            return Ok(());
+        }
+        let mut by_key: BTreeMap<Key, Vec<Touch>> = BTreeMap::new();
+        for touch in touches {
+            by_key.entry(touch.key).or_default().push(touch);
+        }
+        let mut tx = vault.begin().await?;
+        let mark = tx.get::<UsageMark>(meta::USAGE_MARK).await?.map_or(0, |m| m.record.next_leaf);
+        if mark != from {
+            // An earlier step whose outcome was unknown is durable after all.
+            held.with(|usage| {
+                usage.advance(mark);
+                usage.base.clear();
+            });
+            continue;
+        }
+        let mut written = Vec::with_capacity(by_key.len());
+        for (key, touches) in &by_key {
+            let found = tx.get::<UsageRecord>(key).await?;
+            // Who asks for keys that do not exist leaves no rows behind.
+            if found.is_none() && vault.store().get(space::KEYS, key).await?.is_none() {
+                continue;
+            }
+            let mut record = found.map(|r| r.record).unwrap_or_default();
+            fold(&mut record, touches);
+            tx.put(key, &record)?;
+            written.push((*key, access_of(&record)));
+        }
+        tx.put(meta::USAGE_MARK, &UsageMark { next_leaf: to })?;
+        tx.commit().await?;
+        held.with(|usage| {
+            usage.advance(to);
+            for (key, access) in written {
+                usage.base.put(key, access);
+            }
+        });
+    }
+}
+
+// The row of a key's use is named by the key itself.
+const _: () = assert!(UsageRecord::SPACE.0 == space::USAGE.0);
