@@ -7,9 +7,12 @@
 pub mod audit;
 pub mod authn;
 pub mod cache;
+pub mod config;
 pub mod error;
+pub mod hardening;
 pub mod key;
 pub mod net;
 pub mod pki;
+pub mod telemetry;
 pub mod time;
 pub mod vault;

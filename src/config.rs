@@ -1,0 +1,205 @@
+//! The configuration of a node: a TOML file in, domain values or every mistake at once out.
+//!
+//! Reading is pure: it touches the file it is given and no other. The text is parsed by the `toml`
+//! crate, and each section is then taken apart key by key instead of through a derived
+//! deserialiser, which would stop at the first mistake. Unknown keys are refused all the same.
+//!
+//! Secrets never stand in a configuration. Where one is needed there is a reference: `{ file = "…" }`,
+//! `{ env = "…" }` or `{ credential = "…" }`. No value is ever repeated in an error, in case
+//! somebody wrote a secret where its reference belongs.
+
+mod read;
+mod sections;
+#[cfg(test)]
+mod tests;
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use polykey_hsm::MasterKeySource;
+
+use crate::net::NetConfig;
+use crate::net::tls::TlsFiles;
+
+pub use read::{ConfigErrors, Problem};
+
+/// Largest configuration file that is read, in bytes.
+const MAX_BYTES: u64 = 1024 * 1024;
+
+/// All that a node is told before it starts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The file it was read from.
+    pub file: PathBuf,
+    /// `[node]`
+    pub node: Node,
+    /// `[listen]`
+    pub listen: Listen,
+    /// `[storage]`
+    pub storage: Storage,
+    /// `[master_key]`
+    pub master_key: MasterKeySource,
+    /// `[tokens]`
+    pub tokens: Tokens,
+    /// `[login]`
+    pub login: Login,
+    /// `[audit]`
+    pub audit: Audit,
+    /// `[policies]`: Cedar files of the operator's, in their order.
+    pub policies: Vec<PathBuf>,
+    /// `[limits]`
+    pub limits: Limits,
+    /// `[log]`
+    pub log: Log,
+    /// `[ca]`
+    pub ca: Option<Ca>,
+    /// `[runtime]`
+    pub runtime: Runtime,
+}
+
+/// `[node]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// The directory that holds what the node writes.
+    pub data_dir: PathBuf,
+}
+
+/// `[listen]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listen {
+    /// Where the gRPC services are, mutual TLS only.
+    pub address: SocketAddr,
+    /// Certificate, key, client authorities and revocation lists.
+    pub tls: TlsFiles,
+    /// Limits and times of connections.
+    pub net: NetConfig,
+    /// Whether the common name of a certificate without alternative names identifies a client.
+    pub allow_common_name: bool,
+    /// A loopback address that tells probes without TLS whether the node serves.
+    pub health: Option<SocketAddr>,
+}
+
+/// `[storage]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Storage {
+    /// The store file.
+    pub path: PathBuf,
+    /// Memory for cached pages, in MiB.
+    pub cache_mib: usize,
+    /// How many revisions the change log goes back.
+    pub changes: u64,
+}
+
+/// `[tokens]`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tokens {
+    /// Life of an access token.
+    pub access_ttl: Duration,
+    /// Life of a refresh token.
+    pub refresh_ttl: Duration,
+}
+
+/// `[login]`: how many failures a source may cause before it waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Login {
+    /// Failures of one address at once.
+    pub address_burst: u32,
+    /// In this time one of them is forgotten.
+    pub address_interval: Duration,
+    /// Failures of one client at once, counted only once its certificate matches.
+    pub client_burst: u32,
+    /// In this time one of them is forgotten.
+    pub client_interval: Duration,
+}
+
+/// `[audit]`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Audit {
+    /// When data-plane events are durable.
+    pub data_plane: DataPlane,
+    /// How often the head of the log is signed while it grows.
+    pub checkpoint_interval: Duration,
+}
+
+/// When events of the data plane are durable. Security-relevant ones always are before the reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DataPlane {
+    /// Within 100 ms.
+    Buffered,
+    /// Before the reply.
+    Durable,
+}
+
+/// `[limits]`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Keys, and versions, remembered between requests.
+    pub key_cache: usize,
+    /// Clients, roles, tokens and token families remembered between requests, each.
+    pub directory_cache: usize,
+    /// Decisions of policies remembered.
+    pub decision_cache: usize,
+    /// Key pairs generated at once.
+    pub key_generations: usize,
+    /// Key pairs waiting for their generation.
+    pub key_generation_queue: usize,
+}
+
+/// `[log]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Log {
+    /// The least that is logged.
+    pub level: tracing::level_filters::LevelFilter,
+    /// How lines look.
+    pub format: LogFormat,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// One JSON object a line.
+    Json,
+    /// For people.
+    Pretty,
+}
+
+/// `[ca]`: the authority of `polykey cert issue`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ca {
+    /// Its certificate.
+    pub certificate: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+}
+
+/// `[runtime]`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Runtime {
+    /// Whether all memory of the process is locked against swapping.
+    pub lock_memory: bool,
+}
+
+impl Config {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// Every mistake in it, each with its place and its remedy.
+    pub fn load(file: &Path) -> Result<Self, ConfigErrors> {
+        let bytes = read::bytes(file, MAX_BYTES)?;
+        let text = String::from_utf8(bytes).map_err(|error| {
+            let good = error.utf8_error().valid_up_to();
+            let before = error.as_bytes().get(..good).unwrap_or_default();
+            ConfigErrors::not_utf8(file, before)
+        })?;
+        Self::parse(file, &text)
+    }
+
+    /// Checks a text as if it stood in `file`. Relative paths are relative to the file's directory.
+    ///
+    /// # Errors
+    /// Every mistake in it, each with its place and its remedy.
+    pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigErrors> {
+        sections::config(file, text)
+    }
+}

@@ -1,0 +1,366 @@
+//! What each section of the configuration may say, in which range, and what holds when it is silent.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use polykey_hsm::{MasterKeySource, PassphraseParams, SecretSource};
+use toml::de::DeValue;
+use tracing::level_filters::LevelFilter;
+
+use super::read::{ConfigErrors, Document, Refused, Section, path, refuse, string};
+use super::{
+    Audit, Ca, Config, DataPlane, Limits, Listen, Log, LogFormat, Login, Node, Runtime, Storage,
+    Tokens,
+};
+use crate::net::NetConfig;
+use crate::net::tls::TlsFiles;
+
+/// Where a node listens unless it is told otherwise.
+pub(crate) const DEFAULT_ADDRESS: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 50053);
+
+const MINUTE: Duration = Duration::from_secs(60);
+const HOUR: Duration = Duration::from_secs(3600);
+
+pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
+    let document = Document::new(file, text);
+    let table = document.parse();
+    let root = Section::root(&document, &table);
+    let node = node(root.section("node"));
+    let listen = listen(root.section("listen"));
+    let storage = storage(root.section("storage"), node.as_ref());
+    let master_key = master_key(root.section("master_key"));
+    let tokens = tokens(root.section("tokens"));
+    let login = login(root.section("login"));
+    let audit = audit(root.section("audit"));
+    let policies = policies(root.section("policies"));
+    let limits = limits(root.section("limits"));
+    let log = log(root.section("log"));
+    let ca = ca(root.section("ca"));
+    let (runtime, workers, blocking_threads) = runtime(root.section("runtime"));
+    root.finish();
+    let problems = document.problems();
+    let (Some(node), Some(mut listen), Some(storage), Some(master_key), true) =
+        (node, listen, storage, master_key, problems.is_empty())
+    else {
+        return Err(ConfigErrors(problems));
+    };
+    listen.net.workers = workers;
+    listen.net.blocking_threads = blocking_threads;
+    Ok(Config {
+        file: file.to_owned(),
+        node,
+        listen,
+        storage,
+        master_key,
+        tokens,
+        login,
+        audit,
+        policies,
+        limits,
+        log,
+        ca,
+        runtime,
+    })
+}
+
+fn node(section: Section<'_, '_>) -> Option<Node> {
+    let data_dir = section.need_path("data_dir", "\"/var/lib/polykey\"");
+    section.finish();
+    Some(Node { data_dir: data_dir? })
+}
+
+fn address(value: &DeValue<'_>) -> Result<SocketAddr, Refused> {
+    string(value)?.parse().or_else(|_| {
+        refuse(
+            "not an address with a port",
+            "write an IP address and a port, such as \"127.0.0.1:50053\" or \"[::]:50053\"",
+        )
+    })
+}
+
+fn loopback(value: &DeValue<'_>) -> Result<SocketAddr, Refused> {
+    match address(value)? {
+        found if found.ip().is_loopback() => Ok(found),
+        _ => refuse(
+            "the health port speaks no TLS and must be on loopback",
+            "write 127.0.0.1 or [::1] and a port",
+        ),
+    }
+}
+
+fn listen(section: Section<'_, '_>) -> Option<Listen> {
+    let defaults = NetConfig::default();
+    let certificate = section.need_path("certificate", "\"server.pem\"");
+    let key = section.need_path("key", "\"server.key\"");
+    let client_ca = section.need_path("client_ca", "\"client-ca.pem\"");
+    let crl = section.path("crl");
+    let socket = section.get("address", address).unwrap_or(DEFAULT_ADDRESS);
+    let health = section.get("health", loopback);
+    if health.is_some_and(|health| health == socket && health.port() != 0) {
+        let refused = refuse::<()>("the same as `address`", "give the health port another number");
+        section.complain("health", refused.err().unwrap_or_default());
+    }
+    let max_age =
+        section.duration("connection_age", ("0s", "168h"), defaults.max_age.unwrap_or_default());
+    let net = NetConfig {
+        max_connections: section.integer(
+            "max_connections",
+            1..=1_000_000,
+            defaults.max_connections,
+        ),
+        max_handshakes: section.integer("max_handshakes", 1..=1_000_000, defaults.max_handshakes),
+        max_connections_per_address: section
+            .get("max_connections_per_address", |v| super::read::integer(v, &(1..=1_000_000))),
+        handshake_timeout: section.duration(
+            "handshake_timeout",
+            ("100ms", "5m"),
+            defaults.handshake_timeout,
+        ),
+        max_requests: section.integer("max_in_flight", 1..=1_000_000, defaults.max_requests),
+        max_streams: section.integer("max_concurrent_streams", 1..=65_536, defaults.max_streams),
+        keepalive_interval: section.duration(
+            "keepalive_interval",
+            ("1s", "1h"),
+            defaults.keepalive_interval,
+        ),
+        keepalive_timeout: section.duration(
+            "keepalive_timeout",
+            ("1s", "1h"),
+            defaults.keepalive_timeout,
+        ),
+        max_age: (!max_age.is_zero()).then_some(max_age),
+        max_age_grace: section.duration(
+            "connection_age_grace",
+            ("0s", "24h"),
+            defaults.max_age_grace,
+        ),
+        drain_timeout: section.duration("drain_timeout", ("0s", "10m"), defaults.drain_timeout),
+        ..defaults
+    };
+    if net.max_handshakes > net.max_connections {
+        section.complain(
+            "max_handshakes",
+            ("more than `max_connections`".to_owned(), "make it at most as large".to_owned()),
+        );
+    }
+    let allow_common_name = section.boolean("allow_common_name", false);
+    section.finish();
+    let tls = TlsFiles { certificate: certificate?, key: key?, client_ca: client_ca?, crl };
+    Some(Listen { address: socket, tls, net, allow_common_name, health })
+}
+
+fn storage(section: Section<'_, '_>, node: Option<&Node>) -> Option<Storage> {
+    section.get("kind", |value| match string(value)? {
+        "redb" => Ok(()),
+        "memory" => refuse(
+            "a store that forgets everything is not offered",
+            "write \"redb\"; to lose it on purpose, put `path` on a tmpfs",
+        ),
+        "postgres" | "postgresql" => refuse(
+            "this build has no PostgreSQL backend",
+            "write \"redb\", or run a build with the feature `postgres`",
+        ),
+        _ => refuse("not a kind of store", "write \"redb\""),
+    });
+    let path = section.path("path");
+    let storage = Storage {
+        path: path.or_else(|| Some(node?.data_dir.join("polykey.redb"))).unwrap_or_default(),
+        cache_mib: section.integer("cache_mib", 1..=65_536, 32),
+        changes: section.integer("changes", 1_000..=10_000_000, 100_000),
+    };
+    section.finish();
+    Some(storage)
+}
+
+fn master_key(section: Section<'_, '_>) -> Option<MasterKeySource> {
+    section.get("kind", |value| match string(value)? {
+        "local" => Ok(()),
+        "pkcs11" => refuse(
+            "this build has no PKCS#11 backend",
+            "write \"local\", or run a build with the feature `pkcs11`",
+        ),
+        "aws" | "aws-kms" => refuse(
+            "this build has no AWS KMS backend",
+            "write \"local\", or run a build with the feature `aws`",
+        ),
+        _ => refuse("not a kind of master key", "write \"local\""),
+    });
+    let source = section.reference("source");
+    let passphrase = section.reference("passphrase");
+    let written = |key| section.get(key, |_| Ok(())).is_some();
+    let (has_source, has_passphrase) = (written("source"), written("passphrase"));
+    let default = PassphraseParams::default();
+    let argon2 = section.inner("argon2", "master_key.argon2");
+    let (least, most) = (PassphraseParams::MIN, PassphraseParams::MAX);
+    let range = |least: u32, most: u32| i64::from(least)..=i64::from(most);
+    let params = argon2.map_or(default, |inner| {
+        let params = PassphraseParams {
+            memory_kib: inner.integer(
+                "memory_kib",
+                range(least.memory_kib, most.memory_kib),
+                default.memory_kib,
+            ),
+            passes: inner.integer("passes", range(least.passes, most.passes), default.passes),
+            lanes: inner.integer("lanes", range(least.lanes, most.lanes), default.lanes),
+        };
+        inner.finish();
+        if !has_passphrase {
+            section.complain(
+                "argon2",
+                ("there is no passphrase to stretch".to_owned(), "remove it".to_owned()),
+            );
+        }
+        params
+    });
+    match (has_source, has_passphrase) {
+        (true, true) => section.complain(
+            "passphrase",
+            (
+                "there is a `source` as well".to_owned(),
+                "keep one of `source` (a master key) and `passphrase`".to_owned(),
+            ),
+        ),
+        (false, false) => section.complain(
+            "source",
+            (
+                "missing".to_owned(),
+                "add `source = { file = \"master.key\" }` to [master_key]".to_owned(),
+            ),
+        ),
+        _ => {}
+    }
+    section.finish();
+    match (source, passphrase) {
+        (_, Some(from)) => Some(MasterKeySource::Passphrase { from, params }),
+        (Some(SecretSource::File(path)), None) => Some(MasterKeySource::File(path)),
+        (Some(SecretSource::Env(name)), None) => Some(MasterKeySource::Env(name)),
+        (Some(SecretSource::Credential(name)), None) => Some(MasterKeySource::Credential(name)),
+        (None, None) => None,
+    }
+}
+
+fn tokens(section: Section<'_, '_>) -> Tokens {
+    let tokens = Tokens {
+        access_ttl: section.duration("access_ttl", ("1m", "24h"), 15 * MINUTE),
+        refresh_ttl: section.duration("refresh_ttl", ("5m", "2160h"), 24 * HOUR),
+    };
+    if tokens.refresh_ttl <= tokens.access_ttl {
+        let key = if section.get("refresh_ttl", |_| Ok(())).is_some() {
+            "refresh_ttl"
+        } else {
+            "access_ttl"
+        };
+        section.complain(
+            key,
+            (
+                "refresh tokens would not outlive access tokens".to_owned(),
+                "make `refresh_ttl` longer than `access_ttl`".to_owned(),
+            ),
+        );
+    }
+    section.finish();
+    tokens
+}
+
+fn login(section: Section<'_, '_>) -> Login {
+    let login = Login {
+        address_burst: section.integer("address_burst", 1..=10_000, 20),
+        address_interval: section.duration(
+            "address_interval",
+            ("10ms", "1h"),
+            Duration::from_secs(3),
+        ),
+        client_burst: section.integer("client_burst", 1..=10_000, 10),
+        client_interval: section.duration(
+            "client_interval",
+            ("10ms", "1h"),
+            Duration::from_secs(6),
+        ),
+    };
+    section.finish();
+    login
+}
+
+fn audit(section: Section<'_, '_>) -> Audit {
+    let words = [("buffered", DataPlane::Buffered), ("durable", DataPlane::Durable)];
+    let audit = Audit {
+        data_plane: section.word("data_plane", &words, DataPlane::Buffered),
+        checkpoint_interval: section.duration("checkpoint_interval", ("1s", "24h"), MINUTE),
+    };
+    section.finish();
+    audit
+}
+
+fn policies(section: Section<'_, '_>) -> Vec<PathBuf> {
+    let files = section.get("files", |value| {
+        let remedy = "write a list of files, such as [\"policies/team.cedar\"]";
+        let Some(list) = value.as_array() else {
+            return refuse(format!("a {}, not a list", value.type_str()), remedy);
+        };
+        let mut files = Vec::new();
+        for item in list.iter() {
+            let file = path(section.document, item.get_ref())?;
+            if files.contains(&file) {
+                return refuse("a file stands in it twice", "name each file once");
+            }
+            files.push(file);
+        }
+        Ok(files)
+    });
+    section.finish();
+    files.unwrap_or_default()
+}
+
+fn limits(section: Section<'_, '_>) -> Limits {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let limits = Limits {
+        key_cache: section.integer("key_cache", 16..=10_000_000, 65_536),
+        directory_cache: section.integer("directory_cache", 16..=10_000_000, 16_384),
+        decision_cache: section.integer("decision_cache", 0..=10_000_000, 32_768),
+        key_generations: section.integer("key_generations", 1..=1_024, cores),
+        key_generation_queue: section.integer("key_generation_queue", 0..=100_000, 64),
+    };
+    section.finish();
+    limits
+}
+
+fn log(section: Section<'_, '_>) -> Log {
+    let levels = [
+        ("off", LevelFilter::OFF),
+        ("error", LevelFilter::ERROR),
+        ("warn", LevelFilter::WARN),
+        ("info", LevelFilter::INFO),
+        ("debug", LevelFilter::DEBUG),
+        ("trace", LevelFilter::TRACE),
+    ];
+    let formats = [("json", LogFormat::Json), ("pretty", LogFormat::Pretty)];
+    let log = Log {
+        level: section.word("level", &levels, LevelFilter::INFO),
+        format: section.word("format", &formats, LogFormat::Json),
+    };
+    section.finish();
+    log
+}
+
+fn ca(section: Section<'_, '_>) -> Option<Ca> {
+    let ca = if section.present() {
+        let certificate = section.need_path("certificate", "\"ca.pem\"");
+        let key = section.need_path("key", "\"ca.key\"");
+        certificate.zip(key).map(|(certificate, key)| Ca { certificate, key })
+    } else {
+        None
+    };
+    section.finish();
+    ca
+}
+
+fn runtime(section: Section<'_, '_>) -> (Runtime, Option<usize>, usize) {
+    let workers = section.get("threads", |v| super::read::integer(v, &(1..=1_024)));
+    let blocking =
+        section.integer("blocking_threads", 1..=4_096, NetConfig::default().blocking_threads);
+    let runtime = Runtime { lock_memory: section.boolean("lock_memory", false) };
+    section.finish();
+    (runtime, workers, blocking)
+}

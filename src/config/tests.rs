@@ -1,0 +1,306 @@
+//! The table of broken configurations, and the documented example held to the defaults.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use polykey_hsm::{MasterKeySource, PassphraseParams, SecretSource};
+
+use super::*;
+
+const BASE: &str = r#"[node]
+data_dir = "d"
+[listen]
+certificate = "s.pem"
+key = "s.key"
+client_ca = "ca.pem"
+[master_key]
+source = { file = "m.key" }
+"#;
+
+/// Stands wherever a careless hand might put a secret; must never come back in an error.
+const CANARY: &str = "CANARY-hunter2-Zm9vYmFy";
+
+fn parse(text: &str) -> Result<Config, ConfigErrors> {
+    Config::parse(Path::new("/etc/polykey/polykey.toml"), text)
+}
+
+/// [`BASE`] with `text` in the place of one line, or after its last for 9.
+fn edited(line: usize, text: &str) -> String {
+    let mut lines: Vec<&str> = BASE.lines().collect();
+    if line > lines.len() {
+        lines.push(text);
+    } else {
+        lines[line - 1] = text;
+    }
+    lines.join("\n")
+}
+
+/// (line replaced or 9 to append, its new text, place, what, remedy)
+type Case = (usize, &'static str, &'static str, &'static str, &'static str);
+
+#[rustfmt::skip]
+const BROKEN: &[Case] = &[
+    // The text as such.
+    (9, "[audit", "9:7", "not TOML", "toml.io"),
+    (9, "= 3", "9:1", "not TOML", "toml.io"),
+    (9, "[log]\nlevel = info", "10:9", "not TOML", "toml.io"),
+    (9, "[log]\nlevel = \"info", "10:14", "not TOML", "toml.io"),
+    (9, "[log]\nlevel = \"info\"\nlevel = \"warn\"", "11:1", "not TOML", "toml.io"),
+    (9, "[node]", "9:2", "not TOML", "toml.io"),
+    (9, "[log]\nlevel = \"a\\qb\"", "10:12", "not TOML", "toml.io"),
+    // Names.
+    (9, "[nodes]\na = 1", "9:2", "`nodes` is not a section", "did you mean `node`?"),
+    (9, "[telemetry]", "9:2", "`telemetry` is not a section", "remove it; sections are: audit"),
+    (9, "[Log]", "9:2", "this key is not a section", "sections are"),
+    (2, "data_dir = \"d\"\nname = \"n\"", "3:1", "`name` is not an option", "options are: data_dir"),
+    (2, "data-dir = \"d\"", "2:1", "`data-dir` is not an option", "did you mean `data_dir`?"),
+    (6, "client_ca = \"c\"\nmax_conections = 3", "7:1", "[listen]: `max_conections`", "did you mean `max_connections`?"),
+    (9, "[tokens]\nissuer = \"x\"", "10:1", "[tokens]: `issuer`", "options are: access_ttl, refresh_ttl"),
+    (9, "node2 = 1", "9:1", "[master_key]: this key is not an option", "options are"),
+    (9, "[audit]\ndata_plan = \"durable\"", "10:1", "`data_plan` is not", "did you mean `data_plane`?"),
+    (9, "[storage]\nurl = \"postgres://u:CANARY-hunter2-Zm9vYmFy@h/db\"", "10:1", "`url` is not", "options are"),
+    (9, "key = \"CANARY-hunter2-Zm9vYmFy\"", "9:1", "[master_key]: `key` is not", "options are: argon2, kind, passphrase, source"),
+    (9, "CANARY-hunter2-Zm9vYmFy = 1", "9:1", "this key is not an option", "remove it"),
+    // What must stand.
+    (2, "", "1:2", "[node] data_dir: missing", "add `data_dir = \"/var/lib/polykey\"` to [node]"),
+    (4, "", "3:2", "[listen] certificate: missing", "add `certificate ="),
+    (5, "", "3:2", "[listen] key: missing", "add `key ="),
+    (6, "", "3:2", "[listen] client_ca: missing", "add `client_ca ="),
+    (8, "", "7:2", "[master_key] source: missing", "add `source = { file = \"master.key\" }`"),
+    (7, "[limits]", "1:1", "[master_key] source: missing", "to [master_key]"),
+    (9, "[ca]\nkey = \"k\"", "9:2", "[ca] certificate: missing", "add `certificate ="),
+    (9, "[ca]\ncertificate = \"c\"", "9:2", "[ca] key: missing", "add `key ="),
+    (9, "[ca]", "9:2", "[ca] certificate: missing", "add `certificate ="),
+    // Kinds of values.
+    (1, "node = 3\n[other]", "1:8", "`node` is a integer, not a section", "write a section [node]"),
+    (2, "data_dir = 3", "2:12", "[node] data_dir: a integer, not text", "write it in quotes"),
+    (2, "data_dir = \"\"", "2:12", "[node] data_dir: empty", "write a value"),
+    (2, "data_dir = \"a\\u0000b\"", "2:12", "NUL", "remove it"),
+    (4, "certificate = [\"a\"]", "4:15", "[listen] certificate: a array", "in quotes"),
+    (9, "[listen.tls]\na = 1", "9:9", "[listen]: `tls` is not", "options are"),
+    (9, "[policies]\nfiles = \"a.cedar\"", "10:9", "[policies] files: a string, not a list", "write a list"),
+    (9, "[policies]\nfiles = [1]", "10:9", "[policies] files: a integer", "in quotes"),
+    (9, "[policies]\nfiles = [\"a\", \"a\"]", "10:9", "stands in it twice", "once"),
+    (9, "[runtime]\nlock_memory = \"yes\"", "10:15", "[runtime] lock_memory: a string", "true or false"),
+    // Addresses.
+    (3, "[listen]\naddress = \"localhost:1\"", "4:11", "[listen] address: not an address", "write an IP address and a port"),
+    (3, "[listen]\naddress = \"127.0.0.1\"", "4:11", "not an address with a port", "127.0.0.1:50053"),
+    (3, "[listen]\naddress = \"127.0.0.1:70000\"", "4:11", "not an address with a port", "[::]:50053"),
+    (3, "[listen]\naddress = 50053", "4:11", "a integer, not text", "in quotes"),
+    (3, "[listen]\nhealth = \"0.0.0.0:8080\"", "4:10", "must be on loopback", "127.0.0.1 or [::1]"),
+    (3, "[listen]\nhealth = \"10.0.0.1:8080\"", "4:10", "must be on loopback", "127.0.0.1 or [::1]"),
+    (3, "[listen]\nhealth = \"127.0.0.1:50053\"", "4:10", "[listen] health: the same as `address`", "another number"),
+    // Numbers.
+    (3, "[listen]\nmax_connections = 0", "4:19", "[listen] max_connections: out of range", "from 1 to 1000000"),
+    (3, "[listen]\nmax_connections = -1", "4:19", "out of range", "from 1 to 1000000"),
+    (3, "[listen]\nmax_connections = 99999999999999999999", "4:19", "out of range", "from 1 to"),
+    (3, "[listen]\nmax_connections = 1.5", "4:19", "a float, not a whole number", "whole number"),
+    (3, "[listen]\nmax_connections = \"many\"", "4:19", "a string, not a whole number", "whole number"),
+    (3, "[listen]\nmax_concurrent_streams = 65537", "4:26", "out of range", "from 1 to 65536"),
+    (3, "[listen]\nmax_in_flight = 0", "4:17", "out of range", "from 1 to 1000000"),
+    (9, "[storage]\ncache_mib = 0", "10:13", "[storage] cache_mib: out of range", "from 1 to 65536"),
+    (9, "[storage]\nchanges = 999", "10:11", "out of range", "from 1000 to 10000000"),
+    (9, "[limits]\nkey_cache = 15", "10:13", "out of range", "from 16 to"),
+    (9, "[limits]\nkey_generations = 0", "10:19", "out of range", "from 1 to 1024"),
+    (9, "[login]\nclient_burst = 0", "10:16", "[login] client_burst: out of range", "from 1 to 10000"),
+    (9, "[runtime]\nthreads = 0", "10:11", "[runtime] threads: out of range", "from 1 to 1024"),
+    (9, "[runtime]\nblocking_threads = 5000", "10:20", "out of range", "from 1 to 4096"),
+    // Times.
+    (9, "[tokens]\naccess_ttl = 900", "10:14", "[tokens] access_ttl: a integer, not a time", "such as \"1m\""),
+    (9, "[tokens]\naccess_ttl = \"900\"", "10:14", "not a time with its unit", "from 1m to 24h"),
+    (9, "[tokens]\naccess_ttl = \"-15m\"", "10:14", "not a time with its unit", "from 1m to 24h"),
+    (9, "[tokens]\naccess_ttl = \"59s\"", "10:14", "out of range", "from 1m to 24h"),
+    (9, "[tokens]\naccess_ttl = \"25h\"", "10:14", "out of range", "from 1m to 24h"),
+    (9, "[tokens]\nrefresh_ttl = \"10m\"", "10:15", "[tokens] refresh_ttl: refresh tokens would not outlive", "longer than `access_ttl`"),
+    (9, "[tokens]\naccess_ttl = \"24h\"", "10:14", "[tokens] access_ttl: refresh tokens would not outlive", "longer than `access_ttl`"),
+    (3, "[listen]\nhandshake_timeout = \"0s\"", "4:21", "out of range", "from 100ms to 5m"),
+    (3, "[listen]\ndrain_timeout = \"1h\"", "4:17", "out of range", "from 0s to 10m"),
+    (3, "[listen]\nconnection_age = \"1 fortnight\"", "4:18", "not a time with its unit", "from 0s to 168h"),
+    (9, "[audit]\ncheckpoint_interval = \"0s\"", "10:23", "out of range", "from 1s to 24h"),
+    (9, "[login]\naddress_interval = \"1ms\"", "10:20", "out of range", "from 10ms to 1h"),
+    // Words.
+    (9, "[audit]\ndata_plane = \"sometimes\"", "10:14", "[audit] data_plane: not one of its words", "\"buffered\" or \"durable\""),
+    (9, "[log]\nlevel = \"verbose\"", "10:9", "[log] level: not one of its words", "\"off\" or \"error\""),
+    (9, "[log]\nformat = \"xml\"", "10:10", "[log] format: not one", "\"json\" or \"pretty\""),
+    (9, "[storage]\nkind = \"memory\"", "10:8", "[storage] kind: a store that forgets everything", "tmpfs"),
+    (9, "[storage]\nkind = \"postgres\"", "10:8", "no PostgreSQL backend", "feature `postgres`"),
+    (9, "[storage]\nkind = \"sqlite\"", "10:8", "not a kind of store", "write \"redb\""),
+    (9, "kind = \"pkcs11\"", "9:8", "[master_key] kind: this build has no PKCS#11", "feature `pkcs11`"),
+    (9, "kind = \"aws\"", "9:8", "no AWS KMS backend", "feature `aws`"),
+    (9, "kind = \"tpm\"", "9:8", "not a kind of master key", "write \"local\""),
+    // Secrets and references to them.
+    (8, "source = \"CANARY-hunter2-Zm9vYmFy\"", "8:10", "[master_key] source: a string where a reference", "{ env = \"…\" }"),
+    (8, "source = { value = \"CANARY-hunter2-Zm9vYmFy\" }", "8:10", "not a kind of reference", "{ file ="),
+    (8, "source = { CANARY-hunter2-Zm9vYmFy = \"x\" }", "8:10", "not a kind of reference", "{ file ="),
+    (8, "source = { file = \"a\", env = \"B\" }", "8:10", "exactly one place", "{ credential ="),
+    (8, "source = {}", "8:10", "exactly one place", "{ credential ="),
+    (8, "source = { file = \"\" }", "8:10", "names no place", "{ file ="),
+    (8, "source = { file = 7 }", "8:10", "names no place", "{ file ="),
+    (8, "source = { env = \"CANARY-hunter2-Zm9vYmFy=\" }", "8:10", "not the name of an environment variable", "letters, digits and _"),
+    (8, "source = { credential = \"../x\" }", "8:10", "not the name of a credential", "LoadCredential="),
+    (8, "passphrase = \"CANARY-hunter2-Zm9vYmFy\"", "8:14", "[master_key] passphrase: a string", "{ file ="),
+    (9, "passphrase = { env = \"P\" }", "9:14", "there is a `source` as well", "keep one"),
+    (9, "argon2 = { passes = 3 }", "9:10", "no passphrase to stretch", "remove it"),
+    (8, "passphrase = { env = \"P\" }\nargon2 = { passes = 1 }", "9:21", "[master_key.argon2] passes: out of range", "from 2 to 16"),
+    (8, "passphrase = { env = \"P\" }\nargon2 = { memory_kib = 8 }", "9:25", "out of range", "from 19456 to 1048576"),
+    (8, "passphrase = { env = \"P\" }\nargon2 = { time = 8 }", "9:12", "[master_key.argon2]: `time` is not", "options are: lanes"),
+    (8, "passphrase = { env = \"P\" }\nargon2 = 3", "9:10", "argon2: a integer", "as a table"),
+];
+
+#[test]
+fn every_mistake_is_told_with_its_place_and_remedy() {
+    let (mut tried, mut missed) = (0, Vec::new());
+    for (line, text, place, what, remedy) in BROKEN {
+        let text = edited(*line, text);
+        let errors = match parse(&text) {
+            Ok(_) => panic!("accepted:\n{text}"),
+            Err(errors) => errors,
+        };
+        let shown = errors.to_string();
+        let at = format!("/etc/polykey/polykey.toml:{place}: ");
+        let told = errors.0.iter().any(|problem| {
+            problem.to_string().starts_with(&at)
+                && problem.what.contains(what)
+                && problem.remedy.contains(remedy)
+        });
+        if !told {
+            missed.push(format!("{at}{what}; {remedy}\nnot in\n{shown}\n"));
+        }
+        for secret in [CANARY, "hunter2", "Zm9vYmFy"] {
+            assert!(!shown.contains(secret), "repeats a value: {shown}");
+        }
+        tried += 1;
+    }
+    assert!(missed.is_empty(), "{}", missed.join("\n"));
+    assert!(tried >= 90, "{tried}");
+}
+
+#[test]
+fn limits_are_held_against_each_other() {
+    let errors = parse(&edited(3, "[listen]\nmax_connections = 10")).unwrap_err();
+    assert!(errors.to_string().contains("more than `max_connections`"), "{errors}");
+    parse(&edited(3, "[listen]\nmax_connections = 10\nmax_handshakes = 10")).unwrap();
+}
+
+#[test]
+fn all_mistakes_come_at_once_and_in_order() {
+    let text =
+        "[node]\nname = 1\n[listen]\nkey = 3\nhealth = \"0.0.0.0:1\"\n[log]\nlevel = 1\n[x]\n";
+    let errors = parse(text).unwrap_err().0;
+    let lines: Vec<_> = errors.iter().map(|p| p.place.unwrap().0).collect();
+    assert!(lines.is_sorted(), "{lines:?}");
+    for line in [1, 2, 3, 4, 5, 7, 8] {
+        assert!(lines.contains(&line), "{line} in {lines:?}: {errors:?}");
+    }
+}
+
+#[test]
+fn columns_count_characters() {
+    let errors = parse(&edited(9, "[log]\n# é\nlevel = \"ééé\" ; x")).unwrap_err();
+    assert!(errors.0.iter().any(|p| p.place == Some((11, 15))), "{errors}");
+}
+
+#[test]
+fn what_is_no_text_is_refused_with_its_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("p.toml");
+    std::fs::write(&file, b"[node]\nab = \"\xff\"\n").unwrap();
+    let errors = Config::load(&file).unwrap_err();
+    assert_eq!(errors.0[0].place, Some((2, 7)));
+    let missing = Config::load(&dir.path().join("none.toml")).unwrap_err();
+    assert!(missing.to_string().contains("check the path"), "{missing}");
+    std::fs::write(&file, vec![b'#'; 1024 * 1024 + 1]).unwrap();
+    assert!(Config::load(&file).unwrap_err().to_string().contains("larger than"));
+}
+
+#[test]
+fn paths_are_relative_to_the_file() {
+    let config = parse(BASE).unwrap();
+    assert_eq!(config.node.data_dir, Path::new("/etc/polykey/d"));
+    assert_eq!(config.storage.path, Path::new("/etc/polykey/d/polykey.redb"));
+    assert_eq!(config.master_key, MasterKeySource::File("/etc/polykey/m.key".into()));
+    let config = Config::parse(Path::new("p.toml"), BASE).unwrap();
+    assert_eq!(config.listen.tls.key, Path::new("s.key"));
+}
+
+#[test]
+fn passphrases_come_with_their_cost() {
+    let text = edited(8, "passphrase = { credential = \"p\" }\nargon2 = { lanes = 1 }");
+    let params = PassphraseParams { lanes: 1, ..PassphraseParams::default() };
+    let from = SecretSource::Credential("p".into());
+    assert_eq!(parse(&text).unwrap().master_key, MasterKeySource::Passphrase { from, params });
+}
+
+fn example() -> String {
+    let file = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("packaging/polykey.example.toml");
+    std::fs::read_to_string(file).unwrap()
+}
+
+#[test]
+fn the_example_shows_the_defaults() {
+    let plain = parse(&example()).unwrap();
+    let spelt_out = parse(&example().replace("\n#: ", "\n")).unwrap();
+    assert_eq!(plain, spelt_out);
+    // Each default that is shown must be read, not skipped: the text must differ in these lines.
+    assert_eq!(example().matches("\n#: ").count(), 33);
+}
+
+#[test]
+fn the_optional_examples_are_valid() {
+    let all = example().replace("\n#: ", "\n").replace("\n#? ", "\n");
+    // A node has a master key or a passphrase, not both.
+    let all = all.replace("\nsource = { file", "\n# source = { file");
+    let config = parse(&all).unwrap();
+    assert!(
+        config.ca.is_some() && config.listen.health.is_some() && config.listen.tls.crl.is_some()
+    );
+    assert_eq!(config.listen.net.workers, Some(2));
+}
+
+#[test]
+fn the_example_documents_every_option() {
+    // The options themselves tell their names when one is unknown.
+    let mut text = String::new();
+    let sections =
+        "node listen storage master_key tokens login audit policies limits log ca runtime";
+    for section in sections.split(' ') {
+        text.push_str(&format!("[{section}]\nxxxxxxxxxxxxxxxx = 1\n"));
+    }
+    let errors = parse(&text).unwrap_err();
+    let lists: Vec<_> =
+        errors.0.iter().filter_map(|p| p.remedy.strip_prefix("remove it; options are: ")).collect();
+    assert_eq!(lists.len(), sections.split(' ').count());
+    let example = example();
+    for option in lists.iter().flat_map(|list| list.split(", ")) {
+        let documented = example.lines().any(|l| {
+            l.trim_start_matches(['#', ':', '?', ' ']).starts_with(&format!("{option} = "))
+        });
+        assert!(documented, "{option} is not in the example");
+    }
+}
+
+#[test]
+fn durations_may_be_compound() {
+    let config = parse(&edited(9, "[tokens]\naccess_ttl = \"1h 30m\"")).unwrap();
+    assert_eq!(config.tokens.access_ttl, Duration::from_secs(5400));
+    let config = parse(&edited(3, "[listen]\nconnection_age = \"0s\"")).unwrap();
+    assert_eq!(config.listen.net.max_age, None);
+}
+
+proptest::proptest! {
+    #[test]
+    fn no_text_panics(text in ".{0,200}") {
+        drop(parse(&text));
+        drop(parse(&format!("{BASE}{text}")));
+    }
+
+    #[test]
+    fn no_cut_or_flip_of_the_example_panics(at in 0_usize..9000, byte in proptest::num::u8::ANY) {
+        let mut bytes = example().into_bytes();
+        let at = at % bytes.len();
+        bytes[at] = byte;
+        drop(parse(&String::from_utf8_lossy(&bytes)));
+        bytes.truncate(at);
+        drop(parse(&String::from_utf8_lossy(&bytes)));
+    }
+}
