@@ -1,0 +1,62 @@
+//! Remembered verdicts: a bounded, sharded LRU. Only what the revisions in its key cover comes in.
+
+use std::hash::{BuildHasher as _, RandomState};
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use lru::LruCache;
+use parking_lot::Mutex;
+use uuid::Uuid;
+
+use super::Verdict;
+use super::action::{Action, PermissionSet};
+
+/// What a remembered verdict holds for. The generation of the policies is not in it because a
+/// memo lives inside its [`Authorizer`](super::Authorizer): new policies start with an empty one.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub(super) struct MemoKey {
+    pub(super) client: Arc<str>,
+    pub(super) client_revision: u64,
+    /// Roles are defined apart from clients: with the permissions in the key, a changed role needs no revision.
+    pub(super) permissions: PermissionSet,
+    pub(super) action: Action,
+    /// The key and its revision; `None` for the node.
+    pub(super) key: Option<(Uuid, u64)>,
+}
+
+const SHARDS: usize = 16;
+
+/// See the module.
+pub(super) struct Memo {
+    shards: Vec<Mutex<LruCache<MemoKey, Arc<Verdict>>>>,
+    hasher: RandomState,
+}
+
+impl Memo {
+    /// Holds about `capacity` verdicts; 0 remembers nothing.
+    pub(super) fn new(capacity: usize) -> Self {
+        let shards = NonZeroUsize::new(capacity.div_ceil(SHARDS)).map_or_else(Vec::new, |each| {
+            (0..SHARDS).map(|_| Mutex::new(LruCache::new(each))).collect()
+        });
+        Self { shards, hasher: RandomState::new() }
+    }
+
+    pub(super) fn get(&self, key: &MemoKey) -> Option<Arc<Verdict>> {
+        self.shard(key)?.lock().get(key).map(Arc::clone)
+    }
+
+    pub(super) fn put(&self, key: MemoKey, verdict: Arc<Verdict>) {
+        if let Some(shard) = self.shard(&key) {
+            shard.lock().put(key, verdict);
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.shards.iter().map(|shard| shard.lock().len()).sum()
+    }
+
+    fn shard(&self, key: &MemoKey) -> Option<&Mutex<LruCache<MemoKey, Arc<Verdict>>>> {
+        let at = self.hasher.hash_one(key) % SHARDS as u64;
+        self.shards.get(usize::try_from(at).ok()?)
+    }
+}
