@@ -17,6 +17,9 @@ mod trail;
 mod usage;
 pub mod verify;
 
+#[cfg(test)]
+mod tests;
+
 pub use checkpoint::{Checkpoint, Signer, VerifyingKey};
 pub use event::{Draft, Origin, Outcome, anonymous};
 pub use read::{EventView, Filter, Order, Page};

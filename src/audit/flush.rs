@@ -62,8 +62,11 @@ fn take(inner: &Inner) -> (Arc<Vec<AuditEvent>>, Vec<Waiter>, usize) {
     let mut waiters = Vec::new();
     let mut bytes = 0;
     while events.len() < inner.options.block {
-        let fits = |q: &mut Queued| events.is_empty() || bytes + q.bytes <= BLOCK_BYTES;
-        let Some(queued) = state.queue.pop_front_if(fits) else { break };
+        let fits = |q: &Queued| events.is_empty() || bytes + q.bytes <= BLOCK_BYTES;
+        if !state.queue.front().is_some_and(fits) {
+            break;
+        }
+        let Some(queued) = state.queue.pop_front() else { break };
         bytes += queued.bytes;
         events.push(queued.event);
         waiters.extend(queued.waiter);
