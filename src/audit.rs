@@ -21,7 +21,7 @@ pub mod verify;
 mod tests;
 
 pub use checkpoint::{Checkpoint, Signer, VerifyingKey};
-pub use event::{Draft, Origin, Outcome, anonymous};
+pub use event::{Draft, Origin, Outcome, anonymous, event};
 pub use read::{EventView, Filter, Order, Page};
 pub use trail::{DataPlane, Options, Trail};
 pub use usage::Access;

@@ -9,6 +9,7 @@ pub mod authn;
 pub mod authz;
 pub mod cache;
 pub mod config;
+pub mod context;
 pub mod error;
 pub mod hardening;
 pub mod key;

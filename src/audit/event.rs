@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use polykey_proto::polykey::record::v1::AuditEvent;
 pub use polykey_proto::polykey::record::v1::audit_event::Outcome;
 
+use crate::context::Context;
 use crate::key::KeyId;
 use crate::time::Time;
 
@@ -87,6 +88,33 @@ impl Origin<'_> {
             count: 0,
         })
     }
+}
+
+impl<'a> From<&'a Context> for Origin<'a> {
+    fn from(cx: &'a Context) -> Self {
+        Self {
+            time: cx.now,
+            request_id: &cx.request_id,
+            correlation_id: &cx.correlation_id,
+            client_id: cx.caller.client_id(),
+            certificate: Some(cx.caller.certificate.thumbprint()),
+            peer: Some(cx.peer),
+        }
+    }
+}
+
+/// An event of a verified caller: what it did, or tried to do, to which key and version, and the
+/// google.rpc.Code of the answer.
+#[must_use]
+pub fn event(
+    cx: &Context,
+    action: &str,
+    key: Option<(KeyId, Option<u32>)>,
+    outcome: Outcome,
+    code: i32,
+    decision_id: &str,
+) -> Draft {
+    Origin::from(cx).event(action, key, outcome, code, decision_id)
 }
 
 /// An event without a verified caller: a failed login. What it claimed to be goes into the details,
