@@ -62,7 +62,7 @@ impl Context {
             decision_id: DecisionId(uuid::Uuid::new_v7(timestamp)),
             now: jiff::Timestamp::from_microsecond(self.now.micros()).unwrap_or_default(),
             source: Some(self.peer.ip()),
-            certificate: self.caller.certificate.thumbprint_hex().to_owned(),
+            certificate: self.caller.certificate.thumbprint_hex(),
             claimed: self.claimed.clone(),
         }
     }

@@ -375,6 +375,20 @@ impl Vault {
         entries.into_iter().map(open).collect()
     }
 
+    /// Reads at most `limit` row keys of a range, in order, opening nothing.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if the store cannot be read.
+    pub async fn scan_keys(
+        &self,
+        space: Space,
+        range: KeyRange,
+        limit: usize,
+    ) -> Result<Vec<Vec<u8>>, Error> {
+        let entries = self.store.scan(space, range, Direction::Forward, limit).await?;
+        Ok(entries.into_iter().map(|entry| entry.key).collect())
+    }
+
     /// Begins a transaction on the rows as they are now.
     ///
     /// # Errors

@@ -1,0 +1,405 @@
+//! The keys of the node and everything that can be done with them.
+//!
+//! Each operation loads the key, turns the command into an [`Authorized`] one, and acts on that
+//! alone. A change is one transaction with its audit event; a read is checked against the epoch of
+//! revocations once more before its result is released.
+
+mod create;
+mod due;
+mod forge;
+mod idempotency;
+mod list;
+mod plan;
+mod read;
+mod rotate;
+mod rows;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use arc_swap::ArcSwap;
+use polykey_hsm::{Algorithm, BlobHeader, MaterialContext, UnwrappedMaterial, WrappedBlob};
+use polykey_proto::polykey::record::v1::audit_event::Outcome;
+use polykey_proto::polykey::record::v1::{AliasRecord, KeyRecord, VersionRecord};
+use polykey_storage::RowKey;
+use uuid::Uuid;
+
+use crate::audit::{self, Trail};
+use crate::authz::{
+    Authorized, Authorizer, Command, Denied, KeyFacts, KeyPolicies, Permission, Resource,
+};
+use crate::cache::Cache;
+use crate::context::Context;
+use crate::error::{Error, Reason};
+use crate::key::{self, KeyId, KeyName, KeyState, Version, VersionState, version_row};
+use crate::time::Time;
+use crate::vault::{Invalidate, Tx, Vault, space};
+
+pub use forge::Forge;
+pub use idempotency::Idempotency;
+pub use list::Page;
+pub use plan::Done;
+pub use read::{KeyMaterialView, MetadataView, PolicyView};
+
+/// A key as loaded: its record and its own policies, compiled.
+#[derive(Debug)]
+pub struct Key {
+    /// Its id.
+    pub id: KeyId,
+    /// What it is for.
+    pub algorithm: Algorithm,
+    /// What is stored.
+    pub record: KeyRecord,
+    facts: KeyFacts,
+    policies: KeyPolicies,
+}
+
+impl Key {
+    pub(crate) fn new(record: KeyRecord) -> Result<Self, Error> {
+        let id = KeyId::from_slice(&record.key_id)
+            .ok_or_else(|| Error::data_loss("a key record without an id"))?;
+        let algorithm = key::algorithm(&record)
+            .ok_or_else(|| Error::data_loss("a key record of an unknown algorithm"))?;
+        let uuid = Uuid::from_bytes(id.bytes());
+        // They were validated when they were written; an upgrade of the language must not make
+        // a key unreadable in silence.
+        let policies = KeyPolicies::compile(uuid, &record.access_policies)
+            .map_err(|e| Error::data_loss(format!("the policies of key {id} do not compile: {e}")))?;
+        let facts = facts(&record, id, algorithm);
+        Ok(Self { id, algorithm, record, facts, policies })
+    }
+
+    /// The key as authorization sees it.
+    #[must_use]
+    pub fn facts(&self) -> &KeyFacts {
+        &self.facts
+    }
+
+    /// Its own policies.
+    #[must_use]
+    pub fn policies(&self) -> &KeyPolicies {
+        &self.policies
+    }
+
+    pub(crate) fn resource(&self) -> Resource<'_> {
+        Resource::Key { facts: &self.facts, policies: &self.policies }
+    }
+}
+
+/// The stored state by name, as policies and people read it.
+#[must_use]
+pub fn state_name(record: &KeyRecord) -> &'static str {
+    use polykey_proto::polykey::record::v1::key_record::State;
+    match record.state() {
+        State::Enabled => "enabled",
+        State::Disabled => "disabled",
+        State::Revoked => "revoked",
+        State::PendingDestruction => "pending-destruction",
+        State::Destroyed => "destroyed",
+        State::Unspecified => "unspecified",
+    }
+}
+
+fn facts(record: &KeyRecord, id: KeyId, algorithm: Algorithm) -> KeyFacts {
+    KeyFacts {
+        id: Uuid::from_bytes(id.bytes()),
+        revision: record.revision,
+        creator: record.creator.clone(),
+        authorized_contexts: record.authorized_contexts.clone(),
+        key_type: algorithm.name().to_owned(),
+        state: state_name(record).to_owned(),
+        data_classification: record.data_classification.clone(),
+        exportable: record.exportable,
+        aliases: record.aliases.clone(),
+        tags: record.tags.clone(),
+    }
+}
+
+/// A version as loaded, with the wrapped form that clients hold; nothing secret in the clear.
+#[derive(Debug)]
+pub struct KeyVersion {
+    /// What is stored.
+    pub record: VersionRecord,
+    /// The wrapped blob.
+    pub blob: bytes::Bytes,
+}
+
+/// What the keyring remembers of rows.
+#[derive(Debug)]
+pub struct KeyCaches {
+    keys: Cache<KeyId, Arc<Key>>,
+    versions: Cache<(KeyId, u32), Arc<KeyVersion>>,
+    epoch: AtomicU64,
+}
+
+impl KeyCaches {
+    /// Caches for about `capacity` keys and as many versions.
+    #[must_use]
+    pub fn new(capacity: usize) -> Self {
+        Self {
+            keys: Cache::new(capacity),
+            versions: Cache::new(capacity),
+            epoch: AtomicU64::new(0),
+        }
+    }
+
+    /// Entries held: keys, versions.
+    #[must_use]
+    pub fn len(&self) -> (usize, usize) {
+        (self.keys.len(), self.versions.len())
+    }
+
+    /// Whether nothing is remembered.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == (0, 0)
+    }
+}
+
+impl Invalidate for KeyCaches {
+    fn invalidate(&self, rows: &[&RowKey]) {
+        let mut any = false;
+        for row in rows {
+            if row.space == space::KEYS {
+                if let Some(id) = KeyId::from_slice(&row.key) {
+                    self.keys.invalidate(&id);
+                    any = true;
+                }
+            } else if row.space == space::VERSIONS
+                && let Some((id, number)) = row.key.split_first_chunk::<16>()
+                && let (Some(id), Ok(number)) = (KeyId::from_slice(id), number.try_into())
+            {
+                self.versions.invalidate(&(id, u32::from_be_bytes(number)));
+                any = true;
+            }
+        }
+        if any {
+            self.epoch.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    fn clear(&self) {
+        self.keys.clear();
+        self.versions.clear();
+        self.epoch.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// The keys of the node.
+pub struct Keyring {
+    vault: Arc<Vault>,
+    caches: Arc<KeyCaches>,
+    authorizer: Arc<ArcSwap<Authorizer>>,
+    trail: Arc<Trail>,
+    forge: Forge,
+    jobs_changed: Arc<tokio::sync::Notify>,
+}
+
+impl std::fmt::Debug for Keyring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Keyring").field("vault", &self.vault).finish_non_exhaustive()
+    }
+}
+
+impl Keyring {
+    /// A keyring over an open vault; `caches` must be the ones the vault invalidates, and
+    /// `jobs_changed` is told when the schedule changes.
+    #[must_use]
+    pub fn new(
+        vault: Arc<Vault>,
+        caches: Arc<KeyCaches>,
+        authorizer: Arc<ArcSwap<Authorizer>>,
+        trail: Arc<Trail>,
+        forge: Forge,
+        jobs_changed: Arc<tokio::sync::Notify>,
+    ) -> Self {
+        Self { vault, caches, authorizer, trail, forge, jobs_changed }
+    }
+
+    /// The vault underneath.
+    #[must_use]
+    pub fn vault(&self) -> &Arc<Vault> {
+        &self.vault
+    }
+
+    /// The policies in force.
+    #[must_use]
+    pub fn authorizer(&self) -> Arc<Authorizer> {
+        self.authorizer.load_full()
+    }
+
+    /// The only way to an authorized command. A refusal is in the audit trail before it is told.
+    pub(crate) async fn authorize<C: Command>(
+        &self,
+        cx: &Context,
+        resource: Resource<'_>,
+        command: C,
+    ) -> Result<Authorized<C>, Error> {
+        let context = cx.facts();
+        let id = context.decision_id;
+        let key = match &resource {
+            Resource::Key { facts, .. } => KeyId::from_slice(facts.id.as_bytes()),
+            _ => None,
+        };
+        let result =
+            self.authorizer.load().authorize(&cx.caller.facts, resource, &context, command);
+        match result {
+            Ok(permit) => Ok(permit),
+            Err(denied) => {
+                let (action, error) = match denied {
+                    Denied::Hidden => (C::ACTION, Error::NotFound),
+                    Denied::Forbidden { action, decision } => {
+                        if !decision.errors.is_empty() {
+                            tracing::warn!(
+                                request_id = cx.request_id,
+                                errors = ?decision.errors,
+                                "a policy failed to evaluate"
+                            );
+                        }
+                        (action, Error::Denied { decision_id: id.to_string() })
+                    }
+                };
+                let code = if matches!(error, Error::NotFound) { 5 } else { 7 };
+                let event = audit::event(
+                    cx,
+                    action.name(),
+                    key.map(|key| (key, None)),
+                    Outcome::Denied,
+                    code,
+                    &id.to_string(),
+                );
+                self.trail.denied(event).await?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Loads a key through the cache.
+    pub(crate) async fn load(&self, id: KeyId) -> Result<Arc<Key>, Error> {
+        if let Some(key) = self.caches.keys.get(&id) {
+            return Ok(key);
+        }
+        let ticket = self.caches.keys.ticket(&id);
+        let loaded = self.vault.get::<KeyRecord>(&id.bytes()).await?.ok_or(Error::NotFound)?;
+        let key = Arc::new(Key::new(loaded.record)?);
+        self.caches.keys.insert(ticket, id, Arc::clone(&key));
+        Ok(key)
+    }
+
+    /// Resolves a name to an id. An alias is read from the store each time: it may move.
+    pub(crate) async fn resolve(&self, name: &KeyName) -> Result<KeyId, Error> {
+        match name {
+            KeyName::Id(id) => Ok(*id),
+            KeyName::Alias(alias) => {
+                let row = self.vault.row_name("alias", alias);
+                let alias = self.vault.get::<AliasRecord>(&row).await?.ok_or(Error::NotFound)?;
+                KeyId::from_slice(&alias.record.key_id)
+                    .ok_or_else(|| Error::data_loss("an alias without a key"))
+            }
+        }
+    }
+
+    /// Loads a version through the cache.
+    pub(crate) async fn load_version(
+        &self,
+        key: &Key,
+        version: Version,
+    ) -> Result<Arc<KeyVersion>, Error> {
+        let name = (key.id, version.get());
+        if let Some(found) = self.caches.versions.get(&name) {
+            return Ok(found);
+        }
+        let ticket = self.caches.versions.ticket(&name);
+        let row = version_row(key.id, version);
+        let loaded = self
+            .vault
+            .get::<VersionRecord>(&row)
+            .await?
+            .ok_or(Error::State(Reason::VersionNotFound))?;
+        let opened = self.open_material(key, &loaded.record)?;
+        let blob = wrapped_blob(key, version.get(), &opened)?;
+        let found = Arc::new(KeyVersion { record: loaded.record, blob: blob.into() });
+        self.caches.versions.insert(ticket, name, Arc::clone(&found));
+        Ok(found)
+    }
+
+    /// Loads a version of a key with the consistency of a transaction.
+    pub(crate) async fn version_in(
+        &self,
+        tx: &mut Tx<'_>,
+        id: KeyId,
+        version: Version,
+    ) -> Result<VersionRecord, Error> {
+        let row = version_row(id, version);
+        let loaded = tx.get::<VersionRecord>(&row).await?;
+        loaded.map(|l| l.record).ok_or(Error::State(Reason::VersionNotFound))
+    }
+
+    pub(crate) fn material_context(&self, key: &Key, version: u32) -> MaterialContext {
+        MaterialContext {
+            node: self.vault.node_id(),
+            key_id: key.id.bytes(),
+            version,
+            algorithm: key.algorithm,
+            exportable: key.record.exportable,
+        }
+    }
+
+    /// Unwraps a version's material, for this use only.
+    pub(crate) fn open_material(
+        &self,
+        key: &Key,
+        version: &VersionRecord,
+    ) -> Result<UnwrappedMaterial, Error> {
+        let context = self.material_context(key, version.version);
+        self.vault.ring().unwrap_material(&context, &version.material).map_err(|e| {
+            Error::data_loss(format!(
+                "the material of key {} version {} does not open: {e}",
+                key.id, version.version
+            ))
+        })
+    }
+
+    /// Moves with every change of a key or version.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.caches.epoch.load(Ordering::SeqCst)
+    }
+
+    /// Wakes the runner of the schedule.
+    pub(crate) fn wake_jobs(&self) {
+        self.jobs_changed.notify_one();
+    }
+
+    /// Whether the caller sees every key.
+    pub(crate) fn sees_all(cx: &Context) -> bool {
+        cx.caller.facts.permissions.contains(Permission::KeysAll)
+    }
+}
+
+/// The wrapped form of a version that clients hold.
+pub(crate) fn wrapped_blob(
+    key: &Key,
+    version: u32,
+    opened: &UnwrappedMaterial,
+) -> Result<Vec<u8>, Error> {
+    let header = BlobHeader { key_id: key.id.bytes(), version, algorithm: key.algorithm };
+    WrappedBlob::seal(&opened.blob_key, &header, &opened.material)
+        .map_err(|e| Error::internal(format!("wrapping a version: {e}")))
+}
+
+/// The state of key and version at a moment, as answers show it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shown {
+    /// The key's.
+    pub key: KeyState,
+    /// The version's.
+    pub version: VersionState,
+}
+
+impl Shown {
+    /// The states of `version` of `key` at `now`.
+    #[must_use]
+    pub fn at(key: &KeyRecord, version: &VersionRecord, now: Time) -> Self {
+        Self { key: key::key_state(key, now), version: key::version_state(key, version, now) }
+    }
+}

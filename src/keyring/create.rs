@@ -1,0 +1,213 @@
+//! Making a key.
+
+use std::sync::Arc;
+
+use polykey_hsm::{
+    Algorithm, BlobKey, Generated, GenerationParams, KeyMaterial, UnwrappedMaterial, key_checksum,
+};
+use polykey_proto::polykey::record::v1::{
+    KeyRecord, VersionRecord, job_record::Kind, key_record::State,
+};
+use uuid::Uuid;
+use zeroize::Zeroize;
+
+use super::plan::{Done, Planned, Prepared, next_rotation};
+use super::rows::{claim_alias, schedule, write_list_rows};
+use super::{Key, KeyVersion, Keyring, wrapped_blob};
+use crate::authz::{KeyPolicies, PolicyErrors, Resource};
+use crate::command::{CreateKey, Profile, Value, part};
+use crate::context::Context;
+use crate::error::{Error, FieldViolation, Reason};
+use crate::key::{KeyId, Version, version_row};
+use crate::time::Time;
+use crate::vault::Tx;
+
+/// Errors of policies as violations of the field that carried them.
+pub(super) fn policy_violations(field: &str, errors: &PolicyErrors) -> Error {
+    let violation = |e: &crate::authz::PolicyError| FieldViolation {
+        field: format!("{field}[{}]", crate::limits::shown(&e.name)),
+        description: e.to_string(),
+    };
+    Error::Invalid(errors.0.iter().take(16).map(violation).collect())
+}
+
+/// A supplied value as key material; the copy in the command dies with the command.
+pub(super) fn supplied(value: &Value) -> Result<KeyMaterial, Error> {
+    let mut copy = value.0.to_vec();
+    KeyMaterial::from_secret(std::mem::take(&mut copy)).map_err(|e| {
+        copy.zeroize();
+        Error::invalid("value", e.to_string())
+    })
+}
+
+impl Keyring {
+    fn draft(cx: &Context, command: &CreateKey, id: KeyId) -> KeyRecord {
+        let CreateKey {
+            algorithm,
+            description,
+            tags,
+            expires_at,
+            contexts,
+            policies,
+            classification,
+            exportable,
+            value,
+            alias,
+            read_after_expiry,
+            rotation_period,
+            profile: _,
+            prefix,
+        } = command;
+        let mut record = KeyRecord {
+            key_id: id.bytes().to_vec().into(),
+            algorithm: u32::from(algorithm.code()),
+            created_at: cx.now.micros(),
+            updated_at: cx.now.micros(),
+            expires_at: expires_at.map_or(0, |t| t.micros()),
+            creator: cx.caller.client_id().to_owned(),
+            authorized_contexts: contexts.clone(),
+            access_policies: policies.clone(),
+            description: description.clone(),
+            tags: tags.clone(),
+            data_classification: classification.clone(),
+            exportable: exportable.unwrap_or(*algorithm == Algorithm::ApiKey),
+            read_after_expiry: *read_after_expiry,
+            storage_profile: 1,
+            origin: if value.is_some() { 2 } else { 1 },
+            aliases: alias.iter().cloned().collect(),
+            primary_version: 1,
+            latest_version: 1,
+            min_decryption_version: 1,
+            min_available_version: 1,
+            rotation_period_seconds: rotation_period.unwrap_or(0),
+            revision: 1,
+            ..KeyRecord::default()
+        };
+        if let Some(prefix) = prefix {
+            record.generation_params.insert("prefix".into(), prefix.clone());
+        }
+        record.set_state(State::Enabled);
+        record
+    }
+
+    pub(super) async fn prepare_create(
+        &self,
+        cx: &Context,
+        command: &CreateKey,
+    ) -> Result<Prepared, Error> {
+        let draft = Self::draft(cx, command, KeyId::mint(cx.now));
+        self.authorize_create(cx, command, &draft).await?;
+        if command.profile == Profile::Hardened {
+            return Err(Error::State(Reason::ProfileUnavailable));
+        }
+        let uuid = Uuid::new_v4();
+        KeyPolicies::compile(uuid, &command.policies)
+            .map_err(|e| policy_violations("access_policies", &e))?;
+        let params = GenerationParams {
+            supplied: command.value.as_ref().map(supplied).transpose()?,
+            prefix: command.prefix.clone(),
+        };
+        Ok(Prepared::Material(self.forge.make(command.algorithm, params).await?))
+    }
+
+    async fn authorize_create(
+        &self,
+        cx: &Context,
+        command: &CreateKey,
+        draft: &KeyRecord,
+    ) -> Result<(String, &'static str), Error> {
+        let id = KeyId::from_slice(&draft.key_id).ok_or_else(|| Error::internal("a bad id"))?;
+        let facts = super::facts(draft, id, command.algorithm);
+        let resource = Resource::NewKey(&facts);
+        Ok(if command.value.is_some() {
+            let permit = self.authorize(cx, resource, part::Import(command)).await?;
+            (permit.decision_id().to_string(), "ImportKey")
+        } else {
+            let permit = self.authorize(cx, resource, part::Generate(command)).await?;
+            (permit.decision_id().to_string(), "CreateKey")
+        })
+    }
+
+    pub(super) async fn plan_create(
+        &self,
+        cx: &Context,
+        tx: &mut Tx<'_>,
+        command: &CreateKey,
+        prepared: &Prepared,
+    ) -> Result<Planned, Error> {
+        let Prepared::Material(made) = prepared else {
+            return Err(Error::internal("no material was made"));
+        };
+        let id = KeyId::mint(cx.now);
+        let mut record = Self::draft(cx, command, id);
+        let (decision, action) = self.authorize_create(cx, command, &record).await?;
+        if record.rotation_period_seconds > 0 {
+            let due = next_rotation(id, &record, cx.now);
+            record.next_rotation_at = due.micros();
+            schedule(tx, Kind::Rotate, due, id, 0)?;
+        }
+        if let Some(alias) = &command.alias {
+            claim_alias(tx, alias, id, cx.now).await?;
+        }
+        let key = Key::new(record)?;
+        tx.insert(&id.bytes(), &key.record)?;
+        write_list_rows(tx, None, &key.record, id)?;
+        let version = self.new_version_at(tx, &key, Version::FIRST, made, cx.now)?;
+        let event = crate::audit::event(
+            cx,
+            action,
+            Some((id, Some(1))),
+            polykey_proto::polykey::record::v1::audit_event::Outcome::Success,
+            0,
+            &decision,
+        );
+        let done = Done {
+            key: Arc::new(key),
+            version: Some(Arc::new(version)),
+            previous: 0,
+            grace_until: None,
+            at: cx.now,
+            leaf: None,
+            erased: 0,
+        };
+        Ok(Planned { done, event })
+    }
+
+    /// Wraps material into a new version row.
+    pub(super) fn new_version_at(
+        &self,
+        tx: &mut Tx<'_>,
+        key: &Key,
+        version: Version,
+        made: &Generated,
+        now: Time,
+    ) -> Result<KeyVersion, Error> {
+        let failed = |e: polykey_hsm::CryptoFailure| Error::internal(e.to_string());
+        let blob_key = BlobKey::generate().map_err(failed)?;
+        let context = self.material_context(key, version.get());
+        let material = self
+            .vault
+            .ring()
+            .wrap_material(&context, &made.material, &blob_key)
+            .map_err(failed)?;
+        let record = VersionRecord {
+            key_id: key.id.bytes().to_vec().into(),
+            version: version.get(),
+            created_at: now.micros(),
+            material: material.into(),
+            public_key: made
+                .public
+                .as_ref()
+                .map(|p| p.spki_der.clone().into())
+                .unwrap_or_default(),
+            algorithm: u32::from(key.algorithm.code()),
+            checksum: key_checksum(&blob_key, &made.material).map_err(failed)?,
+            origin: key.record.origin,
+            ..VersionRecord::default()
+        };
+        tx.insert(&version_row(key.id, version), &record)?;
+        let opened: UnwrappedMaterial = self.open_material(key, &record)?;
+        let blob = wrapped_blob(key, version.get(), &opened)?;
+        Ok(KeyVersion { record, blob: blob.into() })
+    }
+}

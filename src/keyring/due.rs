@@ -1,0 +1,219 @@
+//! What the schedule does to keys when its time has come. Everything here is enforced at use
+//! anyway; this makes it the stored state, and erases material.
+
+use polykey_hsm::GenerationParams;
+use polykey_proto::polykey::record::v1::{
+    AuditEvent, JobRecord, KeyRecord, VersionRecord, audit_event::Outcome, job_record::Kind,
+    key_record::State,
+};
+use polykey_storage::Direction;
+
+use super::rows::{release_alias, schedule, unschedule, write_list_rows};
+use super::{Key, Keyring};
+use crate::error::Error;
+use crate::key::{self, KeyId, Version, version_row};
+use crate::time::Time;
+use crate::vault::Tx;
+
+/// Versions erased in one transaction.
+const ERASE: usize = 256;
+
+impl Keyring {
+    /// Does what a job of the schedule says, and removes its row, in one transaction. What has
+    /// been overtaken by events is removed without effect.
+    ///
+    /// # Errors
+    /// The schedule tries again later.
+    pub async fn run_job(&self, job: &JobRecord, row: &[u8], now: Time) -> Result<(), Error> {
+        let mut tx = self.vault.begin().await?;
+        if tx.get::<JobRecord>(row).await?.is_none() {
+            return Ok(());
+        }
+        let id = KeyId::from_slice(&job.key_id)
+            .ok_or_else(|| Error::data_loss("a job without a key"))?;
+        let loaded = tx.get::<KeyRecord>(&id.bytes()).await?;
+        let key = loaded.map(|l| Key::new(l.record)).transpose()?;
+        let mut more = false;
+        if let Some(key) = key {
+            let effect = match job.kind() {
+                Kind::Rotate => self.due_rotation(&mut tx, &key, job, now).await?,
+                Kind::Promote => self.due_promotion(&mut tx, &key, job, now).await?,
+                Kind::EndGrace => self.due_end_of_grace(&mut tx, &key, job).await?,
+                Kind::Revoke => self.due_revocation(&mut tx, &key, job, now)?,
+                Kind::Destroy => {
+                    let (effect, left) = self.due_destruction(&mut tx, &key, job, now).await?;
+                    more = left;
+                    effect
+                }
+                Kind::SweepTokens | Kind::SweepIdempotency | Kind::Reseal | Kind::Unspecified => {
+                    return Err(Error::internal("a job that is not about a key"));
+                }
+            };
+            if let Some((action, after)) = effect {
+                self.due_change(&mut tx, &key, after, action, job, now)?;
+            }
+        }
+        if !more {
+            tx.delete::<JobRecord>(row);
+        }
+        match tx.commit().await {
+            Ok(receipt) => {
+                tracing::debug!(?receipt, kind = ?job.kind(), key = %id, "a due job is done");
+                if more { Err(Error::unavailable("more versions to erase")) } else { Ok(()) }
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn due_change(
+        &self,
+        tx: &mut Tx<'_>,
+        before: &Key,
+        mut after: KeyRecord,
+        action: &str,
+        job: &JobRecord,
+        now: Time,
+    ) -> Result<(), Error> {
+        after.updated_at = now.micros();
+        after.revision += 1;
+        write_list_rows(tx, Some(&before.record), &after, before.id)?;
+        tx.put(&before.id.bytes(), &after)?;
+        let mut event = AuditEvent {
+            time: now.micros(),
+            client_id: "polykey".into(),
+            action: action.into(),
+            key_id: before.id.bytes().to_vec().into(),
+            version: job.version,
+            ..AuditEvent::default()
+        };
+        event.set_outcome(Outcome::Success);
+        event.details.insert("due".into(), Time::from_micros(job.due).to_string());
+        tx.event(event);
+        Ok(())
+    }
+
+    async fn due_rotation(
+        &self,
+        tx: &mut Tx<'_>,
+        key: &Key,
+        job: &JobRecord,
+        now: Time,
+    ) -> Result<Option<(&'static str, KeyRecord)>, Error> {
+        if key.record.next_rotation_at != job.due {
+            return Ok(None);
+        }
+        let mut after = key.record.clone();
+        if key::may_seal(&key.record, now).is_err() {
+            // A disabled key is not rotated; enabling it starts the schedule again.
+            after.next_rotation_at = 0;
+            return Ok(Some(("SkipRotation", after)));
+        }
+        let params = GenerationParams {
+            supplied: None,
+            prefix: key.record.generation_params.get("prefix").cloned(),
+        };
+        let made = self.forge.make(key.algorithm, params).await?;
+        let version = Version::new(key.record.latest_version.saturating_add(1))
+            .ok_or_else(|| Error::internal("out of versions"))?;
+        self.new_version_at(tx, key, version, &made, now)?;
+        after.latest_version = version.get();
+        after.primary_version = version.get();
+        unschedule(tx, Kind::Promote, key.record.staged_promote_at, key.id, 0);
+        after.staged_version = 0;
+        after.staged_promote_at = 0;
+        // Counted from now, not from when it was due: after a long sleep it rotates once.
+        let due = super::plan::next_rotation(key.id, &after, now);
+        after.next_rotation_at = due.micros();
+        schedule(tx, Kind::Rotate, due, key.id, 0)?;
+        Ok(Some(("RotateKey", after)))
+    }
+
+    async fn due_promotion(
+        &self,
+        tx: &mut Tx<'_>,
+        key: &Key,
+        job: &JobRecord,
+        now: Time,
+    ) -> Result<Option<(&'static str, KeyRecord)>, Error> {
+        if key.record.staged_version == 0 || key.record.staged_promote_at != job.due {
+            return Ok(None);
+        }
+        if key::may_seal(&key.record, now).is_err() {
+            return Ok(None);
+        }
+        let mut after = key.record.clone();
+        let grace = key.record.staged_grace_seconds;
+        self.promote(tx, key, &mut after, grace, now).await?;
+        Ok(Some(("PromoteVersion", after)))
+    }
+
+    async fn due_end_of_grace(
+        &self,
+        tx: &mut Tx<'_>,
+        key: &Key,
+        job: &JobRecord,
+    ) -> Result<Option<(&'static str, KeyRecord)>, Error> {
+        let Some(version) = Version::new(job.version) else { return Ok(None) };
+        let row = version_row(key.id, version);
+        let Some(loaded) = tx.get::<VersionRecord>(&row).await? else { return Ok(None) };
+        let mut record = loaded.record;
+        if record.grace_until != job.due || record.revoked_at != 0 {
+            return Ok(None);
+        }
+        record.revoked_at = record.grace_until;
+        tx.put(&row, &record)?;
+        Ok(Some(("EndGrace", key.record.clone())))
+    }
+
+    fn due_revocation(
+        &self,
+        tx: &mut Tx<'_>,
+        key: &Key,
+        job: &JobRecord,
+        now: Time,
+    ) -> Result<Option<(&'static str, KeyRecord)>, Error> {
+        if key.record.revoke_at != job.due
+            || !matches!(key.record.state(), State::Enabled | State::Disabled)
+        {
+            return Ok(None);
+        }
+        let mut after = key.record.clone();
+        unschedule(tx, Kind::Rotate, key.record.next_rotation_at, key.id, 0);
+        unschedule(tx, Kind::Promote, key.record.staged_promote_at, key.id, 0);
+        key::settle_revocation(&mut after, now);
+        Ok(Some(("RevokeKey", after)))
+    }
+
+    /// Erases every version of a key, some at a time, and then the key's names.
+    async fn due_destruction(
+        &self,
+        tx: &mut Tx<'_>,
+        key: &Key,
+        job: &JobRecord,
+        now: Time,
+    ) -> Result<(Option<(&'static str, KeyRecord)>, bool), Error> {
+        if key.record.destroy_at != job.due || key.record.state() != State::PendingDestruction {
+            return Ok((None, false));
+        }
+        let range = polykey_storage::prefix(key.id.bytes());
+        let rows = tx.scan::<VersionRecord>(range, Direction::Forward, ERASE).await?;
+        let more = rows.len() == ERASE;
+        for (row, loaded) in &rows {
+            let version = loaded.record.version;
+            unschedule(tx, Kind::EndGrace, loaded.record.grace_until, key.id, version);
+            tx.delete::<VersionRecord>(row);
+        }
+        if more {
+            return Ok((None, true));
+        }
+        let mut after = key.record.clone();
+        for alias in std::mem::take(&mut after.aliases) {
+            release_alias(tx, &alias).await?;
+        }
+        after.set_state(State::Destroyed);
+        after.destroyed_at = now.micros();
+        after.access_policies.clear();
+        after.staged_version = 0;
+        Ok((Some(("DestroyKey", after)), false))
+    }
+}

@@ -1,0 +1,74 @@
+//! Where keys are made: off the threads of requests, a few at a time, with a bounded queue.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use polykey_hsm::{Algorithm, Generated, GenerationParams, algorithm};
+use tokio::sync::Semaphore;
+
+use crate::error::Error;
+
+/// A bounded place for slow key generation.
+#[derive(Clone, Debug)]
+pub struct Forge {
+    running: Arc<Semaphore>,
+    waiting: Arc<Semaphore>,
+}
+
+impl Forge {
+    /// At most `running` generations at a time and `waiting` more in the queue.
+    #[must_use]
+    pub fn new(running: usize, waiting: usize) -> Self {
+        let running = running.max(1);
+        Self {
+            running: Arc::new(Semaphore::new(running)),
+            waiting: Arc::new(Semaphore::new(running + waiting)),
+        }
+    }
+
+    /// Makes a key: symmetric ones at once, the others on a thread of their own.
+    ///
+    /// # Errors
+    /// [`Error::Exhausted`] if the queue is full, [`Error::Invalid`] if the parameters do not fit.
+    pub async fn make(
+        &self,
+        algorithm: Algorithm,
+        params: GenerationParams,
+    ) -> Result<Generated, Error> {
+        match algorithm {
+            Algorithm::Aes256 | Algorithm::ApiKey => generate(algorithm, params),
+            Algorithm::EcdsaP384 | Algorithm::Rsa4096 => {
+                let _place = self
+                    .waiting
+                    .clone()
+                    .try_acquire_owned()
+                    .map_err(|_| Error::Exhausted { retry_after: Duration::from_secs(1) })?;
+                let turn = self
+                    .running
+                    .clone()
+                    .acquire_owned()
+                    .await
+                    .map_err(|_| Error::unavailable("the forge is closed"))?;
+                let made = tokio::task::spawn_blocking(move || {
+                    let made = generate(algorithm, params);
+                    drop(turn);
+                    made
+                });
+                made.await.map_err(|e| Error::internal(format!("generating a key: {e}")))?
+            }
+        }
+    }
+}
+
+fn generate(algorithm: Algorithm, params: GenerationParams) -> Result<Generated, Error> {
+    algorithm::generate(algorithm, params).map_err(|e| match e {
+        algorithm::AlgorithmError::SuppliedValue(_) => Error::invalid("value", e.to_string()),
+        algorithm::AlgorithmError::Material(_) => Error::invalid("value", e.to_string()),
+        algorithm::AlgorithmError::PrefixNotTaken(_) | algorithm::AlgorithmError::BadPrefix => {
+            Error::invalid("generation_params[\"prefix\"]", e.to_string())
+        }
+        algorithm::AlgorithmError::NotAKey(_)
+        | algorithm::AlgorithmError::Inconsistent
+        | algorithm::AlgorithmError::Crypto(_) => Error::internal(format!("generating a key: {e}")),
+    })
+}

@@ -1,0 +1,197 @@
+//! Requests that are repeated because their answer was lost: the first result is given again.
+
+use polykey_hsm::MacPurpose;
+use polykey_proto::polykey::record::v1::IdempotencyRecord;
+use subtle::ConstantTimeEq;
+
+use super::plan::Done;
+use super::{Keyring, KeyVersion, wrapped_blob};
+use crate::authz::Command;
+use crate::command::{Mutation, part};
+use crate::context::Context;
+use crate::error::Error;
+use crate::key::{KeyId, KeyName, Version, version_row};
+use crate::time::Time;
+use crate::vault::{Tx, Vault};
+use std::sync::Arc;
+
+const DAY: i64 = 86_400;
+
+/// The key that a caller gave a request, with what it identifies.
+#[derive(Clone, Debug)]
+pub struct Idempotency {
+    /// As the caller wrote it: 1 to 128 printable characters.
+    pub key: String,
+    /// The full method, so that one key does not answer another method.
+    pub method: &'static str,
+    /// The item of a batch or stream.
+    pub item: u32,
+    /// The encoded request (or item), without what identifies only the call.
+    pub request: bytes::Bytes,
+}
+
+fn row(vault: &Vault, cx: &Context, key: &Idempotency, day: i64) -> Vec<u8> {
+    let mac = vault.ring().mac(
+        MacPurpose::Idempotency,
+        &[
+            b"row",
+            cx.caller.client_id().as_bytes(),
+            key.key.as_bytes(),
+            &key.item.to_be_bytes(),
+        ],
+    );
+    let mut row = u32::try_from(day).unwrap_or(0).to_be_bytes().to_vec();
+    row.extend_from_slice(&mac);
+    row
+}
+
+fn request_mac(vault: &Vault, key: &Idempotency) -> [u8; 32] {
+    vault.ring().mac(
+        MacPurpose::Idempotency,
+        &[b"request", key.method.as_bytes(), &key.request],
+    )
+}
+
+impl Idempotency {
+    /// Writes down what became of the request, in the transaction of its change.
+    pub(super) async fn remember(
+        &self,
+        tx: &mut Tx<'_>,
+        cx: &Context,
+        done: &Done,
+    ) -> Result<(), Error> {
+        let day = cx.now.seconds() / DAY;
+        let row = row(tx.vault(), cx, self, day);
+        if let Some(found) = tx.get::<IdempotencyRecord>(&row).await?
+            && Time::from_micros(found.record.created_at).plus_seconds(DAY) > cx.now
+        {
+            return Err(Error::Conflict);
+        }
+        let record = IdempotencyRecord {
+            request: request_mac(tx.vault(), self).to_vec().into(),
+            method: self.method.to_owned(),
+            created_at: cx.now.micros(),
+            key_id: done.key.id.bytes().to_vec().into(),
+            version: done.version.as_ref().map_or(0, |v| v.record.version),
+            previous_version: done.previous,
+            grace_until: done.grace_until.map_or(0, Time::micros),
+            text: done.erased.to_string(),
+        };
+        tx.put(&row, &record)
+    }
+}
+
+impl Keyring {
+    /// The result of an earlier request with the same key, if there is one; authorized again and
+    /// rendered from what is stored now.
+    pub(super) async fn recall(
+        &self,
+        cx: &Context,
+        mutation: &Mutation,
+        key: &Idempotency,
+    ) -> Result<Option<Done>, Error> {
+        let today = cx.now.seconds() / DAY;
+        for day in [today, today - 1] {
+            let row = row(&self.vault, cx, key, day);
+            let Some(found) = self.vault.get::<IdempotencyRecord>(&row).await? else { continue };
+            let record = found.record;
+            let at = Time::from_micros(record.created_at);
+            if at.plus_seconds(DAY) <= cx.now {
+                continue;
+            }
+            let mac = request_mac(&self.vault, key);
+            if !bool::from(record.request.as_ref().ct_eq(mac.as_slice())) {
+                return Err(Error::invalid(
+                    "idempotency-key",
+                    "was used for a different request; use a new one",
+                ));
+            }
+            let id = KeyId::from_slice(&record.key_id)
+                .ok_or_else(|| Error::data_loss("an idempotency record without a key"))?;
+            let found = self.load(id).await?;
+            self.authorize_again(cx, &found, mutation).await?;
+            let version = match Version::new(record.version) {
+                None => None,
+                Some(version) => {
+                    let row = version_row(id, version);
+                    let loaded = self.vault.get(&row).await?;
+                    let loaded: crate::vault::Loaded<
+                        polykey_proto::polykey::record::v1::VersionRecord,
+                    > = loaded
+                        .ok_or(Error::State(crate::error::Reason::VersionTrimmed))?;
+                    let opened = self.open_material(&found, &loaded.record)?;
+                    let blob = wrapped_blob(&found, record.version, &opened)?;
+                    Some(Arc::new(KeyVersion { record: loaded.record, blob: blob.into() }))
+                }
+            };
+            return Ok(Some(Done {
+                key: found,
+                version,
+                previous: record.previous_version,
+                grace_until: Time::optional(record.grace_until),
+                at,
+                leaf: None,
+                erased: record.text.parse().unwrap_or(0),
+            }));
+        }
+        Ok(None)
+    }
+
+    /// Whoever may no longer do it does not learn what it came to either.
+    async fn authorize_again(
+        &self,
+        cx: &Context,
+        key: &super::Key,
+        mutation: &Mutation,
+    ) -> Result<(), Error> {
+        async fn ask<C: Command>(
+            keyring: &Keyring,
+            cx: &Context,
+            key: &super::Key,
+            command: C,
+        ) -> Result<(), Error> {
+            keyring.authorize(cx, key.resource(), command).await.map(drop)
+        }
+        let name = KeyName::Id(key.id);
+        match mutation {
+            // Reading what one has made takes no more than seeing it.
+            Mutation::Create(_) => ask(self, cx, key, part::Describe(&name)).await,
+            Mutation::Rotate(c) => ask(self, cx, key, c).await,
+            Mutation::Revoke(c) => ask(self, cx, key, c).await,
+            Mutation::Update(c) if c.shares() && !c.describes() => {
+                ask(self, cx, key, part::Share(c)).await
+            }
+            Mutation::Update(c) => ask(self, cx, key, &**c).await,
+            Mutation::Enable(c) => ask(self, cx, key, part::Enable(c)).await,
+            Mutation::Disable(c) => ask(self, cx, key, part::Disable(c)).await,
+            Mutation::Destroy(c) => ask(self, cx, key, c).await,
+            Mutation::CancelDestroy(c) => ask(self, cx, key, part::CancelDestruction(c)).await,
+            Mutation::SetAlias(c) => ask(self, cx, key, c).await,
+            Mutation::DeleteAlias(c) => ask(self, cx, key, c).await,
+            Mutation::SetBounds(c) => ask(self, cx, key, c).await,
+            Mutation::Trim(c) => ask(self, cx, key, c).await,
+        }
+    }
+
+    /// Removes what is older than a day, at most `limit` rows; returns whether there is more.
+    ///
+    /// # Errors
+    /// As [`Tx::commit`].
+    pub async fn sweep_idempotency(&self, now: Time, limit: usize) -> Result<bool, Error> {
+        let oldest = u32::try_from(now.seconds() / DAY - 1).unwrap_or(0);
+        let range = (
+            std::ops::Bound::Unbounded,
+            std::ops::Bound::Excluded(oldest.to_be_bytes().to_vec()),
+        );
+        let mut tx = self.vault.begin().await?;
+        let space = crate::vault::space::IDEMPOTENCY;
+        let rows = self.vault.scan_keys(space, range, limit).await?;
+        for row in &rows {
+            tx.delete::<IdempotencyRecord>(row);
+        }
+        if !rows.is_empty() {
+            tx.commit().await?;
+        }
+        Ok(rows.len() == limit)
+    }
+}

@@ -1,0 +1,343 @@
+//! Lists: one narrow row per key and grantee, so that a page costs the same in a store of any size.
+
+use std::ops::Bound;
+use std::sync::Arc;
+
+use polykey_hsm::MacPurpose;
+use polykey_proto::polykey::record::v1::{KeyRecord, ListRow};
+use polykey_storage::Direction;
+use prost::Message;
+
+use super::rows::{EVERYONE, list_prefix, tag_hash};
+use super::{Keyring, MetadataView};
+use crate::audit;
+use crate::authz::Resource;
+use crate::command::{ListKeys, ListStatus};
+use crate::context::Context;
+use crate::error::Error;
+use crate::key::{KeyId, KeyState, key_state};
+use crate::limits::{COUNT, PAGE_DEFAULT, PAGE_SCAN};
+use crate::time::Time;
+use polykey_proto::polykey::record::v1::audit_event::Outcome;
+
+/// Rows read at a time.
+const STEP: usize = 512;
+/// Bytes of rows that one page looks at before it returns short.
+const PAGE_BYTES: usize = 2 * 1024 * 1024;
+
+/// A page of keys.
+#[derive(Debug)]
+pub struct Page {
+    /// The keys, in order of their ids.
+    pub keys: Vec<MetadataView>,
+    /// Where the next page begins; empty = this was the last.
+    pub next: String,
+    /// Keys the caller may see, exact up to 10,000.
+    pub total: u32,
+    /// Those of them that match, exact up to 10,000.
+    pub filtered: u32,
+}
+
+struct Filter {
+    algorithms: Vec<u32>,
+    statuses: Vec<ListStatus>,
+    tags: Vec<u64>,
+    after: Option<i64>,
+    before: Option<i64>,
+}
+
+impl Filter {
+    fn is_open(&self) -> bool {
+        self.algorithms.is_empty()
+            && self.statuses.is_empty()
+            && self.tags.is_empty()
+            && self.after.is_none()
+            && self.before.is_none()
+    }
+
+    fn takes(&self, row: &ListRow, now: Time) -> bool {
+        (self.algorithms.is_empty() || self.algorithms.contains(&row.algorithm))
+            && self.after.is_none_or(|t| row.created_at >= t)
+            && self.before.is_none_or(|t| row.created_at < t)
+            && self.tags.iter().all(|t| row.tags.contains(t))
+            && (self.statuses.is_empty() || self.statuses.iter().any(|s| has(row, *s, now)))
+    }
+}
+
+/// Whether a key counts under a status: one with a staged version counts under two.
+fn has(row: &ListRow, status: ListStatus, now: Time) -> bool {
+    let record = KeyRecord {
+        state: row.state,
+        expires_at: row.expires_at,
+        revoke_at: row.revoke_at,
+        ..KeyRecord::default()
+    };
+    let is = match key_state(&record, now) {
+        KeyState::Enabled => ListStatus::Active,
+        KeyState::Expired if row.read_after_expiry => ListStatus::Deprecated,
+        KeyState::Expired
+        | KeyState::Disabled
+        | KeyState::Revoked
+        | KeyState::PendingDestruction
+        | KeyState::Destroyed => ListStatus::Revoked,
+    };
+    is == status || (status == ListStatus::Rotating && is == ListStatus::Active && row.rotating)
+}
+
+/// What a page token says: where the page ended, and the counts of the first page.
+struct Cursor {
+    last: KeyId,
+    total: u32,
+    filtered: u32,
+}
+
+impl Keyring {
+    /// One page of the keys the caller may see.
+    ///
+    /// # Errors
+    /// [`Error::Denied`], or [`Error::Invalid`] for a page token that is not of this query.
+    pub async fn list(&self, cx: &Context, query: &ListKeys) -> Result<Page, Error> {
+        let permit = self.authorize(cx, Resource::Node, query).await?;
+        let principal = if Self::sees_all(cx) { EVERYONE } else { cx.caller.client_id() };
+        let prefix = list_prefix(&self.vault, principal);
+        let filter = self.filter(query);
+        let digest = self.query_digest(cx, principal, query);
+        let cursor = match query.page_token.as_str() {
+            "" => None,
+            token => Some(self.open_token(token, &digest)?),
+        };
+        let size = if query.page_size == 0 { PAGE_DEFAULT } else { query.page_size } as usize;
+
+        let (total, filtered) = match &cursor {
+            Some(cursor) => (cursor.total, cursor.filtered),
+            None => self.count(&prefix, &filter, cx.now).await?,
+        };
+        let mut start = prefix.to_vec();
+        let start = match &cursor {
+            None => Bound::Included(start),
+            Some(cursor) => {
+                start.extend_from_slice(&cursor.last.bytes());
+                Bound::Excluded(start)
+            }
+        };
+        let (ids, last) = self.page(&prefix, start, &filter, size, cx.now).await?;
+        let next = match last {
+            Some(last) => self.seal_token(&Cursor { last, total, filtered }, &digest),
+            None => String::new(),
+        };
+        let mut keys = Vec::with_capacity(ids.len());
+        for id in ids {
+            if let Some(view) = self.listed(cx, id).await? {
+                keys.push(view);
+            }
+        }
+        let decision = permit.decision_id().to_string();
+        let event = audit::event(cx, "ListKeys", None, Outcome::Success, 0, &decision);
+        self.trail.data_plane(event).await?;
+        Ok(Page { keys, next, total, filtered })
+    }
+
+    fn filter(&self, query: &ListKeys) -> Filter {
+        Filter {
+            algorithms: query.algorithms.iter().map(|a| u32::from(a.code())).collect(),
+            statuses: query.statuses.clone(),
+            tags: query.tags.iter().map(|(k, v)| tag_hash(&self.vault, k, v)).collect(),
+            after: query.created_after.map(Time::micros),
+            before: query.created_before.map(Time::micros),
+        }
+    }
+
+    async fn listed(&self, cx: &Context, id: KeyId) -> Result<Option<MetadataView>, Error> {
+        let key = match self.load(id).await {
+            Ok(key) => key,
+            Err(Error::NotFound) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        // The list row and the key may be of different moments: visibility is asked of the key.
+        if !crate::authz::visible(&cx.caller.facts, key.facts()) {
+            return Ok(None);
+        }
+        let done = super::Done {
+            key,
+            version: None,
+            previous: 0,
+            grace_until: None,
+            at: cx.now,
+            leaf: None,
+            erased: 0,
+        };
+        self.view_done(cx, &done).await.map(Some)
+    }
+
+    /// The keys of a page, and the last one looked at if there is more behind it.
+    async fn page(
+        &self,
+        prefix: &[u8; 16],
+        mut start: Bound<Vec<u8>>,
+        filter: &Filter,
+        size: usize,
+        now: Time,
+    ) -> Result<(Vec<KeyId>, Option<KeyId>), Error> {
+        let end = end_of(prefix);
+        let (mut ids, mut seen, mut bytes) = (Vec::new(), 0, 0);
+        loop {
+            let range = (start, end.clone());
+            let rows = self.vault.scan::<ListRow>(range, Direction::Forward, STEP).await?;
+            let more = rows.len() == STEP;
+            let mut last = None;
+            let total = rows.len();
+            for (i, (row, loaded)) in rows.into_iter().enumerate() {
+                seen += 1;
+                bytes += row.len() + loaded.record.encoded_len();
+                let Some(id) = row.get(16..).and_then(KeyId::from_slice) else { continue };
+                if filter.takes(&loaded.record, now) {
+                    ids.push(id);
+                }
+                last = Some((row, id));
+                let full = ids.len() == size || seen >= PAGE_SCAN || bytes >= PAGE_BYTES;
+                if full {
+                    let behind = more || i + 1 < total;
+                    return Ok((ids, behind.then_some(id)));
+                }
+            }
+            match last {
+                Some((row, _)) if more => start = Bound::Excluded(row),
+                _ => return Ok((ids, None)),
+            }
+        }
+    }
+
+    /// How many rows there are and how many match, both exact up to [`COUNT`].
+    async fn count(
+        &self,
+        prefix: &[u8; 16],
+        filter: &Filter,
+        now: Time,
+    ) -> Result<(u32, u32), Error> {
+        let end = end_of(prefix);
+        let mut start = Bound::Included(prefix.to_vec());
+        let (mut total, mut filtered) = (0_usize, 0_usize);
+        let open = filter.is_open();
+        for _ in 0..PAGE_SCAN.div_ceil(STEP) {
+            let range = (start, end.clone());
+            let (rows, last) = if open {
+                let keys = self.vault.scan_keys(crate::vault::space::LIST, range, STEP).await?;
+                (keys.len(), keys.into_iter().next_back())
+            } else {
+                let rows = self.vault.scan::<ListRow>(range, Direction::Forward, STEP).await?;
+                filtered += rows.iter().filter(|(_, l)| filter.takes(&l.record, now)).count();
+                (rows.len(), rows.into_iter().next_back().map(|(row, _)| row))
+            };
+            total += rows;
+            match last {
+                Some(last) if rows == STEP && total.min(COUNT).min(filtered.max(total)) < COUNT => {
+                    start = Bound::Excluded(last);
+                }
+                Some(last) if rows == STEP && !open && filtered < COUNT => {
+                    start = Bound::Excluded(last);
+                }
+                _ => break,
+            }
+        }
+        if open {
+            filtered = total;
+        }
+        let clamp = |n: usize| u32::try_from(n.min(COUNT)).unwrap_or(0);
+        Ok((clamp(total), clamp(filtered)))
+    }
+
+    fn query_digest(&self, cx: &Context, principal: &str, query: &ListKeys) -> [u8; 32] {
+        let ListKeys {
+            page_size: _,
+            page_token: _,
+            algorithms,
+            statuses,
+            tags,
+            created_after,
+            created_before,
+        } = query;
+        let text = format!(
+            "{algorithms:?}|{statuses:?}|{tags:?}|{created_after:?}|{created_before:?}"
+        );
+        self.vault.ring().mac(
+            MacPurpose::PageToken,
+            &[b"query", cx.caller.client_id().as_bytes(), principal.as_bytes(), text.as_bytes()],
+        )
+    }
+
+    fn seal_token(&self, cursor: &Cursor, digest: &[u8; 32]) -> String {
+        let mut token = vec![1];
+        token.extend_from_slice(&cursor.last.bytes());
+        token.extend_from_slice(&cursor.total.to_be_bytes());
+        token.extend_from_slice(&cursor.filtered.to_be_bytes());
+        let mac = self.vault.ring().mac(MacPurpose::PageToken, &[b"token", &token, digest]);
+        token.extend_from_slice(&mac);
+        data_encoding::BASE64URL_NOPAD.encode(&token)
+    }
+
+    fn open_token(&self, token: &str, digest: &[u8; 32]) -> Result<Cursor, Error> {
+        let bad = || {
+            Error::invalid("page_token", "is not one of this query's; begin again without it")
+        };
+        let bytes = data_encoding::BASE64URL_NOPAD.decode(token.as_bytes()).map_err(|_| bad())?;
+        let (body, mac) = bytes.split_last_chunk::<32>().ok_or_else(bad)?;
+        let ring = self.vault.ring();
+        if !ring.verify_mac(MacPurpose::PageToken, &[b"token", body, digest], mac) {
+            return Err(bad());
+        }
+        let &[1, ref rest @ ..] = body else { return Err(bad()) };
+        let (id, rest) = rest.split_first_chunk::<16>().ok_or_else(bad)?;
+        let (total, rest) = rest.split_first_chunk::<4>().ok_or_else(bad)?;
+        let filtered: [u8; 4] = rest.try_into().map_err(|_| bad())?;
+        Ok(Cursor {
+            last: KeyId::from_slice(id).ok_or_else(bad)?,
+            total: u32::from_be_bytes(*total),
+            filtered: u32::from_be_bytes(filtered),
+        })
+    }
+}
+
+fn end_of(prefix: &[u8; 16]) -> Bound<Vec<u8>> {
+    let mut end = prefix.to_vec();
+    end.extend_from_slice(&[0xff; 17]);
+    Bound::Excluded(end)
+}
+
+/// What the list is about, for tests.
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use polykey_proto::polykey::record::v1::key_record::State;
+
+    #[test]
+    fn a_key_counts_under_what_is_true_of_it_now() {
+        let now = Time::from_seconds(1_000);
+        let row = |state: State, expires: i64, revoke: i64, after: bool, rotating| ListRow {
+            state: state.into(),
+            expires_at: expires * 1_000_000,
+            revoke_at: revoke * 1_000_000,
+            read_after_expiry: after,
+            rotating,
+            ..ListRow::default()
+        };
+        let all = [
+            ListStatus::Active,
+            ListStatus::Rotating,
+            ListStatus::Deprecated,
+            ListStatus::Revoked,
+        ];
+        let under = |row: &ListRow| -> Vec<ListStatus> {
+            all.into_iter().filter(|s| has(row, *s, now)).collect()
+        };
+        assert_eq!(under(&row(State::Enabled, 0, 0, false, false)), [ListStatus::Active]);
+        assert_eq!(
+            under(&row(State::Enabled, 0, 0, false, true)),
+            [ListStatus::Active, ListStatus::Rotating]
+        );
+        assert_eq!(under(&row(State::Enabled, 999, 0, false, false)), [ListStatus::Revoked]);
+        assert_eq!(under(&row(State::Enabled, 999, 0, true, true)), [ListStatus::Deprecated]);
+        assert_eq!(under(&row(State::Enabled, 0, 1000, false, false)), [ListStatus::Revoked]);
+        assert_eq!(under(&row(State::Disabled, 0, 0, false, false)), [ListStatus::Revoked]);
+        assert_eq!(under(&row(State::Destroyed, 0, 0, false, false)), [ListStatus::Revoked]);
+    }
+}

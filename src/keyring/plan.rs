@@ -1,0 +1,527 @@
+//! How a change is carried out: authorize, plan into one transaction, commit, and again if
+//! somebody else was faster.
+
+use std::sync::Arc;
+
+use polykey_hsm::Generated;
+use polykey_proto::polykey::record::v1::audit_event::Outcome;
+use polykey_proto::polykey::record::v1::{
+    AliasRecord, AuditEvent, KeyRecord, VersionRecord, job_record::Kind, key_record::State,
+};
+
+use super::idempotency::Idempotency;
+use super::rows::{claim_alias, release_alias, schedule, unschedule, write_list_rows};
+use super::{Key, KeyVersion, Keyring};
+use crate::audit;
+use crate::authz::{Authorized, Command};
+use crate::command::{
+    DeleteAlias, Expiry, Mutation, RevokeKey, ScheduleDestruction, SetAlias, SetBounds,
+    TrimVersions, UpdateKey, part,
+};
+use crate::context::Context;
+use crate::error::{Error, Reason};
+use crate::key::{self, KeyId, KeyName, Version, version_row};
+use crate::time::Time;
+use crate::vault::{Receipt, Tx};
+
+/// How often a change is tried again when the key changed under it.
+const ATTEMPTS: usize = 16;
+
+/// What a change came to.
+#[derive(Clone, Debug)]
+pub struct Done {
+    /// The key afterwards.
+    pub key: Arc<Key>,
+    /// The version it is about: the new one, or the primary.
+    pub version: Option<Arc<KeyVersion>>,
+    /// The version that was primary before, where another took its place.
+    pub previous: u32,
+    /// End of that version's grace.
+    pub grace_until: Option<Time>,
+    /// When it was done.
+    pub at: Time,
+    /// Index of its audit leaf.
+    pub leaf: Option<u64>,
+    /// How many versions a trim erased.
+    pub erased: u32,
+}
+
+/// What is made once and used by every attempt.
+pub(super) enum Prepared {
+    Nothing,
+    Material(Generated),
+}
+
+/// One planned change, before its commit.
+pub(super) struct Planned {
+    pub(super) done: Done,
+    pub(super) event: AuditEvent,
+}
+
+impl Keyring {
+    /// Carries out one change.
+    ///
+    /// # Errors
+    /// Whatever forbids it; [`Error::Conflict`] if the key has another revision than expected.
+    pub async fn mutate(
+        &self,
+        cx: &Context,
+        mutation: &Mutation,
+        idempotency: Option<&Idempotency>,
+    ) -> Result<Done, Error> {
+        let one = std::slice::from_ref(mutation);
+        let keys: Vec<Option<&Idempotency>> = vec![idempotency];
+        let mut done = self.mutate_all(cx, one, &keys).await.map_err(|(_, error)| error)?;
+        done.pop().ok_or_else(|| Error::internal("a change without an outcome"))
+    }
+
+    /// Carries out several changes in one transaction: all or none.
+    ///
+    /// # Errors
+    /// The first one that is forbidden, with its index.
+    pub async fn mutate_all(
+        &self,
+        cx: &Context,
+        mutations: &[Mutation],
+        idempotency: &[Option<&Idempotency>],
+    ) -> Result<Vec<Done>, (usize, Error)> {
+        // A repeated request must find its first result before anything is generated or refused.
+        if let Some(done) = self.recall_all(cx, mutations, idempotency).await? {
+            return Ok(done);
+        }
+        let mut prepared = Vec::with_capacity(mutations.len());
+        for (i, mutation) in mutations.iter().enumerate() {
+            prepared.push(self.prepare(cx, mutation).await.map_err(|e| (i, e))?);
+        }
+        let mut last = 0;
+        for _ in 0..ATTEMPTS {
+            let mut tx = self.vault.begin().await.map_err(|e| (0, e))?;
+            let mut planned = Vec::with_capacity(mutations.len());
+            for (i, (mutation, prepared)) in mutations.iter().zip(&prepared).enumerate() {
+                last = i;
+                let plan = Box::pin(self.plan(cx, &mut tx, mutation, prepared));
+                let plan = plan.await.map_err(|e| (i, e))?;
+                tx.event(plan.event.clone());
+                if let Some(Some(key)) = idempotency.get(i) {
+                    key.remember(&mut tx, cx, &plan.done).await.map_err(|e| (i, e))?;
+                }
+                planned.push(plan);
+            }
+            match tx.commit().await {
+                Ok(receipt) => {
+                    self.wake_jobs();
+                    return Ok(self.finish(planned, receipt));
+                }
+                Err(Error::Conflict) => {
+                    // Somebody changed a row of ours, or the same request came twice at once.
+                    if let Some(done) = self.recall_all(cx, mutations, idempotency).await? {
+                        return Ok(done);
+                    }
+                }
+                Err(error) => return Err((last, error)),
+            }
+        }
+        Err((last, Error::Conflict))
+    }
+
+    fn finish(&self, planned: Vec<Planned>, receipt: Receipt) -> Vec<Done> {
+        let mut leaf = receipt.leaf;
+        let mut all = Vec::with_capacity(planned.len());
+        for Planned { mut done, event } in planned {
+            done.leaf = leaf;
+            if let Some(index) = leaf {
+                self.trail.observed(index, &event);
+                leaf = Some(index + 1);
+            }
+            all.push(done);
+        }
+        all
+    }
+
+    async fn recall_all(
+        &self,
+        cx: &Context,
+        mutations: &[Mutation],
+        idempotency: &[Option<&Idempotency>],
+    ) -> Result<Option<Vec<Done>>, (usize, Error)> {
+        let mut all = Vec::new();
+        for (i, mutation) in mutations.iter().enumerate() {
+            let Some(Some(key)) = idempotency.get(i) else { return Ok(None) };
+            match self.recall(cx, mutation, key).await.map_err(|e| (i, e))? {
+                Some(done) => all.push(done),
+                None => return Ok(None),
+            }
+        }
+        Ok((!all.is_empty()).then_some(all))
+    }
+
+    /// Authorizes what will need material, and makes it, outside any transaction.
+    async fn prepare(&self, cx: &Context, mutation: &Mutation) -> Result<Prepared, Error> {
+        match mutation {
+            Mutation::Create(command) => self.prepare_create(cx, command).await,
+            Mutation::Rotate(command) => self.prepare_rotate(cx, command).await,
+            _ => Ok(Prepared::Nothing),
+        }
+    }
+
+    async fn plan(
+        &self,
+        cx: &Context,
+        tx: &mut Tx<'_>,
+        mutation: &Mutation,
+        prepared: &Prepared,
+    ) -> Result<Planned, Error> {
+        if let Mutation::Create(command) = mutation {
+            return self.plan_create(cx, tx, command, prepared).await;
+        }
+        let name = mutation.key().ok_or_else(|| Error::internal("a change of no key"))?;
+        let key = self.load_in(tx, &name).await?;
+        let now = cx.now;
+        match mutation {
+            Mutation::Create(_) => Err(Error::internal("planned twice")),
+            Mutation::Rotate(command) => {
+                let permit = self.authorize(cx, key.resource(), command).await?;
+                expect(&key, command.expected)?;
+                self.plan_rotate(cx, tx, key, permit, prepared).await
+            }
+            Mutation::Revoke(command) => {
+                let permit = self.authorize(cx, key.resource(), command).await?;
+                expect(&key, command.expected)?;
+                let after = revoke(tx, &key, &permit, now)?;
+                self.changed(cx, tx, &key, after, &permit).await
+            }
+            Mutation::Update(command) if command.shares() && !command.describes() => {
+                let part = part::Share(command);
+                let permit = self.authorize(cx, key.resource(), part).await?;
+                expect(&key, command.expected)?;
+                let after = update(tx, &key, permit.command().0, now)?;
+                self.changed(cx, tx, &key, after, &permit).await
+            }
+            Mutation::Update(command) => {
+                let permit = self.authorize(cx, key.resource(), &**command).await?;
+                expect(&key, command.expected)?;
+                let after = update(tx, &key, permit.command(), now)?;
+                self.changed(cx, tx, &key, after, &permit).await
+            }
+            Mutation::Enable(command) => {
+                let permit = self.authorize(cx, key.resource(), part::Enable(command)).await?;
+                expect(&key, command.expected)?;
+                let mut after = key.record.clone();
+                key::enable(&mut after, now).map_err(Error::State)?;
+                self.reschedule_rotation(tx, &key, &mut after, now)?;
+                self.changed(cx, tx, &key, after, &permit).await
+            }
+            Mutation::Disable(command) => {
+                let permit = self.authorize(cx, key.resource(), part::Disable(command)).await?;
+                expect(&key, command.expected)?;
+                let mut after = key.record.clone();
+                key::disable(&mut after, now).map_err(Error::State)?;
+                self.changed(cx, tx, &key, after, &permit).await
+            }
+            Mutation::Destroy(command) => {
+                let permit = self.authorize(cx, key.resource(), command).await?;
+                expect(&key, command.expected)?;
+                let after = destroy(tx, &key, &permit, now)?;
+                self.changed(cx, tx, &key, after, &permit).await
+            }
+            Mutation::CancelDestroy(command) => {
+                let part = part::CancelDestruction(command);
+                let permit = self.authorize(cx, key.resource(), part).await?;
+                expect(&key, command.expected)?;
+                let mut after = key.record.clone();
+                key::cancel_destruction(&mut after, now).map_err(Error::State)?;
+                unschedule(tx, Kind::Destroy, key.record.destroy_at, key.id, 0);
+                self.changed(cx, tx, &key, after, &permit).await
+            }
+            Mutation::SetAlias(command) => {
+                let permit = self.authorize(cx, key.resource(), command).await?;
+                self.plan_set_alias(cx, tx, key, permit).await
+            }
+            Mutation::DeleteAlias(command) => {
+                let permit = self.authorize(cx, key.resource(), command).await?;
+                let mut after = key.record.clone();
+                let DeleteAlias { alias } = permit.command();
+                after.aliases.retain(|name| name != alias);
+                release_alias(tx, alias).await?;
+                self.changed(cx, tx, &key, after, &permit).await
+            }
+            Mutation::SetBounds(command) => {
+                let permit = self.authorize(cx, key.resource(), command).await?;
+                expect(&key, command.expected)?;
+                key::may_change(&key.record, now).map_err(Error::State)?;
+                let SetBounds { decryption, encryption, .. } = permit.command();
+                let mut after = key.record.clone();
+                let decryption = decryption.unwrap_or(after.min_decryption_version);
+                let encryption = encryption.unwrap_or(after.min_encryption_version);
+                key::set_bounds(&mut after, decryption, encryption).map_err(Error::State)?;
+                self.changed(cx, tx, &key, after, &permit).await
+            }
+            Mutation::Trim(command) => {
+                let permit = self.authorize(cx, key.resource(), command).await?;
+                expect(&key, command.expected)?;
+                self.plan_trim(cx, tx, key, permit).await
+            }
+        }
+    }
+
+    /// Loads a key inside a transaction. An alias that moves meanwhile makes the commit fail.
+    pub(super) async fn load_in(&self, tx: &mut Tx<'_>, name: &KeyName) -> Result<Key, Error> {
+        let id = match name {
+            KeyName::Id(id) => *id,
+            KeyName::Alias(alias) => {
+                let row = self.vault.row_name("alias", alias);
+                let found = tx.get::<AliasRecord>(&row).await?.ok_or(Error::NotFound)?;
+                tx.pin::<AliasRecord>(&row);
+                KeyId::from_slice(&found.record.key_id)
+                    .ok_or_else(|| Error::data_loss("an alias without a key"))?
+            }
+        };
+        let loaded = tx.get::<KeyRecord>(&id.bytes()).await?.ok_or(Error::NotFound)?;
+        Key::new(loaded.record)
+    }
+
+    /// Writes a changed key with the rows that follow from it, and makes its event.
+    pub(super) async fn changed<C: Command>(
+        &self,
+        cx: &Context,
+        tx: &mut Tx<'_>,
+        before: &Key,
+        mut after: KeyRecord,
+        permit: &Authorized<C>,
+    ) -> Result<Planned, Error> {
+        after.updated_at = cx.now.micros();
+        after.revision += 1;
+        write_list_rows(tx, Some(&before.record), &after, before.id)?;
+        tx.put(&before.id.bytes(), &after)?;
+        let after = Arc::new(Key::new(after)?);
+        let event = self.event::<C>(cx, &after, None, permit);
+        let done = Done {
+            key: after,
+            version: None,
+            previous: 0,
+            grace_until: None,
+            at: cx.now,
+            leaf: None,
+            erased: 0,
+        };
+        Ok(Planned { done, event })
+    }
+
+    pub(super) fn event<C: Command>(
+        &self,
+        cx: &Context,
+        key: &Key,
+        version: Option<u32>,
+        permit: &Authorized<C>,
+    ) -> AuditEvent {
+        audit::event(
+            cx,
+            C::ACTION.name(),
+            Some((key.id, version)),
+            Outcome::Success,
+            0,
+            &permit.decision_id().to_string(),
+        )
+    }
+
+    async fn plan_set_alias(
+        &self,
+        cx: &Context,
+        tx: &mut Tx<'_>,
+        key: Key,
+        permit: Authorized<&SetAlias>,
+    ) -> Result<Planned, Error> {
+        key::may_change(&key.record, cx.now).map_err(Error::State)?;
+        let SetAlias { alias, moves, from, .. } = permit.command();
+        let mut after = key.record.clone();
+        if *moves {
+            let old = self.load_in(tx, &KeyName::Alias(alias.clone())).await?;
+            // Taking the name away from the old key is a change of that key too.
+            self.authorize(cx, old.resource(), *permit.command()).await?;
+            if let Some(from) = from
+                && self.load_in(tx, from).await?.id != old.id
+            {
+                return Err(Error::Conflict);
+            }
+            if old.id == key.id {
+                return self.changed(cx, tx, &key, after, &permit).await;
+            }
+            if old.algorithm != key.algorithm {
+                return Err(Error::invalid(
+                    "key_id",
+                    "an alias moves only between keys of the same type",
+                ));
+            }
+            let mut stripped = old.record.clone();
+            stripped.aliases.retain(|name| name != alias);
+            self.changed(cx, tx, &old, stripped, &permit).await?;
+            release_alias(tx, alias).await?;
+        }
+        if after.aliases.len() >= crate::limits::ALIASES {
+            return Err(Error::invalid("alias", "the key has 50 aliases, and no more fit"));
+        }
+        claim_alias(tx, alias, key.id, cx.now).await?;
+        after.aliases.push(alias.clone());
+        self.changed(cx, tx, &key, after, &permit).await
+    }
+
+    async fn plan_trim(
+        &self,
+        cx: &Context,
+        tx: &mut Tx<'_>,
+        key: Key,
+        permit: Authorized<&TrimVersions>,
+    ) -> Result<Planned, Error> {
+        key::may_change(&key.record, cx.now).map_err(Error::State)?;
+        let to = permit.command().min_available;
+        key::check_trim(&key.record, to).map_err(Error::State)?;
+        let mut after = key.record.clone();
+        let mut erased = 0;
+        for number in key.record.min_available_version..to {
+            let Some(version) = Version::new(number) else { continue };
+            let record = self.version_in(tx, key.id, version).await?;
+            unschedule(tx, Kind::EndGrace, record.grace_until, key.id, number);
+            tx.delete::<VersionRecord>(&version_row(key.id, version));
+            erased += 1;
+        }
+        after.min_available_version = to;
+        let mut planned = self.changed(cx, tx, &key, after, &permit).await?;
+        planned.done.erased = erased;
+        Ok(planned)
+    }
+
+    /// The next automatic rotation, counted from now, with jitter; none while it is off.
+    pub(super) fn reschedule_rotation(
+        &self,
+        tx: &mut Tx<'_>,
+        before: &Key,
+        after: &mut KeyRecord,
+        now: Time,
+    ) -> Result<(), Error> {
+        unschedule(tx, Kind::Rotate, before.record.next_rotation_at, before.id, 0);
+        after.next_rotation_at = 0;
+        if after.rotation_period_seconds > 0 && after.state() == State::Enabled {
+            let due = next_rotation(before.id, after, now);
+            after.next_rotation_at = due.micros();
+            schedule(tx, Kind::Rotate, due, before.id, 0)?;
+        }
+        Ok(())
+    }
+}
+
+/// When a key rotates next: a period after its newest version was due, spread by up to a
+/// twentieth of the period so that keys made together do not rotate together.
+pub(super) fn next_rotation(id: KeyId, record: &KeyRecord, now: Time) -> Time {
+    let period = record.rotation_period_seconds;
+    let [.., a, b] = id.bytes();
+    let spread = period / 20 * i64::from(u16::from_be_bytes([a, b])) / 65_536;
+    now.plus_seconds(period - spread)
+}
+
+fn expect(key: &Key, revision: Option<u64>) -> Result<(), Error> {
+    match revision {
+        Some(expected) if expected != key.record.revision => Err(Error::Conflict),
+        _ => Ok(()),
+    }
+}
+
+fn revoke(
+    tx: &mut Tx<'_>,
+    key: &Key,
+    permit: &Authorized<&RevokeKey>,
+    now: Time,
+) -> Result<KeyRecord, Error> {
+    let RevokeKey { reason, at, .. } = permit.command();
+    let mut after = key.record.clone();
+    unschedule(tx, Kind::Revoke, key.record.revoke_at, key.id, 0);
+    let at = at.unwrap_or(now);
+    key::revoke(&mut after, at, reason, now).map_err(Error::State)?;
+    if after.state() == State::Revoked {
+        unschedule(tx, Kind::Rotate, key.record.next_rotation_at, key.id, 0);
+        unschedule(tx, Kind::Promote, key.record.staged_promote_at, key.id, 0);
+    } else {
+        schedule(tx, Kind::Revoke, at, key.id, 0)?;
+    }
+    Ok(after)
+}
+
+fn destroy(
+    tx: &mut Tx<'_>,
+    key: &Key,
+    permit: &Authorized<&ScheduleDestruction>,
+    now: Time,
+) -> Result<KeyRecord, Error> {
+    let mut after = key.record.clone();
+    key::schedule_destruction(&mut after, permit.command().days, now).map_err(Error::State)?;
+    unschedule(tx, Kind::Rotate, key.record.next_rotation_at, key.id, 0);
+    schedule(tx, Kind::Destroy, Time::from_micros(after.destroy_at), key.id, 0)?;
+    Ok(after)
+}
+
+fn update(
+    tx: &mut Tx<'_>,
+    key: &Key,
+    command: &UpdateKey,
+    now: Time,
+) -> Result<KeyRecord, Error> {
+    key::may_change(&key.record, now).map_err(Error::State)?;
+    let UpdateKey {
+        key: _,
+        description,
+        tags_set,
+        tags_removed,
+        contexts_added,
+        contexts_removed,
+        policies_set,
+        policies_removed,
+        expires_at,
+        classification,
+        rotation_period,
+        expected: _,
+    } = command;
+    let mut after = key.record.clone();
+    if let Some(description) = description {
+        after.description.clone_from(description);
+    }
+    for name in tags_removed {
+        after.tags.remove(name);
+    }
+    after.tags.extend(tags_set.clone());
+    after.authorized_contexts.retain(|c| !contexts_removed.contains(c));
+    for context in contexts_added {
+        if !after.authorized_contexts.contains(context) {
+            after.authorized_contexts.push(context.clone());
+        }
+    }
+    for name in policies_removed {
+        after.access_policies.remove(name);
+    }
+    after.access_policies.extend(policies_set.clone());
+    match expires_at {
+        Some(Expiry::At(at)) => after.expires_at = at.micros(),
+        Some(Expiry::Never) => after.expires_at = 0,
+        None => {}
+    }
+    if let Some(classification) = classification {
+        after.data_classification.clone_from(classification);
+    }
+    if let Some(period) = rotation_period {
+        after.rotation_period_seconds = *period;
+        unschedule(tx, Kind::Rotate, key.record.next_rotation_at, key.id, 0);
+        after.next_rotation_at = 0;
+        if *period > 0 && after.state() == State::Enabled {
+            let due = next_rotation(key.id, &after, now);
+            after.next_rotation_at = due.micros();
+            schedule(tx, Kind::Rotate, due, key.id, 0)?;
+        }
+    }
+    // The limits hold for the result, not for the request alone.
+    let mut v = crate::limits::Violations::new();
+    crate::limits::tags(&mut v, "tags_to_add", &after.tags);
+    crate::limits::contexts(&mut v, "contexts_to_add", &after.authorized_contexts);
+    v.finish()?;
+    let uuid = uuid::Uuid::from_bytes(key.id.bytes());
+    crate::authz::KeyPolicies::compile(uuid, &after.access_policies)
+        .map_err(|e| super::create::policy_violations("policies_to_update", &e))?;
+    Ok(after)
+}
