@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use crate::audit::Origin;
 use crate::authn::certificate::PeerCertificate;
 use crate::authz::{Claimed, ContextFacts, DecisionId, PrincipalFacts};
 use crate::time::Time;
@@ -51,6 +52,19 @@ pub struct Context {
 }
 
 impl Context {
+    /// Where the request came from, as the audit trail names it.
+    #[must_use]
+    pub fn origin(&self) -> Origin<'_> {
+        Origin {
+            time: self.now,
+            request_id: &self.request_id,
+            correlation_id: &self.correlation_id,
+            client_id: self.caller.client_id(),
+            certificate: Some(self.caller.certificate.thumbprint()),
+            peer: Some(self.peer),
+        }
+    }
+
     /// What decisions are made from besides caller and resource, under a fresh decision id.
     #[must_use]
     pub fn facts(&self) -> ContextFacts {

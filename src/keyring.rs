@@ -24,7 +24,7 @@ use polykey_proto::polykey::record::v1::{AliasRecord, KeyRecord, VersionRecord};
 use polykey_storage::RowKey;
 use uuid::Uuid;
 
-use crate::audit::{self, Trail};
+use crate::audit::Trail;
 use crate::authz::{
     Authorized, Authorizer, Command, Denied, KeyFacts, KeyPolicies, Permission, Resource,
 };
@@ -260,9 +260,7 @@ impl Keyring {
                     }
                 };
                 let code = if matches!(error, Error::NotFound) { 5 } else { 7 };
-                let event = audit::event(
-                    cx,
-                    action.name(),
+                let event = cx.origin().event(action.name(),
                     key.map(|key| (key, None)),
                     Outcome::Denied,
                     code,
@@ -272,6 +270,16 @@ impl Keyring {
                 Err(error)
             }
         }
+    }
+
+    /// As [`Self::authorize`], where the right is one among several that an operation takes.
+    pub(crate) async fn require<C: Command>(
+        &self,
+        cx: &Context,
+        resource: Resource<'_>,
+        command: C,
+    ) -> Result<(), Error> {
+        self.authorize(cx, resource, command).await.map(drop)
     }
 
     /// Loads a key through the cache.

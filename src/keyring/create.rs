@@ -100,7 +100,7 @@ impl Keyring {
         if command.profile == Profile::Hardened {
             return Err(Error::State(Reason::ProfileUnavailable));
         }
-        let uuid = Uuid::new_v4();
+        let uuid = Uuid::now_v7();
         KeyPolicies::compile(uuid, &command.policies)
             .map_err(|e| policy_violations("access_policies", &e))?;
         let params = GenerationParams {
@@ -153,9 +153,7 @@ impl Keyring {
         tx.insert(&id.bytes(), &key.record)?;
         write_list_rows(tx, None, &key.record, id)?;
         let version = self.new_version_at(tx, &key, Version::FIRST, made, cx.now)?;
-        let event = crate::audit::event(
-            cx,
-            action,
+        let event = cx.origin().event(action,
             Some((id, Some(1))),
             polykey_proto::polykey::record::v1::audit_event::Outcome::Success,
             0,
@@ -170,7 +168,7 @@ impl Keyring {
             leaf: None,
             erased: 0,
         };
-        Ok(Planned { done, event })
+        Ok(Planned { done, event: event.into() })
     }
 
     /// Wraps material into a new version row.

@@ -64,7 +64,7 @@ fn generate(algorithm: Algorithm, params: GenerationParams) -> Result<Generated,
     algorithm::generate(algorithm, params).map_err(|e| match e {
         algorithm::AlgorithmError::SuppliedValue(_) => Error::invalid("value", e.to_string()),
         algorithm::AlgorithmError::Material(_) => Error::invalid("value", e.to_string()),
-        algorithm::AlgorithmError::PrefixNotTaken(_) | algorithm::AlgorithmError::BadPrefix => {
+        algorithm::AlgorithmError::PrefixNotTaken | algorithm::AlgorithmError::BadPrefix => {
             Error::invalid("generation_params[\"prefix\"]", e.to_string())
         }
         algorithm::AlgorithmError::NotAKey(_)

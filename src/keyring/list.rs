@@ -1,7 +1,6 @@
 //! Lists: one narrow row per key and grantee, so that a page costs the same in a store of any size.
 
 use std::ops::Bound;
-use std::sync::Arc;
 
 use polykey_hsm::MacPurpose;
 use polykey_proto::polykey::record::v1::{KeyRecord, ListRow};
@@ -10,7 +9,6 @@ use prost::Message;
 
 use super::rows::{EVERYONE, list_prefix, tag_hash};
 use super::{Keyring, MetadataView};
-use crate::audit;
 use crate::authz::Resource;
 use crate::command::{ListKeys, ListStatus};
 use crate::context::Context;
@@ -132,8 +130,8 @@ impl Keyring {
             }
         }
         let decision = permit.decision_id().to_string();
-        let event = audit::event(cx, "ListKeys", None, Outcome::Success, 0, &decision);
-        self.trail.data_plane(event).await?;
+        let event = cx.origin().event("ListKeys", None, Outcome::Success, 0, &decision);
+        self.trail.used(event).await?;
         Ok(Page { keys, next, total, filtered })
     }
 

@@ -12,14 +12,13 @@ use polykey_proto::polykey::record::v1::{
 use super::idempotency::Idempotency;
 use super::rows::{claim_alias, release_alias, schedule, unschedule, write_list_rows};
 use super::{Key, KeyVersion, Keyring};
-use crate::audit;
 use crate::authz::{Authorized, Command};
 use crate::command::{
     DeleteAlias, Expiry, Mutation, RevokeKey, ScheduleDestruction, SetAlias, SetBounds,
     TrimVersions, UpdateKey, part,
 };
 use crate::context::Context;
-use crate::error::{Error, Reason};
+use crate::error::Error;
 use crate::key::{self, KeyId, KeyName, Version, version_row};
 use crate::time::Time;
 use crate::vault::{Receipt, Tx};
@@ -314,14 +313,12 @@ impl Keyring {
         version: Option<u32>,
         permit: &Authorized<C>,
     ) -> AuditEvent {
-        audit::event(
-            cx,
-            C::ACTION.name(),
+        cx.origin().event(C::ACTION.name(),
             Some((key.id, version)),
             Outcome::Success,
             0,
             &permit.decision_id().to_string(),
-        )
+        ).build()
     }
 
     async fn plan_set_alias(
@@ -337,7 +334,7 @@ impl Keyring {
         if *moves {
             let old = self.load_in(tx, &KeyName::Alias(alias.clone())).await?;
             // Taking the name away from the old key is a change of that key too.
-            self.authorize(cx, old.resource(), *permit.command()).await?;
+            self.require(cx, old.resource(), *permit.command()).await?;
             if let Some(from) = from
                 && self.load_in(tx, from).await?.id != old.id
             {

@@ -11,7 +11,7 @@ use prost::Message;
 use zeroize::Zeroizing;
 
 use super::{Key, KeyVersion, Keyring, Shown};
-use crate::audit;
+use crate::audit::Access;
 use crate::authz::{Authorized, Command, DecisionId};
 use crate::command::{Export, GetKey, GetMetadata, part};
 use crate::context::Context;
@@ -42,7 +42,7 @@ pub struct MetadataView {
     /// Their states.
     pub shown: Shown,
     /// How much it was used.
-    pub usage: UsageRecord,
+    pub usage: Access,
     /// A MAC over the record, hex.
     pub checksum: String,
     /// Its last uses, newest first, if asked for.
@@ -111,7 +111,7 @@ impl Keyring {
         let mut leaf = None;
         let material = if command.export == Export::None {
             let event = self.read_event(cx, key, version.record.version, permit);
-            self.trail.data_plane(event).await?;
+            self.trail.used(event).await?;
             KeyMaterialView::Wrapped
         } else {
             let permit = self.authorize(cx, key.resource(), part::ExportKey(command)).await?;
@@ -132,7 +132,7 @@ impl Keyring {
     ) -> polykey_proto::polykey::record::v1::AuditEvent {
         let decision = permit.decision_id().to_string();
         let about = Some((key.id, Some(version)));
-        audit::event(cx, C::ACTION.name(), about, Outcome::Success, 0, &decision)
+        cx.origin().event(C::ACTION.name(), about, Outcome::Success, 0, &decision).build()
     }
 
     /// Material that leaves the node: recorded durably before it is released.
@@ -170,8 +170,8 @@ impl Keyring {
                 KeyMaterialView::Hpke(sealed)
             }
         };
-        let receipt = self.trail.record(event).await?;
-        Ok((material, receipt.leaf))
+        let leaf = self.trail.record(event).await?;
+        Ok((material, Some(leaf)))
     }
 
     /// What is shown of a key and a version.
@@ -183,7 +183,7 @@ impl Keyring {
     ) -> Result<MetadataView, Error> {
         Ok(MetadataView {
             shown: Shown::at(&key.record, &version.record, cx.now),
-            usage: self.trail.usage(key.id).await?,
+            usage: self.trail.access(&key.id).await?,
             checksum: self.metadata_checksum(&key.record),
             key: Arc::clone(key),
             version: Arc::clone(version),
@@ -250,15 +250,16 @@ impl Keyring {
         let version = self.shown_version(&key, command.version).await?;
         let mut view = self.view(cx, &key, &version).await?;
         if command.history {
-            self.authorize(cx, key.resource(), part::ReadHistory(&command.key)).await?;
-            view.history = view.usage.recent.iter().rev().cloned().collect();
+            self.require(cx, key.resource(), part::ReadHistory(&command.key)).await?;
+            let usage: UsageRecord = self.trail.usage(&key.id).await?;
+            view.history = usage.recent.into_iter().rev().collect();
         }
         if command.policies {
-            self.authorize(cx, key.resource(), part::ReadPolicies(&command.key)).await?;
+            self.require(cx, key.resource(), part::ReadPolicies(&command.key)).await?;
             view.policies = self.authorizer().policy_details(key.facts(), key.policies());
         }
         let event = self.read_event(cx, &key, version.record.version, &permit);
-        self.trail.data_plane(event).await?;
+        self.trail.used(event).await?;
         Ok(view)
     }
 
@@ -273,7 +274,7 @@ impl Keyring {
         command: &GetKey,
     ) -> Result<Vec<u32>, Error> {
         let key = self.load(self.resolve(&command.key).await?).await?;
-        self.authorize(cx, key.resource(), command).await?;
+        self.require(cx, key.resource(), command).await?;
         key::may_open(&key.record, cx.now).map_err(Error::State)?;
         let mut readable = Vec::new();
         for record in self.versions(&key).await? {
@@ -310,7 +311,7 @@ impl Keyring {
         let range = (std::ops::Bound::Included(start), std::ops::Bound::Included(end));
         let rows = self.vault.scan::<VersionRecord>(range, Direction::Forward, limit).await?;
         let event = self.read_event(cx, &key, 0, &permit);
-        self.trail.data_plane(event).await?;
+        self.trail.used(event).await?;
         Ok((key, rows.into_iter().map(|(_, loaded)| loaded.record).collect()))
     }
 
@@ -320,7 +321,7 @@ impl Keyring {
     /// Whatever forbids it.
     pub async fn for_history(&self, cx: &Context, name: &KeyName) -> Result<Arc<Key>, Error> {
         let key = self.load(self.resolve(name).await?).await?;
-        self.authorize(cx, key.resource(), part::ReadHistory(name)).await?;
+        self.require(cx, key.resource(), part::ReadHistory(name)).await?;
         Ok(key)
     }
 
@@ -330,7 +331,7 @@ impl Keyring {
     /// Whatever forbids it.
     pub async fn describe(&self, cx: &Context, name: &KeyName) -> Result<Arc<Key>, Error> {
         let key = self.load(self.resolve(name).await?).await?;
-        self.authorize(cx, key.resource(), part::Describe(name)).await?;
+        self.require(cx, key.resource(), part::Describe(name)).await?;
         Ok(key)
     }
 

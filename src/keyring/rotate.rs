@@ -35,7 +35,7 @@ impl Keyring {
     ) -> Result<Prepared, Error> {
         // Nobody makes this node generate an RSA key for nothing.
         let key = self.load(self.resolve(&command.key).await?).await?;
-        self.authorize(cx, key.resource(), command).await?;
+        self.require(cx, key.resource(), command).await?;
         key::may_seal(&key.record, cx.now).map_err(Error::State)?;
         if !makes_version(&key.record, command.strategy) {
             return Ok(Prepared::Nothing);

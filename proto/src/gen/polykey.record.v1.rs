@@ -179,6 +179,9 @@ pub struct KeyRecord {
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
+    /// 1 at creation, one more at every change of this record; what optimistic concurrency compares.
+    #[prost(uint64, tag = "35")]
+    pub revision: u64,
 }
 /// Nested message and enum types in `KeyRecord`.
 pub mod key_record {
@@ -595,6 +598,7 @@ pub struct CheckpointRecord {
 pub struct JobRecord {
     #[prost(enumeration = "job_record::Kind", tag = "1")]
     pub kind: i32,
+    /// When it is to be done: the first part of its row key.
     #[prost(int64, tag = "2")]
     pub due: i64,
     #[prost(bytes = "bytes", tag = "3")]

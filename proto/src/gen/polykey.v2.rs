@@ -139,8 +139,8 @@ pub struct AuditEvent {
     #[prost(string, tag = "12")]
     pub decision_id: ::prost::alloc::string::String,
     /// Public facts by name. Never a secret.
-    #[prost(map = "string, string", tag = "13")]
-    pub details: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "13")]
+    pub details: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
@@ -1431,8 +1431,8 @@ pub struct PolicyRecord {
     #[prost(string, tag = "4")]
     pub text: ::prost::alloc::string::String,
     /// Its annotations.
-    #[prost(map = "string, string", tag = "5")]
-    pub annotations: ::std::collections::HashMap<
+    #[prost(btree_map = "string, string", tag = "5")]
+    pub annotations: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
@@ -1678,8 +1678,11 @@ pub struct GetStoreStatusResponse {
     #[prost(string, tag = "5")]
     pub read_only_reason: ::prost::alloc::string::String,
     /// Records by space.
-    #[prost(map = "string, uint64", tag = "6")]
-    pub records: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
+    #[prost(btree_map = "string, uint64", tag = "6")]
+    pub records: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        u64,
+    >,
     /// Bytes free where it stands. 0: not known.
     #[prost(uint64, tag = "7")]
     pub free_bytes: u64,
