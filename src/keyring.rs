@@ -39,7 +39,7 @@ pub use forge::Forge;
 pub use idempotency::Idempotency;
 pub use list::Page;
 pub use plan::Done;
-pub use read::{KeyMaterialView, MetadataView, PolicyView};
+pub use read::{Got, KeyMaterialView, MetadataView, PolicyView};
 
 /// A key as loaded: its record and its own policies, compiled.
 #[derive(Debug)]

@@ -83,7 +83,7 @@ pub struct HeadView {
     pub root: Hash,
     /// Number of sealed rows.
     pub rows: u64,
-    /// Number of keys, destroyed ones included.
+    /// Number of enabled keys.
     pub keys: u64,
     /// The latest time a commit carried.
     pub last_time: Time,

@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 
 use polykey_hsm::MacPurpose;
-use polykey_proto::polykey::record::v1::{AliasRecord, JobRecord, KeyRecord, ListRow, job_record};
+use polykey_proto::polykey::record::v1::{
+    AliasRecord, JobRecord, KeyRecord, ListRow, job_record, key_record::State,
+};
 
 use crate::error::{Error, Reason};
 use crate::key::KeyId;
@@ -51,6 +53,8 @@ pub(super) fn write_list_rows(
     let row = narrow(vault, after);
     let old: BTreeSet<&str> = before.map(grantees).unwrap_or_default();
     let new = grantees(after);
+    let enabled = |record: &KeyRecord| i64::from(record.state() == State::Enabled);
+    tx.count_enabled(enabled(after) - before.map_or(0, enabled));
     let changed = before.is_none_or(|b| narrow(vault, b) != row);
     for principal in &new {
         if changed || !old.contains(principal) {

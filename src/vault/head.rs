@@ -80,6 +80,8 @@ pub(crate) struct Sealing<'a> {
     pub(crate) head: Head,
     /// The events of each proposal, by index in the group.
     pub(crate) events: Vec<Vec<(bool, Vec<AuditEvent>)>>,
+    /// By how much each proposal changes the number of enabled keys.
+    pub(crate) enabled: Vec<i64>,
     pub(crate) leaves: Vec<Leaves>,
     pub(crate) now: Time,
 }
@@ -121,16 +123,11 @@ impl Finish for Sealing<'_> {
                 self.head.toggle(self.ring, &replaced.row, counter);
                 self.head.rows += 1;
             }
-            if replaced.row.space == space::KEYS {
-                match (&replaced.old, &replaced.new) {
-                    (None, Some(_)) => self.head.keys += 1,
-                    (Some(_), None) => self.head.keys = self.head.keys.saturating_sub(1),
-                    _ => {}
-                }
-            }
         }
         let mut writes = Vec::new();
         for &i in applied.accepted {
+            let delta = self.enabled.get(i).copied().unwrap_or(0);
+            self.head.keys = self.head.keys.saturating_add_signed(delta);
             let events = self.events.get_mut(i).map(std::mem::take).unwrap_or_default();
             for (data_plane, events) in events {
                 let index = self.head.frontier.size();

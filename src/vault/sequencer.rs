@@ -147,6 +147,7 @@ impl Writer {
             head: self.head.clone(),
             leaves: vec![Leaves::default(); events.len()],
             events,
+            enabled,
             now: self.clock.now(),
         };
         let result = futures::executor::block_on(self.store.commit(commits, &mut sealing));

@@ -205,6 +205,11 @@ impl<'v> Tx<'v> {
         self.events.push(event);
     }
 
+    /// Counts keys that become enabled (positive) or stop being so (negative).
+    pub fn count_enabled(&mut self, delta: i64) {
+        self.enabled += delta;
+    }
+
     /// Whether nothing would be written.
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -1,0 +1,172 @@
+//! From a gRPC request to a [`Context`]: who asks is already known; what it claims of itself is
+//! compared with that and never grants anything.
+
+use std::sync::Arc;
+
+use http::Extensions;
+use polykey_proto::polykey::v2 as pb;
+use tonic::metadata::MetadataMap;
+
+use crate::authn::layer::{Peer, RequestId};
+use crate::authn::session::{Authenticator, Session};
+use crate::authz::Claimed;
+use crate::context::Context;
+use crate::error::Error;
+use crate::limits::{IDEMPOTENCY_KEY, Violations};
+use crate::time::{Clock, Time};
+
+/// What the layers in front have put into a request.
+#[derive(Clone)]
+pub(crate) struct Admitted {
+    pub(crate) session: Option<Session>,
+    pub(crate) peer: Peer,
+    pub(crate) request_id: Arc<str>,
+    pub(crate) now: Time,
+    pub(crate) idempotency_key: Option<String>,
+}
+
+impl Admitted {
+    pub(crate) fn of(
+        extensions: &Extensions,
+        metadata: &MetadataMap,
+        clock: &Clock,
+    ) -> Result<Self, Error> {
+        let peer = extensions.get::<Peer>().cloned().ok_or(Error::Unauthenticated)?;
+        let request_id = extensions.get::<RequestId>().map_or_else(|| "-".into(), |id| id.0.clone());
+        Ok(Self {
+            session: extensions.get::<Session>().cloned(),
+            peer,
+            request_id,
+            now: clock.now(),
+            idempotency_key: idempotency_key(metadata)?,
+        })
+    }
+
+    /// The context of one request message. The claims are compared here.
+    pub(crate) fn context(
+        &self,
+        requester: Option<&pb::RequesterContext>,
+        attributes: Option<&pb::AccessAttributes>,
+    ) -> Result<Context, Error> {
+        let session = self.session.as_ref().ok_or(Error::Unauthenticated)?;
+        let caller = Arc::clone(&session.caller);
+        let cx = Context {
+            correlation_id: requester.map(|r| r.correlation_id.clone()).unwrap_or_default(),
+            request_id: self.request_id.to_string(),
+            peer: self.peer.address,
+            now: self.now,
+            claimed: claimed(requester, attributes),
+            caller,
+        };
+        if let Some(requester) = requester {
+            compare(&cx, requester)?;
+        }
+        Ok(cx)
+    }
+
+    /// The same call a message later: the clock is read again and the token looked at again.
+    pub(crate) async fn again(
+        &self,
+        authenticator: &Authenticator,
+        clock: &Clock,
+    ) -> Result<Self, Error> {
+        let now = clock.now();
+        let mut next = Self { now, ..self.clone() };
+        if let Some(session) = &mut next.session {
+            session.caller = authenticator.recheck(session, now).await?;
+        }
+        Ok(next)
+    }
+}
+
+fn idempotency_key(metadata: &MetadataMap) -> Result<Option<String>, Error> {
+    let mut values = metadata.get_all("idempotency-key").iter();
+    let Some(value) = values.next() else { return Ok(None) };
+    let bad = || {
+        Error::invalid("idempotency-key", "must be given once, 1 to 128 printable ASCII characters")
+    };
+    if values.next().is_some() {
+        return Err(bad());
+    }
+    let text = value.to_str().map_err(|_| bad())?;
+    let ok = (1..=IDEMPOTENCY_KEY).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_graphic() || b == b' ');
+    if ok { Ok(Some(text.to_owned())) } else { Err(bad()) }
+}
+
+fn claimed(
+    requester: Option<&pb::RequesterContext>,
+    attributes: Option<&pb::AccessAttributes>,
+) -> Claimed {
+    let application = requester.map(|r| r.application_id.clone()).unwrap_or_default();
+    match attributes {
+        None => Claimed { application, ..Claimed::default() },
+        Some(a) => Claimed {
+            environment: a.environment.clone(),
+            network_zone: a.network_zone.clone(),
+            geographic_region: a.geographic_region.clone(),
+            time_window: a.time_window.clone(),
+            application,
+            roles: a.roles.clone(),
+            permissions: a.permissions.clone(),
+            custom: a.custom_attributes.clone(),
+        },
+    }
+}
+
+/// Claims that contradict what was verified are refused.
+fn compare(cx: &Context, requester: &pb::RequesterContext) -> Result<(), Error> {
+    let pb::RequesterContext {
+        client_identity,
+        certificate_fingerprint,
+        application_id: _,
+        correlation_id: _,
+        client_tier,
+    } = requester;
+    let fingerprint: String = certificate_fingerprint
+        .chars()
+        .filter(|c| *c != ':')
+        .map(|c| c.to_ascii_lowercase())
+        .collect();
+    let fingerprint = fingerprint.strip_prefix("sha256").unwrap_or(&fingerprint);
+    let agree = (client_identity.is_empty() || client_identity == cx.caller.client_id())
+        && (fingerprint.is_empty() || fingerprint == cx.caller.certificate.thumbprint_hex())
+        && (*client_tier == 0 || *client_tier == cx.caller.tier);
+    if agree { Ok(()) } else { Err(Error::Denied { decision_id: String::new() }) }
+}
+
+/// One value of a metadata twin, text.
+pub(crate) fn text<'a>(
+    v: &mut Violations,
+    metadata: &'a MetadataMap,
+    name: &str,
+) -> Option<&'a str> {
+    let mut values = metadata.get_all(name).iter();
+    let value = values.next()?;
+    if values.next().is_some() {
+        v.add(name, "must be given once");
+        return None;
+    }
+    let text = value.to_str().ok();
+    if text.is_none() {
+        v.add(name, "must be printable ASCII");
+    }
+    text
+}
+
+/// One value of a metadata twin, bytes.
+pub(crate) fn binary(v: &mut Violations, metadata: &MetadataMap, name: &str) -> Option<Vec<u8>> {
+    let mut values = metadata.get_all_bin(name).iter();
+    let value = values.next()?;
+    if values.next().is_some() {
+        v.add(name, "must be given once");
+        return None;
+    }
+    match value.to_bytes() {
+        Ok(bytes) => Some(bytes.to_vec()),
+        Err(_) => {
+            v.add(name, "must be base64");
+            None
+        }
+    }
+}
