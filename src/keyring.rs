@@ -63,8 +63,9 @@ impl Key {
         let uuid = Uuid::from_bytes(id.bytes());
         // They were validated when they were written; an upgrade of the language must not make
         // a key unreadable in silence.
-        let policies = KeyPolicies::compile(uuid, &record.access_policies)
-            .map_err(|e| Error::data_loss(format!("the policies of key {id} do not compile: {e}")))?;
+        let policies = KeyPolicies::compile(uuid, &record.access_policies).map_err(|e| {
+            Error::data_loss(format!("the policies of key {id} do not compile: {e}"))
+        })?;
         let facts = facts(&record, id, algorithm);
         Ok(Self { id, algorithm, record, facts, policies })
     }
@@ -260,7 +261,8 @@ impl Keyring {
                     }
                 };
                 let code = if matches!(error, Error::NotFound) { 5 } else { 7 };
-                let event = cx.origin().event(action.name(),
+                let event = cx.origin().event(
+                    action.name(),
                     key.map(|key| (key, None)),
                     Outcome::Denied,
                     code,

@@ -133,10 +133,7 @@ pub fn contexts(v: &mut Violations, field: &str, contexts: &[String]) {
     let mut seen = BTreeSet::new();
     for (i, context) in contexts.iter().take(CONTEXTS + 1).enumerate() {
         if !is_context(context) {
-            v.add(
-                format!("{field}[{i}]"),
-                "must match ^[a-zA-Z0-9][a-zA-Z0-9._:/@-]{0,255}$",
-            );
+            v.add(format!("{field}[{i}]"), "must match ^[a-zA-Z0-9][a-zA-Z0-9._:/@-]{0,255}$");
         }
         if !seen.insert(context) {
             v.add(format!("{field}[{i}]"), "stands there twice");

@@ -404,7 +404,7 @@ impl Vault {
     /// As [`Tx::commit`].
     pub async fn record(&self, events: Vec<AuditEvent>) -> Result<Receipt, Error> {
         let events = events.into_iter().map(|event| (false, vec![event])).collect();
-        self.submit(Commit::new(), events, u32::MAX).await
+        self.submit(Commit::new(), events, 0, u32::MAX).await
     }
 
     /// Makes one block of data-plane events durable, as one leaf.
@@ -412,13 +412,14 @@ impl Vault {
     /// # Errors
     /// As [`Tx::commit`].
     pub async fn record_block(&self, events: Vec<AuditEvent>) -> Result<Receipt, Error> {
-        self.submit(Commit::new(), vec![(true, events)], u32::MAX).await
+        self.submit(Commit::new(), vec![(true, events)], 0, u32::MAX).await
     }
 
     async fn submit(
         &self,
         commit: Commit,
         events: Vec<(bool, Vec<AuditEvent>)>,
+        enabled: i64,
         oldest_epoch: u32,
     ) -> Result<Receipt, Error> {
         if !self.intact() {
@@ -427,7 +428,7 @@ impl Vault {
         if !self.writable() {
             return Err(Error::unavailable("the store takes no commits just now"));
         }
-        self.sequencer.submit(commit, events, oldest_epoch).await
+        self.sequencer.submit(commit, events, enabled, oldest_epoch).await
     }
 
     fn next_counter(&self) -> u64 {

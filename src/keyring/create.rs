@@ -153,7 +153,8 @@ impl Keyring {
         tx.insert(&id.bytes(), &key.record)?;
         write_list_rows(tx, None, &key.record, id)?;
         let version = self.new_version_at(tx, &key, Version::FIRST, made, cx.now)?;
-        let event = cx.origin().event(action,
+        let event = cx.origin().event(
+            action,
             Some((id, Some(1))),
             polykey_proto::polykey::record::v1::audit_event::Outcome::Success,
             0,
@@ -183,21 +184,14 @@ impl Keyring {
         let failed = |e: polykey_hsm::CryptoFailure| Error::internal(e.to_string());
         let blob_key = BlobKey::generate().map_err(failed)?;
         let context = self.material_context(key, version.get());
-        let material = self
-            .vault
-            .ring()
-            .wrap_material(&context, &made.material, &blob_key)
-            .map_err(failed)?;
+        let material =
+            self.vault.ring().wrap_material(&context, &made.material, &blob_key).map_err(failed)?;
         let record = VersionRecord {
             key_id: key.id.bytes().to_vec().into(),
             version: version.get(),
             created_at: now.micros(),
             material: material.into(),
-            public_key: made
-                .public
-                .as_ref()
-                .map(|p| p.spki_der.clone().into())
-                .unwrap_or_default(),
+            public_key: made.public.as_ref().map(|p| p.spki_der.clone().into()).unwrap_or_default(),
             algorithm: u32::from(key.algorithm.code()),
             checksum: key_checksum(&blob_key, &made.material).map_err(failed)?,
             origin: key.record.origin,

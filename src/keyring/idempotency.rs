@@ -5,7 +5,7 @@ use polykey_proto::polykey::record::v1::IdempotencyRecord;
 use subtle::ConstantTimeEq;
 
 use super::plan::Done;
-use super::{Keyring, KeyVersion, wrapped_blob};
+use super::{KeyVersion, Keyring, wrapped_blob};
 use crate::authz::Command;
 use crate::command::{Mutation, part};
 use crate::context::Context;
@@ -33,12 +33,7 @@ pub struct Idempotency {
 fn row(vault: &Vault, cx: &Context, key: &Idempotency, day: i64) -> Vec<u8> {
     let mac = vault.ring().mac(
         MacPurpose::Idempotency,
-        &[
-            b"row",
-            cx.caller.client_id().as_bytes(),
-            key.key.as_bytes(),
-            &key.item.to_be_bytes(),
-        ],
+        &[b"row", cx.caller.client_id().as_bytes(), key.key.as_bytes(), &key.item.to_be_bytes()],
     );
     let mut row = u32::try_from(day).unwrap_or(0).to_be_bytes().to_vec();
     row.extend_from_slice(&mac);
@@ -46,10 +41,7 @@ fn row(vault: &Vault, cx: &Context, key: &Idempotency, day: i64) -> Vec<u8> {
 }
 
 fn request_mac(vault: &Vault, key: &Idempotency) -> [u8; 32] {
-    vault.ring().mac(
-        MacPurpose::Idempotency,
-        &[b"request", key.method.as_bytes(), &key.request],
-    )
+    vault.ring().mac(MacPurpose::Idempotency, &[b"request", key.method.as_bytes(), &key.request])
 }
 
 impl Idempotency {
@@ -117,8 +109,7 @@ impl Keyring {
                     let loaded = self.vault.get(&row).await?;
                     let loaded: crate::vault::Loaded<
                         polykey_proto::polykey::record::v1::VersionRecord,
-                    > = loaded
-                        .ok_or(Error::State(crate::error::Reason::VersionTrimmed))?;
+                    > = loaded.ok_or(Error::State(crate::error::Reason::VersionTrimmed))?;
                     let opened = self.open_material(&found, &loaded.record)?;
                     let blob = wrapped_blob(&found, record.version, &opened)?;
                     Some(Arc::new(KeyVersion { record: loaded.record, blob: blob.into() }))
@@ -179,10 +170,8 @@ impl Keyring {
     /// As [`Tx::commit`].
     pub async fn sweep_idempotency(&self, now: Time, limit: usize) -> Result<bool, Error> {
         let oldest = u32::try_from(now.seconds() / DAY - 1).unwrap_or(0);
-        let range = (
-            std::ops::Bound::Unbounded,
-            std::ops::Bound::Excluded(oldest.to_be_bytes().to_vec()),
-        );
+        let range =
+            (std::ops::Bound::Unbounded, std::ops::Bound::Excluded(oldest.to_be_bytes().to_vec()));
         let mut tx = self.vault.begin().await?;
         let space = crate::vault::space::IDEMPOTENCY;
         let rows = self.vault.scan_keys(space, range, limit).await?;

@@ -254,9 +254,8 @@ impl Keyring {
             created_after,
             created_before,
         } = query;
-        let text = format!(
-            "{algorithms:?}|{statuses:?}|{tags:?}|{created_after:?}|{created_before:?}"
-        );
+        let text =
+            format!("{algorithms:?}|{statuses:?}|{tags:?}|{created_after:?}|{created_before:?}");
         self.vault.ring().mac(
             MacPurpose::PageToken,
             &[b"query", cx.caller.client_id().as_bytes(), principal.as_bytes(), text.as_bytes()],
@@ -274,9 +273,8 @@ impl Keyring {
     }
 
     fn open_token(&self, token: &str, digest: &[u8; 32]) -> Result<Cursor, Error> {
-        let bad = || {
-            Error::invalid("page_token", "is not one of this query's; begin again without it")
-        };
+        let bad =
+            || Error::invalid("page_token", "is not one of this query's; begin again without it");
         let bytes = data_encoding::BASE64URL_NOPAD.decode(token.as_bytes()).map_err(|_| bad())?;
         let (body, mac) = bytes.split_last_chunk::<32>().ok_or_else(bad)?;
         let ring = self.vault.ring();
@@ -318,12 +316,8 @@ mod tests {
             rotating,
             ..ListRow::default()
         };
-        let all = [
-            ListStatus::Active,
-            ListStatus::Rotating,
-            ListStatus::Deprecated,
-            ListStatus::Revoked,
-        ];
+        let all =
+            [ListStatus::Active, ListStatus::Rotating, ListStatus::Deprecated, ListStatus::Revoked];
         let under = |row: &ListRow| -> Vec<ListStatus> {
             all.into_iter().filter(|s| has(row, *s, now)).collect()
         };

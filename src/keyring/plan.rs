@@ -313,12 +313,15 @@ impl Keyring {
         version: Option<u32>,
         permit: &Authorized<C>,
     ) -> AuditEvent {
-        cx.origin().event(C::ACTION.name(),
-            Some((key.id, version)),
-            Outcome::Success,
-            0,
-            &permit.decision_id().to_string(),
-        ).build()
+        cx.origin()
+            .event(
+                C::ACTION.name(),
+                Some((key.id, version)),
+                Outcome::Success,
+                0,
+                &permit.decision_id().to_string(),
+            )
+            .build()
     }
 
     async fn plan_set_alias(
@@ -455,12 +458,7 @@ fn destroy(
     Ok(after)
 }
 
-fn update(
-    tx: &mut Tx<'_>,
-    key: &Key,
-    command: &UpdateKey,
-    now: Time,
-) -> Result<KeyRecord, Error> {
+fn update(tx: &mut Tx<'_>, key: &Key, command: &UpdateKey, now: Time) -> Result<KeyRecord, Error> {
     key::may_change(&key.record, now).map_err(Error::State)?;
     let UpdateKey {
         key: _,

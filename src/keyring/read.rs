@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
+use polykey_hsm::MacPurpose;
 use polykey_hsm::{ExportInfo, HpkeExport, export_hpke};
 use polykey_proto::polykey::record::v1::audit_event::Outcome;
 use polykey_proto::polykey::record::v1::{HistoryEntry, KeyRecord, UsageRecord, VersionRecord};
-use polykey_hsm::MacPurpose;
 use polykey_storage::Direction;
 use prost::Message;
 use zeroize::Zeroizing;
@@ -202,11 +202,7 @@ impl Keyring {
     ///
     /// # Errors
     /// As [`Self::metadata`].
-    pub async fn view_done(
-        &self,
-        cx: &Context,
-        done: &super::Done,
-    ) -> Result<MetadataView, Error> {
+    pub async fn view_done(&self, cx: &Context, done: &super::Done) -> Result<MetadataView, Error> {
         let version = match &done.version {
             Some(version) => Arc::clone(version),
             None => self.shown_version(&done.key, 0).await?,

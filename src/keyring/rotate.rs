@@ -128,8 +128,7 @@ impl Keyring {
             Some(version) => Arc::new(version),
             None => self.version_view(tx, &planned.done.key, about).await?,
         };
-        planned.done =
-            Done { version: Some(version), previous, grace_until, ..planned.done };
+        planned.done = Done { version: Some(version), previous, grace_until, ..planned.done };
         Ok(planned)
     }
 

@@ -109,7 +109,7 @@ pub(super) async fn release_alias(tx: &mut Tx<'_>, alias: &str) -> Result<(), Er
 
 /// The row key of a job: `due ‖ kind ‖ key id ‖ version`, so that the next one due comes first.
 #[must_use]
-pub fn job_row(kind: job_record::Kind, due: Time, id: KeyId, version: u32) -> Vec<u8> {
+pub(super) fn job_row(kind: job_record::Kind, due: Time, id: KeyId, version: u32) -> Vec<u8> {
     let mut row = due.micros().to_be_bytes().to_vec();
     row.push(u8::try_from(i32::from(kind)).unwrap_or(0));
     row.extend_from_slice(&id.bytes());

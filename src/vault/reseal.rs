@@ -107,7 +107,7 @@ impl Vault {
             commit.requires.push((stale.row.clone(), Require::At(stale.revision)));
             commit.writes.push(write.clone());
         }
-        match self.submit(commit, Vec::new(), epoch).await {
+        match self.submit(commit, Vec::new(), 0, epoch).await {
             Ok(_) => return Ok(rows.len()),
             Err(Error::Conflict) => {}
             Err(error) => return Err(error),
@@ -118,7 +118,7 @@ impl Vault {
             let mut commit = Commit::new();
             commit.requires.push((stale.row.clone(), Require::At(stale.revision)));
             commit.writes.push(write);
-            match self.submit(commit, Vec::new(), epoch).await {
+            match self.submit(commit, Vec::new(), 0, epoch).await {
                 Ok(_) => written += 1,
                 Err(Error::Conflict) => {}
                 Err(error) => return Err(error),
@@ -135,7 +135,7 @@ impl Vault {
     pub async fn fence(&self, epoch: u32) -> Result<(), Error> {
         self.fence.fetch_max(epoch, Ordering::SeqCst);
         // Groups are committed one after the other: once this one is, none before it is left.
-        self.submit(Commit::new(), Vec::new(), u32::MAX).await.map(drop)
+        self.submit(Commit::new(), Vec::new(), 0, u32::MAX).await.map(drop)
     }
 
     async fn resealed(&self, ring: &Ring, stale: &Stale) -> Result<Vec<u8>, Error> {

@@ -29,6 +29,8 @@ pub(crate) struct Proposal {
     pub(crate) commit: Commit,
     /// (data plane?, events) per leaf.
     pub(crate) events: Vec<(bool, Vec<AuditEvent>)>,
+    /// By how much it changes the number of enabled keys.
+    pub(crate) enabled: i64,
     /// The oldest epoch under which it has sealed or wrapped anything.
     pub(crate) oldest_epoch: u32,
     pub(crate) reply: oneshot::Sender<Result<Receipt, Error>>,
@@ -79,12 +81,13 @@ impl Sequencer {
         &self,
         commit: Commit,
         events: Vec<(bool, Vec<AuditEvent>)>,
+        enabled: i64,
         oldest_epoch: u32,
     ) -> Result<Receipt, Error> {
         // A commit over the store's limits would take its group with it.
         commit.size().map_err(|e| Error::invalid("request", e.to_string()))?;
         let (reply, answer) = oneshot::channel();
-        self.queue.try_send(Proposal { commit, events, oldest_epoch, reply }).map_err(
+        self.queue.try_send(Proposal { commit, events, enabled, oldest_epoch, reply }).map_err(
             |e| match e {
                 mpsc::error::TrySendError::Full(_) => {
                     Error::Exhausted { retry_after: Duration::from_millis(100) }
@@ -120,9 +123,10 @@ impl Writer {
     fn commit(&mut self, group: Vec<Proposal>) {
         let mut commits = Vec::with_capacity(group.len());
         let mut events = Vec::with_capacity(group.len());
+        let mut enabled = Vec::with_capacity(group.len());
         let mut replies = Vec::with_capacity(group.len());
         let fence = self.fence.load(Ordering::SeqCst);
-        for Proposal { commit, events: of_commit, oldest_epoch, reply } in group {
+        for Proposal { commit, events: of_commit, enabled: delta, oldest_epoch, reply } in group {
             if oldest_epoch < fence {
                 // It began before the last rotation and would outlive the key it is sealed under.
                 let _ = reply.send(Err(Error::Conflict));
@@ -130,6 +134,7 @@ impl Writer {
             }
             commits.push(commit);
             events.push(of_commit);
+            enabled.push(delta);
             replies.push(reply);
         }
         if commits.is_empty() {

@@ -29,6 +29,7 @@ pub struct Tx<'v> {
     requires: BTreeMap<RowKey, Require>,
     pending: BTreeMap<RowKey, Pending>,
     events: Vec<AuditEvent>,
+    enabled: i64,
     ring: Arc<Ring>,
     oldest_epoch: u32,
 }
@@ -42,6 +43,7 @@ impl<'v> Tx<'v> {
             requires: BTreeMap::new(),
             pending: BTreeMap::new(),
             events: Vec::new(),
+            enabled: 0,
             ring,
             oldest_epoch: u32::MAX,
         }
@@ -223,7 +225,7 @@ impl<'v> Tx<'v> {
     /// if the medium failed at the wrong moment, [`Error::Unavailable`] and [`Error::Exhausted`]
     /// with nothing changed.
     pub async fn commit(self) -> Result<Receipt, Error> {
-        let Self { vault, snapshot, requires, pending, events, oldest_epoch, .. } = self;
+        let Self { vault, snapshot, requires, pending, events, enabled, oldest_epoch, .. } = self;
         // A store on disk cannot reuse pages that a snapshot sees.
         drop(snapshot);
         let mut commit = Commit::new();
@@ -236,7 +238,7 @@ impl<'v> Tx<'v> {
             })
             .collect();
         let events = events.into_iter().map(|event| (false, vec![event])).collect();
-        vault.submit(commit, events, oldest_epoch).await
+        vault.submit(commit, events, enabled, oldest_epoch).await
     }
 }
 

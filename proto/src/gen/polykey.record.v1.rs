@@ -84,7 +84,7 @@ pub struct HeadRecord {
     /// Number of sealed rows in the set.
     #[prost(uint64, tag = "6")]
     pub rows: u64,
-    /// Numbers of live keys: not destroyed.
+    /// Number of enabled keys.
     #[prost(uint64, tag = "7")]
     pub keys: u64,
 }
