@@ -11,8 +11,10 @@ use super::policies::PolicyError;
 pub const MAX_NESTING: usize = 16;
 /// How many `if` one policy may have.
 pub const MAX_CONDITIONALS: usize = 6;
-/// How many operator characters (`. & | + - * = < > !`) one policy may have, outside of strings and comments.
-pub const MAX_OPERATORS: usize = 192;
+/// How many brackets and chaining operators (`. && || + - *`) one policy may have in all, outside of
+/// strings and comments: each can add a level to the expression, and 100 levels are known to be safe
+/// on a stack of 2 MiB without optimisation.
+pub const MAX_OPERATORS: usize = 80;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum In {
@@ -44,10 +46,11 @@ pub(super) fn check(name: &str, text: &str) -> Result<(), PolicyError> {
         };
         if state == In::Code {
             match c {
-                '(' | '[' | '{' => depth += 1,
+                '(' | '[' | '{' => (depth, operators) = (depth + 1, operators + 1),
                 ')' | ']' | '}' => depth = depth.saturating_sub(1),
                 ';' if depth == 0 => (conditionals, operators) = (0, 0),
-                '.' | '&' | '|' | '+' | '-' | '*' | '=' | '<' | '>' | '!' => operators += 1,
+                '.' | '+' | '-' | '*' => operators += 1,
+                '&' | '|' if previous == c => operators += 1,
                 _ => {}
             }
         }
@@ -64,7 +67,7 @@ pub(super) fn check(name: &str, text: &str) -> Result<(), PolicyError> {
         } else if conditionals > MAX_CONDITIONALS {
             Some(format!("more than {MAX_CONDITIONALS} conditionals in one policy"))
         } else if operators > MAX_OPERATORS {
-            Some(format!("more than {MAX_OPERATORS} operator characters in one policy"))
+            Some(format!("more than {MAX_OPERATORS} brackets and operators in one policy"))
         } else {
             None
         };

@@ -265,6 +265,95 @@ fn limits_hold_exactly() {
     }
 }
 
+/// Text of the largest size, and the deepest that is let through, on a worker thread's stack.
+#[test]
+fn deep_nesting_is_an_answer_and_not_an_overflow() {
+    let facts = key(1, "owner", &[]);
+    let shell = "permit (principal, action, resource) when {  };";
+    let rule = |(open, core, close): (&str, &str, &str), times: usize| {
+        let (open, close) = (open.repeat(times), close.repeat(times));
+        format!("permit (principal, action, resource) when {{ {open}{core}{close} }};")
+    };
+    let shapes = [
+        ("(", "true", ")"),
+        ("!", "true", ""),
+        ("-", "1", ""),
+        ("[", "1", "]"),
+        ("{a:", "1", "}"),
+        ("{\"(\":", "1", "}"),
+        ("", "true", "&&true"),
+        ("", "true", "||true"),
+        ("", "1", "+1"),
+        ("", "1", "*1"),
+        ("", "principal", ".a"),
+        ("", "principal", "[\"a\"]"),
+        ("", "principal has a", ".a"),
+        ("if true then ", "true", " else true"),
+        ("if(", "true", ")then true else true"),
+        ("", "true", "\nif true then true else true"),
+        ("[1].contains(", "1", ")"),
+        ("ip(", "1", ")"),
+        ("1==", "1", ""),
+        ("(true||(true&&", "true", "))"),
+        ("\")\"==(", "true", ")"),
+        ("(;", "true", ")"),
+        ("(//)\n", "true", ")"),
+        ("", "principal", " in principal"),
+    ];
+    let worker = std::thread::Builder::new()
+        .stack_size(2 << 20)
+        .spawn(move || {
+            let authorizer = Authorizer::default_only().unwrap();
+            let owner = client("owner", &["user"], &[]);
+            for shape in shapes {
+                let size = shape.0.len() + shape.2.len();
+                let most = (MAX_POLICY_BYTES - shell.len() - shape.1.len()) / size;
+                for times in [1, 2, 4, 6, 8, 14, 15, 20, 26, 39, 40, 76, 77, 78, most] {
+                    let text = rule(shape, times.min(most));
+                    let compiled = KeyPolicies::compile(facts.id, &texts(&[("p", &text)]));
+                    match compiled {
+                        Ok(own) => {
+                            assert!(times < most, "{text}");
+                            let _answer =
+                                ask(&authorizer, &owner, Action::GetKey, at(&facts, &own));
+                        }
+                        Err(errors) => assert!(!errors.0.is_empty()),
+                    }
+                }
+            }
+        })
+        .unwrap();
+    worker.join().unwrap();
+}
+
+#[test]
+fn bounds_on_nesting_hold_exactly_and_ignore_strings_and_comments() {
+    let id = Uuid::from_u128(1);
+    let fits = |body: &str| {
+        let text = format!("permit (principal, action, resource) when {{ {body} }};");
+        KeyPolicies::compile(id, &texts(&[("p", &text)])).is_ok()
+    };
+    let nested = |n: usize| format!("{}true{}", "(".repeat(n), ")".repeat(n));
+    // The braces of `when` are one level.
+    assert!(fits(&nested(MAX_NESTING - 2)) && fits(&nested(MAX_NESTING - 1)));
+    assert!(!fits(&nested(MAX_NESTING)));
+    let chain = |n: usize| format!("true{}", " && true".repeat(n));
+    // The parenthesis of the scope and the brace of `when` are two.
+    assert!(fits(&chain(MAX_OPERATORS - 3)) && fits(&chain(MAX_OPERATORS - 2)));
+    assert!(!fits(&chain(MAX_OPERATORS - 1)));
+    let ifs = |n: usize| format!("{}true", "if true then true else ".repeat(n));
+    assert!(fits(&ifs(MAX_CONDITIONALS - 1)) && fits(&ifs(MAX_CONDITIONALS)));
+    assert!(!fits(&ifs(MAX_CONDITIONALS + 1)));
+    assert!(fits(&format!("principal.id == \"{}\\\"{}\"", "(".repeat(99), "if ".repeat(99))));
+    assert!(fits(&format!("// {}\n true", "([{.".repeat(99))));
+    assert!(!fits(&format!("// x\n {}", nested(MAX_NESTING))));
+    let files = [file(
+        "many",
+        &"permit (principal, action, resource) when { principal.id == \"a\" };\n".repeat(100),
+    )];
+    assert!(Authorizer::new(DEFAULTS, &files).is_ok());
+}
+
 proptest::proptest! {
     #[test]
     fn any_text_is_compiled_or_refused(text in "\\PC{0,200}", core in "[a-z.(){}\\[\\]=&|!<>\"?:; 0-9]{0,80}") {
