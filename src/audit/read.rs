@@ -445,6 +445,10 @@ impl Trail {
                     Ok(bodies) => bodies,
                     Err(error) => return Some((Err(error), None)),
                 };
+                if bodies.first().is_none_or(|(index, _)| *index != next) {
+                    let missing = format!("audit leaf {next} is missing");
+                    return Some((Err(Error::data_loss(missing)), None));
+                }
                 let mut events = Vec::new();
                 for (index, body) in bodies {
                     next = index + 1;

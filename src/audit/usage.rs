@@ -55,7 +55,7 @@ pub(crate) struct Touch {
 fn is_use(event: &AuditEvent, data_plane: bool) -> bool {
     event.outcome() == Outcome::Success
         && match event.action.as_str() {
-            "keys:describe" | "keys:list" => false,
+            "keys:describe" | "keys:list" | "keys:create" | "keys:import" => false,
             "keys:export" | "keys:read" => true,
             action => data_plane || action.starts_with("crypto:"),
         }
@@ -340,6 +340,12 @@ pub(crate) async fn flush(held: &impl Held, all: bool) -> Result<(), Error> {
         }
         let (to, touches) = gather(held, from, limit).await?;
         if touches.is_empty() && !all && to - from < LAZY_MARK {
+            // Known to touch nothing: not read again.
+            held.with(|usage| {
+                for leaf in from.max(usage.mark)..to {
+                    usage.pending.entry(leaf).or_insert_with(|| Arc::new([]));
+                }
+            });
             return Ok(());
         }
         let mut by_key: BTreeMap<Key, Vec<Touch>> = BTreeMap::new();

@@ -302,3 +302,17 @@ fn an_export_can_be_written_from_what_a_server_sends() {
     assert!(report.ok(), "{:?}", report.findings);
     assert_eq!(report.covered, report.leaves);
 }
+
+#[tokio::test]
+async fn a_follower_stops_at_a_gap() {
+    use futures::StreamExt;
+    let vault = in_memory().await;
+    let trail = std::sync::Arc::new(start(&vault, quick()).await);
+    for n in 0..3 {
+        trail.record(event(n, None, "login", Outcome::Success)).await.unwrap();
+    }
+    overwrite(&vault, 0, |_| None).await;
+    let mut all = Box::pin(trail.follow(Some(0), crate::audit::Filter::default()));
+    assert!(all.next().await.unwrap().is_err());
+    assert!(all.next().await.is_none());
+}

@@ -249,3 +249,45 @@ async fn a_caller_sees_its_own_use_at_once() {
     assert_eq!(trail.access(&id(1)).await.unwrap().count, 40);
     assert_eq!(trail.access(&id(2)).await.unwrap().count, 0);
 }
+
+#[tokio::test]
+async fn checkpoints_come_by_themselves() {
+    for (leaves, interval) in [(5, 3_600_000), (1_000_000, 1)] {
+        let vault = in_memory().await;
+        let options = Options {
+            usage_interval: Duration::from_millis(1),
+            checkpoint_leaves: leaves,
+            checkpoint_interval: Duration::from_millis(interval),
+            ..Options::default()
+        };
+        let trail = start(&vault, options).await;
+        assert_eq!(trail.checkpoint().await.unwrap(), None, "an empty log has none");
+        for n in 0..5 {
+            trail.record(event(n, None, "login", Outcome::Success)).await.unwrap();
+        }
+        while trail.latest_checkpoint().await.unwrap().is_none_or(|c| c.size < 5) {
+            tokio::task::yield_now().await;
+        }
+        let asked = trail.checkpoint().await.unwrap().unwrap();
+        assert_eq!((asked.size, asked.root), (5, vault.head().root));
+    }
+}
+
+#[tokio::test]
+async fn leaves_that_touch_no_key_move_the_mark_in_the_end() {
+    let vault = in_memory().await;
+    for n in 0..1_500 {
+        vault.record(vec![event(n, None, "login", Outcome::Success)]).await.unwrap();
+    }
+    // None of them was told to the trail: all are read from the log.
+    let trail = start(&vault, quick()).await;
+    let backlog = trail.status().usage_backlog;
+    assert_eq!(backlog, 0, "{backlog}");
+    for n in 0..10 {
+        vault.record(vec![event(n, None, "login", Outcome::Success)]).await.unwrap();
+    }
+    super::super::flush::usage(&trail.inner, false).await.unwrap();
+    assert_eq!(trail.status().usage_backlog, 10, "known, and not written for");
+    trail.shutdown(LIMIT).await.unwrap();
+    assert_eq!(trail.status().usage_backlog, 0);
+}
