@@ -20,9 +20,10 @@ pub mod verify;
 #[cfg(test)]
 mod tests;
 
+pub use crate::config::DataPlane;
 pub use checkpoint::{Checkpoint, Signer, VerifyingKey};
 pub use event::{Draft, Origin, Outcome, anonymous, event};
 pub use read::{EventView, Filter, Order, Page};
-pub use trail::{DataPlane, Options, Trail};
+pub use trail::{Options, Status, Trail};
 pub use usage::Access;
 pub use verify::{Report, verify_clear, verify_store};

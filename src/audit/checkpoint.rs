@@ -17,7 +17,8 @@ use crate::time::Time;
 use crate::vault::tree::Hash;
 use crate::vault::{Vault, space};
 
-/// What signs checkpoints: an Ed25519 key of the node.
+/// What signs checkpoints: an Ed25519 key of the node. It may roll over; the keys before it are
+/// needed to verify older checkpoints.
 pub trait Signer: Send + Sync + 'static {
     /// The public key, as RFC 8032 encodes it.
     fn public_key(&self) -> [u8; 32];
@@ -90,7 +91,7 @@ impl Checkpoint {
     /// Makes and signs one.
     ///
     /// # Errors
-    /// As [`Signer::sign`].
+    /// As [`Signer::sign`]; [`Error::Internal`] if the signature does not verify.
     pub fn sign(
         origin: String,
         size: u64,
@@ -99,11 +100,18 @@ impl Checkpoint {
         signer: &dyn Signer,
     ) -> Result<Self, Error> {
         let body = body(&origin, size, &root, time);
-        let signature = signer.sign(body.as_bytes())?;
-        let mut signed = VerifyingKey(signer.public_key()).hint(&origin).to_vec();
-        signed.extend_from_slice(&signature);
-        let note = format!("{body}\n\u{2014} {origin} {}\n", BASE64.encode(&signed));
-        Ok(Self { origin, size, root, time, note })
+        // A key that rolls over between the two calls, or a fault while signing, shows at once.
+        for _ in 0..2 {
+            let key = VerifyingKey(signer.public_key());
+            let mut signed = key.hint(&origin).to_vec();
+            signed.extend_from_slice(&signer.sign(body.as_bytes())?);
+            let note = format!("{body}\n\u{2014} {origin} {}\n", BASE64.encode(&signed));
+            let checkpoint = Self { origin: origin.clone(), size, root, time, note };
+            if checkpoint.verify(&[key]).is_some() {
+                return Ok(checkpoint);
+            }
+        }
+        Err(Error::internal("a checkpoint does not verify under the key that signed it"))
     }
 
     /// Reads a note; `None` unless it is exactly one that [`Self::sign`] could have written, the

@@ -16,22 +16,14 @@ use super::checkpoint::Signer;
 use super::denials::{Denials, Verdict};
 use super::usage::{self, Access, Held, Touch, Usage};
 use super::{checkpoint, flush};
+use crate::config;
+use crate::config::DataPlane;
 use crate::error::Error;
 use crate::key::KeyId;
 use crate::vault::Vault;
 
 /// Most bytes of events that wait, beside their number.
 const QUEUE_BYTES: usize = 64 * 1024 * 1024;
-
-/// When an ordinary use of a key is answered.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DataPlane {
-    /// When its event has been accepted; it is durable within 100 ms.
-    #[default]
-    Buffered,
-    /// When its event is durable.
-    Durable,
-}
 
 /// How the trail works.
 #[derive(Clone, Copy, Debug)]
@@ -65,6 +57,16 @@ impl Default for Options {
             usage_interval: Duration::from_secs(1),
             checkpoint_leaves: 1_000,
             checkpoint_interval: Duration::from_secs(60),
+        }
+    }
+}
+
+impl From<&config::Audit> for Options {
+    fn from(config: &config::Audit) -> Self {
+        Self {
+            data_plane: config.data_plane,
+            checkpoint_interval: config.checkpoint_interval,
+            ..Self::default()
         }
     }
 }

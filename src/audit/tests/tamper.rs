@@ -210,6 +210,23 @@ fn checkpoints_are_signed_notes() {
     }
 }
 
+/// Signs with another key than it names.
+struct Broken;
+
+impl Signer for Broken {
+    fn public_key(&self) -> [u8; 32] {
+        Key::new(1).public_key()
+    }
+    fn sign(&self, message: &[u8]) -> Result<[u8; 64], crate::error::Error> {
+        Key::new(2).sign(message)
+    }
+}
+
+#[test]
+fn a_signature_that_does_not_verify_is_never_kept() {
+    assert!(Checkpoint::sign(origin(&NODE), 3, [5; 32], Time::from_seconds(9), &Broken).is_err());
+}
+
 async fn overwrite(vault: &Vault, leaf: u64, change: impl FnOnce(Vec<u8>) -> Option<Vec<u8>>) {
     let row = RowKey::new(space::AUDIT, leaf.to_be_bytes());
     let old = vault.store().get(row.space, &row.key).await.unwrap().unwrap();
