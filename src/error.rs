@@ -48,6 +48,8 @@ pub enum Reason {
     NotConfigured,
     /// It is still referred to.
     InUse,
+    /// Nobody would be left who may administer the node.
+    LastAdministrator,
     /// Irreversible work is held back until the clock is confirmed.
     ClockUnconfirmed,
 }
@@ -74,6 +76,7 @@ impl Reason {
             Self::ClientState => "CLIENT_STATE",
             Self::NotConfigured => "NOT_CONFIGURED",
             Self::InUse => "IN_USE",
+            Self::LastAdministrator => "LAST_ADMINISTRATOR",
             Self::ClockUnconfirmed => "CLOCK_UNCONFIRMED",
         }
     }
@@ -99,6 +102,9 @@ impl Reason {
             Self::ClientState => "the client is not in a state that allows this",
             Self::NotConfigured => "this node is not configured for that",
             Self::InUse => "it is still in use",
+            Self::LastAdministrator => {
+                "it is the last enabled administrator; appoint another one first"
+            }
             Self::ClockUnconfirmed => "the node's clock has jumped; an operator must confirm it",
         }
     }

@@ -11,6 +11,7 @@ pub mod cache;
 pub mod command;
 pub mod config;
 pub mod context;
+pub mod directory;
 pub mod error;
 pub mod hardening;
 pub mod key;
