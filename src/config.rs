@@ -23,6 +23,7 @@ use crate::net::NetConfig;
 use crate::net::tls::TlsFiles;
 
 pub use read::{ConfigErrors, Problem};
+pub(crate) use sections::DEFAULT_ADDRESS;
 
 /// Largest configuration file that is read, in bytes.
 const MAX_BYTES: u64 = 1024 * 1024;
