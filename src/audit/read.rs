@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use super::event::{CLAIMED, Outcome};
 use super::trail::Trail;
-use super::usage::open_body;
+use super::usage::{is_making, open_body};
 use crate::error::Error;
 use crate::key::KeyId;
 use crate::time::Time;
@@ -35,7 +35,7 @@ pub struct Filter {
     pub until: Option<Time>,
     /// Of this client, or of a stranger who claimed to be it; empty = all.
     pub client: String,
-    /// This action; `keys:*` is every one that begins so; empty = all.
+    /// This action; `Rotate*` is every one that begins so; empty = all.
     pub action: String,
     /// Of this key.
     pub key: Option<KeyId>,
@@ -383,12 +383,9 @@ impl Trail {
                     let next = on(Cursor { leaf, position: position + 1 });
                     return Ok(Page { events: page.events, next });
                 }
-                let made = |e: &Entry| {
-                    e.event.outcome() == Outcome::Success
-                        && matches!(e.event.action.as_str(), "keys:create" | "keys:import")
-                };
                 // Nothing of a key is older than its making.
-                let whole = filter.key.is_some() && page.events.last().is_some_and(made);
+                let whole =
+                    filter.key.is_some() && page.events.last().is_some_and(|e| is_making(&e.event));
                 let Some(leaf) = index.checked_sub(1).filter(|_| !whole) else {
                     return Ok(Page { events: page.events, next: String::new() });
                 };

@@ -116,7 +116,7 @@ pub(super) fn event(n: u64, key: Option<KeyId>, action: &str, outcome: Outcome) 
 }
 
 pub(super) fn read(n: u64, key: KeyId) -> AuditEvent {
-    event(n, Some(key), "keys:read", Outcome::Success)
+    event(n, Some(key), "GetKey", Outcome::Success)
 }
 
 /// Makes the row of a key, so that its use is kept.
@@ -124,7 +124,7 @@ pub(super) async fn make(vault: &Vault, key: KeyId) {
     let mut tx = vault.begin().await.unwrap();
     let record = KeyRecord { key_id: key.bytes().to_vec().into(), ..Default::default() };
     tx.insert(&key.bytes(), &record).unwrap();
-    tx.event(event(0, Some(key), "keys:create", Outcome::Success));
+    tx.event(event(0, Some(key), "CreateKey", Outcome::Success));
     tx.commit().await.unwrap();
 }
 

@@ -146,7 +146,7 @@ impl Held for Inner {
         let state = self.state.lock();
         let events = state.in_flight.iter().chain(state.queue.iter().map(|q| &q.event));
         let of_key = events.filter(|event| event.key_id.as_ref() == key);
-        out.extend(of_key.filter_map(|event| usage::touch(event, true, u64::MAX)));
+        out.extend(of_key.filter_map(|event| usage::touch(event, u64::MAX)));
     }
 }
 

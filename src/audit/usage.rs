@@ -16,6 +16,7 @@ use polykey_storage::Direction;
 use prost::Message;
 
 use super::event::Outcome;
+use crate::authz::{Action, Class};
 use crate::error::Error;
 use crate::time::Time;
 use crate::vault::Vault;
@@ -52,27 +53,33 @@ pub(crate) struct Touch {
 
 /// Whether an event is a use of its key: work with it or its material, and not a look at its metadata
 /// or a change of it.
-fn is_use(event: &AuditEvent, data_plane: bool) -> bool {
-    event.outcome() == Outcome::Success
-        && match event.action.as_str() {
-            "keys:describe" | "keys:list" | "keys:create" | "keys:import" => false,
-            "keys:export" | "keys:read" => true,
-            action => data_plane || action.starts_with("crypto:"),
-        }
+fn is_use(event: &AuditEvent) -> bool {
+    let using = match Action::parse(&event.action) {
+        Some(Action::GetKey | Action::ExportKey) => true,
+        Some(action) => action.class() == Class::Use,
+        None => false,
+    };
+    using && event.outcome() == Outcome::Success
+}
+
+/// Whether an event is the making of its key.
+pub(crate) fn is_making(event: &AuditEvent) -> bool {
+    matches!(Action::parse(&event.action), Some(Action::CreateKey | Action::ImportKey))
+        && event.outcome() == Outcome::Success
 }
 
 fn key_of(event: &AuditEvent) -> Option<Key> {
     event.key_id.as_ref().try_into().ok()
 }
 
-pub(crate) fn touch(event: &AuditEvent, data_plane: bool, leaf: u64) -> Option<Touch> {
+pub(crate) fn touch(event: &AuditEvent, leaf: u64) -> Option<Touch> {
     // A key that was made and never used has no row: creating keys must not cost two.
-    if matches!(event.action.as_str(), "keys:create" | "keys:import") {
+    if is_making(event) {
         return None;
     }
     Some(Touch {
         key: key_of(event)?,
-        counts: is_use(event, data_plane),
+        counts: is_use(event),
         entry: HistoryEntry {
             time: event.time,
             client_id: event.client_id.clone(),
@@ -108,9 +115,9 @@ impl Usage {
         Self { mark, pending: BTreeMap::new(), deltas: HashMap::new(), base: LruCache::new(CACHED) }
     }
 
-    fn add(&mut self, event: &AuditEvent, data_plane: bool) {
+    fn add(&mut self, event: &AuditEvent) {
         if let Some(key) = key_of(event)
-            && is_use(event, data_plane)
+            && is_use(event)
         {
             let delta = self.deltas.entry(key).or_default();
             delta.count += 1;
@@ -120,12 +127,12 @@ impl Usage {
 
     /// A data-plane event has been accepted; it has no leaf yet.
     pub(crate) fn accepted(&mut self, event: &AuditEvent) {
-        self.add(event, true);
+        self.add(event);
     }
 
     /// A block of accepted events has become a leaf.
     pub(crate) fn block(&mut self, leaf: u64, events: &[AuditEvent]) {
-        let touches = events.iter().filter_map(|event| touch(event, true, leaf)).collect();
+        let touches = events.iter().filter_map(|event| touch(event, leaf)).collect();
         self.pending.insert(leaf, touches);
     }
 
@@ -133,8 +140,8 @@ impl Usage {
     pub(crate) fn observed(&mut self, leaf: u64, event: &AuditEvent) {
         // Before the mark it has been read from the log already.
         if leaf >= self.mark && !self.pending.contains_key(&leaf) {
-            self.add(event, false);
-            self.pending.insert(leaf, touch(event, false, leaf).into_iter().collect());
+            self.add(event);
+            self.pending.insert(leaf, touch(event, leaf).into_iter().collect());
         }
     }
 
@@ -295,7 +302,7 @@ async fn gather(held: &impl Held, from: u64, limit: u64) -> Result<(u64, Vec<Tou
             let Some((leaf, body)) = read.pop_front().filter(|(leaf, _)| *leaf == next) else {
                 return Err(Error::data_loss(format!("audit leaf {next} is missing")));
             };
-            let of_body = |event| touch(event, body.data_plane, leaf);
+            let of_body = |event| touch(event, leaf);
             touches.extend(body.events.iter().filter_map(of_body));
         }
         next += 1;

@@ -45,14 +45,14 @@ async fn use_is_exact_after_a_kill() {
                 }
                 1 => trail.data_plane(read(number, key)).unwrap(),
                 2 => {
-                    let event = event(number, Some(key), "keys:export", Outcome::Success);
+                    let event = event(number, Some(key), "ExportKey", Outcome::Success);
                     durable.push(event.request_id.clone());
                     trail.record(event).await.unwrap();
                 }
                 _ => {
                     // A mutation whose process died before it told the trail.
                     let mut tx = vault.begin().await.unwrap();
-                    let event = event(number, Some(key), "keys:update", Outcome::Success);
+                    let event = event(number, Some(key), "UpdateKeyMetadata", Outcome::Success);
                     durable.push(event.request_id.clone());
                     tx.event(event);
                     tx.commit().await.unwrap();
@@ -86,9 +86,9 @@ async fn check(trail: &crate::audit::Trail, vault: &crate::vault::Vault, key: cr
     let of_key: Vec<_> = bodies
         .into_iter()
         .flat_map(|(leaf, body)| body.events.into_iter().map(move |event| (leaf, event)))
-        .filter(|(_, e)| e.key_id.as_ref() == key.bytes() && e.action != "keys:create")
+        .filter(|(_, e)| e.key_id.as_ref() == key.bytes() && e.action != "CreateKey")
         .collect();
-    let uses = of_key.iter().filter(|(_, e)| e.action != "keys:update");
+    let uses = of_key.iter().filter(|(_, e)| e.action != "UpdateKeyMetadata");
     let usage = trail.usage(&key).await.unwrap();
     assert_eq!(usage.access_count, uses.clone().count() as u64);
     assert_eq!(usage.last_accessed_at, uses.map(|(_, e)| e.time).max().unwrap_or(0));

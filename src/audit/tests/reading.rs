@@ -28,7 +28,7 @@ async fn pages(trail: &Trail, filter: &Filter, order: Order, size: usize) -> Vec
     }
 }
 
-const ACTIONS: [&str; 3] = ["keys:read", "keys:rotate", "login"];
+const ACTIONS: [&str; 3] = ["GetKey", "RotateKey", "login"];
 const OUTCOMES: [Outcome; 3] = [Outcome::Success, Outcome::Denied, Outcome::Failed];
 
 fn filters() -> impl Strategy<Value = Filter> {
@@ -36,7 +36,7 @@ fn filters() -> impl Strategy<Value = Filter> {
         proptest::option::of(0_u64..60),
         proptest::option::of(0_u64..60),
         proptest::sample::select(vec!["", "client-a", "nobody"]),
-        proptest::sample::select(vec!["", "keys:*", "keys:read", "login"]),
+        proptest::sample::select(vec!["", "Get*", "GetKey", "login"]),
         proptest::option::of(0_u128..3),
         proptest::option::of(proptest::sample::select(OUTCOMES.to_vec())),
     )
@@ -144,7 +144,7 @@ async fn a_history_goes_back_to_the_making() {
     let mut expected = vec!["request-0".to_owned()];
     for n in 1..=200 {
         let key = id(u128::from(n % 4) + 1);
-        let event = event(n, Some(key), "keys:rotate", Outcome::Success);
+        let event = event(n, Some(key), "RotateKey", Outcome::Success);
         if key == id(1) {
             expected.push(event.request_id.clone());
         }
@@ -177,7 +177,7 @@ async fn a_history_goes_back_to_the_making() {
 async fn views_are_readable() {
     let vault = in_memory().await;
     let trail = start(&vault, quick()).await;
-    trail.record(event(5, Some(id(9)), "keys:export", Outcome::Success)).await.unwrap();
+    trail.record(event(5, Some(id(9)), "ExportKey", Outcome::Success)).await.unwrap();
     let page = trail.list(&Filter::default(), Order::NewestFirst, 0, 1, "").await.unwrap();
     let view = serde_json::to_value(EventView::from(&page.events[0])).unwrap();
     assert_eq!(view["outcome"], "success");

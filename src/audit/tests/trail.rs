@@ -119,7 +119,7 @@ async fn after_an_unknown_outcome_there_is_exactly_one_record() {
         let leaf = trail.data_plane_durable(read(10 + seed, id(1))).await.unwrap();
         assert_eq!(leaf, vault.head().leaves - 1);
         assert_eq!(mode.load(Ordering::SeqCst), HEALTHY, "the fault was met");
-        let denied = event(20, Some(id(1)), "keys:read", Outcome::Denied);
+        let denied = event(20, Some(id(1)), "GetKey", Outcome::Denied);
         trail.denied(denied).await.unwrap();
         mode.store(lost, Ordering::SeqCst);
         trail.shutdown(LIMIT).await.unwrap();
@@ -176,7 +176,7 @@ async fn denials_beyond_the_burst_are_counted_exactly() {
     let vault = in_memory().await;
     let trail = start(&vault, quick()).await;
     for n in 0..1_000 {
-        let action = if n % 2 == 0 { "keys:read" } else { "keys:rotate" };
+        let action = if n % 2 == 0 { "GetKey" } else { "RotateKey" };
         let mut denied = event(n, Some(id(u128::from(n) + 1)), action, Outcome::Denied);
         // Strangers: one address, whatever they claim to be.
         if n >= 500 {
@@ -198,7 +198,7 @@ async fn denials_beyond_the_burst_are_counted_exactly() {
         *counts.entry((event.client_id, event.action)).or_default() += event.count.max(1);
     }
     let expected = ["", "client-a"].into_iter().flat_map(|client| {
-        ["keys:read", "keys:rotate"].map(|action| ((client.into(), action.into()), 250))
+        ["GetKey", "RotateKey"].map(|action| ((client.into(), action.into()), 250))
     });
     assert_eq!(counts, expected.collect());
     // Each second has a burst of its own.
@@ -233,7 +233,7 @@ async fn a_caller_sees_its_own_use_at_once() {
         tokio::task::yield_now().await;
     }
     let mut tx = vault.begin().await.unwrap();
-    let rotate = event(41, Some(id(1)), "keys:rotate", Outcome::Success);
+    let rotate = event(41, Some(id(1)), "RotateKey", Outcome::Success);
     tx.event(rotate.clone());
     let leaf = tx.commit().await.unwrap().leaf.unwrap();
     trail.observed(leaf, &rotate);
@@ -242,7 +242,7 @@ async fn a_caller_sees_its_own_use_at_once() {
         let usage = trail.usage(&id(1)).await.unwrap();
         assert_eq!(usage.access_count, 40);
         assert_eq!(usage.recent.len(), 32);
-        assert_eq!(usage.recent.iter().filter(|e| e.action == "keys:rotate").count(), 1);
+        assert_eq!(usage.recent.iter().filter(|e| e.action == "RotateKey").count(), 1);
         super::super::flush::usage(&trail.inner, true).await.unwrap();
     }
     assert_eq!(trail.status().usage_backlog, 0);
@@ -290,4 +290,31 @@ async fn leaves_that_touch_no_key_move_the_mark_in_the_end() {
     assert_eq!(trail.status().usage_backlog, 10, "known, and not written for");
     trail.shutdown(LIMIT).await.unwrap();
     assert_eq!(trail.status().usage_backlog, 0);
+}
+
+#[tokio::test]
+async fn only_work_with_a_key_is_its_use() {
+    let vault = in_memory().await;
+    make(&vault, id(1)).await;
+    let trail = start(&vault, quick()).await;
+    let cases = [
+        ("GetKey", Outcome::Success, 1),
+        ("GetKey", Outcome::Denied, 1),
+        ("GetKeyMetadata", Outcome::Success, 1),
+        ("RotateKey", Outcome::Success, 1),
+        ("ExportKey", Outcome::Success, 2),
+        ("ExportKey", Outcome::Failed, 2),
+        ("NoSuchAction", Outcome::Success, 2),
+    ];
+    for (n, (action, outcome, count)) in (1..).zip(cases) {
+        let event = event(n, Some(id(1)), action, outcome);
+        // Either way of recording counts alike.
+        if n % 2 == 0 {
+            trail.record(event).await.unwrap();
+        } else {
+            trail.data_plane_durable(event).await.unwrap();
+        }
+        assert_eq!(trail.access(&id(1)).await.unwrap().count, count, "{action} {outcome:?}");
+    }
+    assert_eq!(trail.usage(&id(1)).await.unwrap().recent.len(), cases.len());
 }
