@@ -41,6 +41,16 @@ pub trait Invalidate: Send + Sync + 'static {
     fn clear(&self);
 }
 
+/// Tells everyone in turn; an empty list is nobody.
+impl Invalidate for Vec<Arc<dyn Invalidate>> {
+    fn invalidate(&self, rows: &[&RowKey]) {
+        self.iter().for_each(|cache| cache.invalidate(rows));
+    }
+    fn clear(&self) {
+        self.iter().for_each(|cache| cache.clear());
+    }
+}
+
 /// Figures of the writer, for health and metrics.
 #[derive(Debug, Default)]
 pub struct Metrics {

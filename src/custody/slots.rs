@@ -1,0 +1,241 @@
+//! Slots and their table: wrapping, proving, sealing, and trying to open.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use polykey_hsm::{
+    Deadline, KeyWrapper, MasterKeySource, Ring, RootError, RootKey, SecretSource, WrapContext,
+    WrapError, WrappedKey,
+};
+use polykey_proto::polykey::record::v1::{AuditEvent, Slot, SlotTable};
+use prost::Message;
+use tokio::runtime::Handle;
+
+use super::error::{ChangeError, OpenError, Trial, TrialOutcome};
+use crate::error::Error;
+use crate::time::Time;
+
+/// How long one wrapper may take for one slot.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What a slot is called and where its secret is found. No secrets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotSpec {
+    /// The operator's name for it: 1 to 64 of `a-z A-Z 0-9 . _ -`.
+    pub label: String,
+    /// "local-file", "local-env", "local-credential" or "local-passphrase".
+    pub kind: String,
+    /// Where the secret is found, e.g. "file /etc/polykey/master.key".
+    pub source: String,
+}
+
+impl SlotSpec {
+    /// The specification of a slot of the local wrapper.
+    #[must_use]
+    pub fn local(label: impl Into<String>, source: &MasterKeySource) -> Self {
+        let (kind, from) = match source {
+            MasterKeySource::File(path) => ("local-file", SecretSource::File(path.clone())),
+            MasterKeySource::Env(name) => ("local-env", SecretSource::Env(name.clone())),
+            MasterKeySource::Credential(name) => {
+                ("local-credential", SecretSource::Credential(name.clone()))
+            }
+            MasterKeySource::Passphrase { from, .. } => ("local-passphrase", from.clone()),
+        };
+        Self { label: label.into(), kind: kind.into(), source: from.to_string() }
+    }
+
+    pub(super) fn of(slot: &Slot) -> Self {
+        let Slot { label, kind, source, .. } = slot.clone();
+        Self { label, kind, source }
+    }
+
+    pub(super) fn check(&self) -> Result<(), ChangeError> {
+        let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+        let label = (1..=64).contains(&self.label.len()) && self.label.bytes().all(allowed);
+        let short = self.kind.len() <= 64 && self.source.len() <= 4096;
+        if label && short { Ok(()) } else { Err(ChangeError::BadLabel) }
+    }
+
+    pub(super) fn record(&self, id: [u8; 16], wrapped: Vec<u8>, now: Time) -> Slot {
+        Slot {
+            slot_id: id.to_vec().into(),
+            label: self.label.clone(),
+            kind: self.kind.clone(),
+            wrapped: wrapped.into(),
+            created_at: now.micros(),
+            source: self.source.clone(),
+        }
+    }
+}
+
+impl std::fmt::Display for SlotSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "slot `{}` ({}, {})", self.label, self.kind, self.source)
+    }
+}
+
+/// The event of a change that concerns one slot.
+pub(super) fn describe(mut event: AuditEvent, spec: &SlotSpec) -> AuditEvent {
+    for (name, value) in [("slot", &spec.label), ("kind", &spec.kind), ("source", &spec.source)] {
+        event.details.insert(name.into(), value.clone());
+    }
+    event
+}
+
+pub(super) fn hex(bytes: &[u8]) -> String {
+    data_encoding::HEXLOWER.encode(bytes)
+}
+
+pub(super) fn id(slot: &Slot) -> Result<[u8; 16], Error> {
+    let id = slot.slot_id.as_ref().try_into();
+    id.map_err(|_| Error::data_loss("a slot has no id of 16 bytes"))
+}
+
+/// The slot of this label or (32 hexadecimal digits) id.
+pub(super) fn find<'a>(table: &'a mut SlotTable, name: &str) -> Result<&'a mut Slot, ChangeError> {
+    let by_label = table.slots.iter().position(|slot| slot.label == name);
+    let index = by_label.or_else(|| {
+        let id = data_encoding::HEXLOWER_PERMISSIVE.decode(name.as_bytes()).ok()?;
+        table.slots.iter().position(|slot| slot.slot_id == id)
+    });
+    let slot = index.and_then(|index| table.slots.get_mut(index));
+    slot.ok_or_else(|| ChangeError::NoSuchSlot(name.to_owned()))
+}
+
+/// A slot table as it is stored.
+pub(super) struct Sealed {
+    pub(super) generation: u64,
+    pub(super) mac: Vec<u8>,
+    pub(super) bytes: Vec<u8>,
+}
+
+impl Sealed {
+    /// The next generation of a table, with the ring, under this root.
+    pub(super) fn new(mut table: SlotTable, root: &RootKey, ring: &Ring) -> Result<Self, Error> {
+        let crypto = |e: polykey_hsm::CryptoFailure| Error::internal(e.to_string());
+        table.generation += 1;
+        table.root_id = root.id().to_vec().into();
+        table.ring = ring.seal(root).map_err(crypto)?.into();
+        table.mac = Vec::new().into();
+        let mac = root.mac_slots(&table.encode_to_vec()).map_err(crypto)?.to_vec();
+        table.mac = mac.clone().into();
+        Ok(Self { generation: table.generation, mac, bytes: table.encode_to_vec() })
+    }
+}
+
+/// Whether a table is one that was sealed under this root.
+pub(super) fn authentic(table: &SlotTable, root: &RootKey) -> bool {
+    let mut bare = table.clone();
+    bare.mac = Vec::new().into();
+    table.root_id.as_ref() == root.id() && root.verify_slots(&bare.encode_to_vec(), &table.mac)
+}
+
+/// Runs a wrapper off the threads of requests: it may compute or wait for long.
+async fn off_thread<T: Send + 'static>(
+    work: impl Future<Output = Result<T, RootError>> + Send + 'static,
+) -> Result<T, RootError> {
+    let handle = Handle::current();
+    let result = tokio::task::spawn_blocking(move || handle.block_on(work)).await;
+    result.unwrap_or_else(|e| Err(WrapError::Config(format!("the wrapper failed: {e}")).into()))
+}
+
+async fn unwrap(
+    wrapper: &Arc<dyn KeyWrapper>,
+    wrapped: WrappedKey,
+    node_id: [u8; 16],
+    slot_id: [u8; 16],
+) -> Result<RootKey, RootError> {
+    let wrapper = Arc::clone(wrapper);
+    let cx = WrapContext::root_slot(node_id, slot_id);
+    off_thread(async move {
+        RootKey::slot_open(&*wrapper, &wrapped, &cx, Deadline::after(PATIENCE)).await
+    })
+    .await
+}
+
+/// No slot table encodes to this, so its MAC is of no other use.
+const PROOF: &[u8] = b"\xffthe same root key";
+
+fn same(a: &RootKey, b: &RootKey) -> bool {
+    a.id() == b.id() && a.mac_slots(PROOF).is_ok_and(|mac| b.verify_slots(PROOF, &mac))
+}
+
+/// Wraps a root for a slot, and proves that what will be stored opens again as this root.
+pub(super) async fn wrap(
+    root: &Arc<RootKey>,
+    wrapper: &Arc<dyn KeyWrapper>,
+    node_id: [u8; 16],
+    slot_id: [u8; 16],
+) -> Result<Vec<u8>, RootError> {
+    let cx = WrapContext::root_slot(node_id, slot_id);
+    let (wrapping, key) = (Arc::clone(wrapper), Arc::clone(root));
+    let wrapped =
+        off_thread(
+            async move { Ok(key.slot_wrap(&*wrapping, &cx, Deadline::after(PATIENCE)).await?) },
+        )
+        .await?;
+    let bytes = wrapped.encode();
+    let decoded = WrappedKey::decode(&bytes).map_err(|e| WrapError::Config(e.to_string()))?;
+    let opened = unwrap(wrapper, decoded, node_id, slot_id).await?;
+    if same(&opened, root) { Ok(bytes) } else { Err(RootError::NotARoot) }
+}
+
+/// Tries wrappers on one slot.
+async fn open_slot(
+    slot: &Slot,
+    wrappers: &[Arc<dyn KeyWrapper>],
+    node_id: [u8; 16],
+) -> Result<(RootKey, Arc<dyn KeyWrapper>), TrialOutcome> {
+    let decoded =
+        WrappedKey::decode(&slot.wrapped).map_err(|e| TrialOutcome::Damaged(e.to_string()))?;
+    let slot_id = id(slot).map_err(|_| TrialOutcome::Damaged("no slot id".into()))?;
+    let mut outcome = TrialOutcome::NotConfigured;
+    for wrapper in wrappers {
+        match unwrap(wrapper, decoded.clone(), node_id, slot_id).await {
+            Ok(root) => return Ok((root, Arc::clone(wrapper))),
+            Err(RootError::Wrap(WrapError::NotMine)) => {}
+            Err(error) => outcome = TrialOutcome::Failed(error),
+        }
+    }
+    Err(outcome)
+}
+
+/// Opens the root through the first slot that opens.
+pub(super) async fn open_any(
+    table: &SlotTable,
+    wrappers: &[Arc<dyn KeyWrapper>],
+    node_id: [u8; 16],
+) -> Result<(Arc<RootKey>, [u8; 16]), OpenError> {
+    let mut trials = Vec::new();
+    for slot in &table.slots {
+        match open_slot(slot, wrappers, node_id).await {
+            Ok((root, _)) => {
+                if !authentic(table, &root) {
+                    return Err(OpenError::SlotsChanged { opened: SlotSpec::of(slot) });
+                }
+                for trial in &trials {
+                    tracing::warn!(%trial, "a slot did not open; another one did");
+                }
+                return Ok((Arc::new(root), id(slot).map_err(OpenError::Store)?));
+            }
+            Err(outcome) => trials.push(Trial { slot: SlotSpec::of(slot), outcome }),
+        }
+    }
+    Err(OpenError::NoSlotOpened(trials))
+}
+
+/// The wrapper that opens a slot as `root`.
+pub(super) async fn wrapper_of(
+    slot: &Slot,
+    wrappers: &[Arc<dyn KeyWrapper>],
+    node_id: [u8; 16],
+    root: &RootKey,
+) -> Result<Arc<dyn KeyWrapper>, ChangeError> {
+    let unavailable =
+        |outcome| ChangeError::SlotUnavailable(Trial { slot: SlotSpec::of(slot), outcome });
+    match open_slot(slot, wrappers, node_id).await {
+        Ok((opened, wrapper)) if same(&opened, root) => Ok(wrapper),
+        Ok(_) => Err(unavailable(TrialOutcome::Failed(RootError::NotARoot))),
+        Err(outcome) => Err(unavailable(outcome)),
+    }
+}

@@ -1,0 +1,370 @@
+//! The durable schedule: what must happen at a time, across restarts.
+//!
+//! A job is a row whose key begins with the time it is due, so the next one is the first row. It is
+//! written by the transaction that makes it necessary and deleted by the one that carries it out;
+//! whatever the schedule does late or twice, the state of a key decides, so handlers look at the
+//! key and do what is still to be done.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use futures::stream::{self, StreamExt};
+use parking_lot::Mutex;
+use polykey_hsm::random;
+use polykey_proto::polykey::record::v1::JobRecord;
+use polykey_proto::polykey::record::v1::job_record::Kind;
+use polykey_storage::{Direction, KeyRange, RowKey};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use crate::error::{Error, Reason};
+use crate::time::Time;
+use crate::vault::space::JOBS;
+use crate::vault::{Invalidate, Tx, Vault};
+
+/// Jobs that run at once.
+const CONCURRENCY: usize = 4;
+/// Rows read at a time.
+const PAGE: usize = 256;
+/// The clock may run ahead of the time since boot by this much before it is doubted.
+const JUMP: Duration = Duration::from_secs(3600);
+/// Longest sleep, so that a changed clock is noticed.
+const NAP: Duration = Duration::from_secs(30);
+const FIRST_RETRY: Duration = Duration::from_secs(1);
+const LAST_RETRY: Duration = Duration::from_secs(3600);
+
+/// A job as it stands in the schedule.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Job {
+    /// Its row key in [`JOBS`]; a handler deletes it in the transaction of its effect.
+    pub row: Vec<u8>,
+    /// What is to be done; its `due` stays what it was, however often the job is put off.
+    pub record: JobRecord,
+}
+
+impl Job {
+    /// When it is tried next: at first its `due`.
+    #[must_use]
+    pub fn at(&self) -> Time {
+        let micros = self.row.first_chunk().map_or(0, |bytes| u64::from_be_bytes(*bytes));
+        Time::from_micros(i64::try_from(micros).unwrap_or(i64::MAX))
+    }
+}
+
+/// The row key of a job that has not been tried: due (u64 BE, µs) ‖ kind u8 ‖ key id (16 bytes, zeros for none) ‖ version
+/// (u32 BE).
+#[must_use]
+pub fn row(job: &JobRecord) -> Vec<u8> {
+    row_at(job, Time::from_micros(job.due))
+}
+
+fn row_at(job: &JobRecord, at: Time) -> Vec<u8> {
+    let mut row = Vec::with_capacity(29);
+    row.extend_from_slice(&u64::try_from(at.micros()).unwrap_or(0).to_be_bytes());
+    row.push(u8::try_from(job.kind).unwrap_or(0));
+    let mut id = [0; 16];
+    if job.key_id.len() == id.len() {
+        id.copy_from_slice(&job.key_id);
+    }
+    row.extend_from_slice(&id);
+    row.extend_from_slice(&job.version.to_be_bytes());
+    row
+}
+
+/// Puts a job on the schedule with the transaction's change.
+///
+/// # Errors
+/// [`Error::Internal`] for a kind or key id that is none.
+pub fn schedule(tx: &mut Tx<'_>, job: &JobRecord) -> Result<(), Error> {
+    if job.kind() == Kind::Unspecified || !matches!(job.key_id.len(), 0 | 16) {
+        return Err(Error::internal("scheduling a job of no kind or with a malformed key id"));
+    }
+    tx.set(&row(job), job)
+}
+
+/// Takes a job off the schedule, if it is still there at this time. One that has been tried and put
+/// off stands elsewhere and finds nothing left to do.
+pub fn cancel(tx: &mut Tx<'_>, job: &JobRecord) {
+    tx.delete::<JobRecord>(&row(job));
+}
+
+/// Wakes the runner when the schedule changes; one of those whom the store tells of changed rows.
+#[derive(Debug, Default)]
+pub struct Alarm(Notify);
+
+impl Invalidate for Alarm {
+    fn invalidate(&self, rows: &[&RowKey]) {
+        if rows.iter().any(|row| row.space == JOBS) {
+            self.0.notify_one();
+        }
+    }
+    fn clear(&self) {
+        self.0.notify_one();
+    }
+}
+
+/// Carries out one job. What it returns an error for is tried again later.
+pub type Handler = Arc<dyn Fn(Job) -> BoxFuture<'static, Result<(), Error>> + Send + Sync>;
+
+/// What became of the jobs that were due.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Carried out.
+    pub done: usize,
+    /// Failed and put off.
+    pub failed: usize,
+    /// Held back because the clock is in doubt.
+    pub held: usize,
+}
+
+/// Compares the clock with the time since boot, which nobody sets.
+#[derive(Debug, Default)]
+struct Guard {
+    /// (time since boot, clock) when the clock was last believed.
+    anchor: Option<(Duration, Time)>,
+    held: bool,
+}
+
+impl Guard {
+    /// Whether irreversible work is held back.
+    fn check(&mut self, now: Time, since_boot: Duration) -> bool {
+        let &mut (boot, time) = self.anchor.get_or_insert((since_boot, now));
+        let expected = time.plus(since_boot.saturating_sub(boot));
+        if !self.held && now.since(expected) > JUMP {
+            self.held = true;
+            tracing::error!(
+                clock = %now, %expected,
+                "the clock has jumped ahead: destruction, trimming and the end of grace periods \
+                 wait until an operator confirms it"
+            );
+        }
+        self.held
+    }
+}
+
+/// Carries out what is due.
+pub struct Runner {
+    vault: Arc<Vault>,
+    alarm: Arc<Alarm>,
+    handler: Handler,
+    guard: Mutex<Guard>,
+    running: tokio::sync::Mutex<()>,
+    stop: CancellationToken,
+}
+
+/// Time since boot, sleep included, so that a laptop that wakes is not mistaken for a changed clock.
+fn since_boot() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
+}
+
+/// What cannot be undone.
+fn irreversible(job: &JobRecord) -> bool {
+    matches!(job.kind(), Kind::Destroy | Kind::EndGrace)
+}
+
+impl Runner {
+    /// A runner over the schedule of `vault`, which tells `alarm` of changes.
+    #[must_use]
+    pub fn new(vault: Arc<Vault>, alarm: Arc<Alarm>, handler: Handler) -> Arc<Self> {
+        let now = vault.clock().now();
+        let behind = vault.head().last_time.since(now);
+        if !behind.is_zero() {
+            tracing::warn!(
+                seconds = behind.as_secs(),
+                "the clock is behind the last commit of the store: nothing comes due until it has \
+                 caught up"
+            );
+        }
+        let guard = Mutex::new(Guard { anchor: Some((since_boot(), now)), held: false });
+        Arc::new(Self {
+            vault,
+            alarm,
+            handler,
+            guard,
+            running: tokio::sync::Mutex::new(()),
+            stop: CancellationToken::new(),
+        })
+    }
+
+    /// Runs until [`Self::shutdown`]; the jobs that have begun by then are finished.
+    pub async fn run(self: Arc<Self>) {
+        while !self.stop.is_cancelled() {
+            let woken = self.alarm.0.notified();
+            let nap = match self.turn().await {
+                Ok(nap) => nap,
+                Err(error) => {
+                    let detail = error.internal_text().unwrap_or_default();
+                    tracing::warn!(%error, detail, "the schedule cannot be read; trying again");
+                    FIRST_RETRY
+                }
+            };
+            tokio::select! {
+                () = self.stop.cancelled() => {}
+                () = woken => {}
+                () = tokio::time::sleep(nap) => {}
+            }
+        }
+    }
+
+    /// Takes no more jobs.
+    pub fn shutdown(&self) {
+        self.stop.cancel();
+    }
+
+    /// One turn: carries out what is due, and gives how long there is nothing to do.
+    async fn turn(&self) -> Result<Duration, Error> {
+        self.run_due(self.vault.clock().now()).await?;
+        let now = self.vault.clock().now();
+        let after = u64::try_from(now.micros()).unwrap_or(0).saturating_add(1);
+        let range = polykey_storage::from(after.to_be_bytes());
+        let next = self.scan(range, 1).await?;
+        let next = next.first().map(|job| job.at().since(now));
+        Ok(next.unwrap_or(NAP).min(NAP))
+    }
+
+    /// Carries out everything that is due at `now`.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] or [`Error::DataLoss`] if the schedule cannot be read. Failures of
+    /// jobs are not errors: they are stored with the job, which is tried again later.
+    pub async fn run_due(&self, now: Time) -> Result<Report, Error> {
+        self.run_due_at(now, since_boot()).await
+    }
+
+    async fn run_due_at(&self, now: Time, since_boot: Duration) -> Result<Report, Error> {
+        let _only_one = self.running.lock().await;
+        let held = self.guard.lock().check(now, since_boot);
+        let end = u64::try_from(now.micros()).unwrap_or(0).saturating_add(1);
+        let end = std::ops::Bound::Excluded(end.to_be_bytes().to_vec());
+        let mut start = std::ops::Bound::Unbounded;
+        let mut report = Report::default();
+        while !self.stop.is_cancelled() {
+            let range = (start, end.clone());
+            let jobs = self.scan(range, PAGE).await?;
+            let Some(last) = jobs.last() else { break };
+            start = std::ops::Bound::Excluded(last.row.clone());
+            let (wait, go): (Vec<_>, Vec<_>) =
+                jobs.into_iter().partition(|job| held && irreversible(&job.record));
+            report.held += wait.len();
+            let mut results =
+                stream::iter(go).map(|job| self.carry_out(job, now)).buffer_unordered(CONCURRENCY);
+            while let Some(result) = results.next().await {
+                match result {
+                    Some(true) => report.done += 1,
+                    Some(false) => report.failed += 1,
+                    None => {}
+                }
+            }
+        }
+        Ok(report)
+    }
+
+    /// Whether the job was carried out; `None` if it was not begun.
+    async fn carry_out(&self, job: Job, now: Time) -> Option<bool> {
+        if self.stop.is_cancelled() {
+            return None;
+        }
+        // A task of its own: a panic is this job's failure alone.
+        let result = match tokio::spawn((self.handler)(job.clone())).await {
+            Ok(result) => result,
+            Err(error) => Err(Error::internal(format!("the job failed: {error}"))),
+        };
+        let kind = job.record.kind().as_str_name();
+        let (done, after) = match result {
+            Ok(()) => (true, self.finish(&job).await),
+            Err(error) => {
+                let detail = error.internal_text().unwrap_or_default();
+                tracing::warn!(kind, attempts = job.record.attempts, %error, detail, "job failed");
+                (false, self.put_off(&job, &error, now).await)
+            }
+        };
+        // Otherwise it is still there, and comes up again: handlers bear that.
+        if let Err(error) = after {
+            tracing::warn!(kind, %error, "the schedule could not be brought up to date");
+        }
+        Some(done)
+    }
+
+    /// Deletes the row of a job that its handler left.
+    async fn finish(&self, job: &Job) -> Result<(), Error> {
+        let mut tx = self.vault.begin().await?;
+        match tx.get::<JobRecord>(&job.row).await? {
+            Some(found) if found.record == job.record => {
+                tx.delete::<JobRecord>(&job.row);
+                tx.commit().await.map(drop)
+            }
+            // Gone, or scheduled anew.
+            _ => Ok(()),
+        }
+    }
+
+    async fn put_off(&self, job: &Job, error: &Error, now: Time) -> Result<(), Error> {
+        let mut tx = self.vault.begin().await?;
+        match tx.get::<JobRecord>(&job.row).await? {
+            Some(found) if found.record == job.record => {}
+            _ => return Ok(()),
+        }
+        let mut record = job.record.clone();
+        record.attempts = record.attempts.saturating_add(1);
+        let text = match error.internal_text() {
+            Some(internal) => format!("{error}: {internal}"),
+            None => error.to_string(),
+        };
+        record.last_error = text.chars().take(512).collect();
+        // The record keeps its `due`, by which a handler tells whether the job is still meant.
+        let row = row_at(&record, now.plus(back_off(record.attempts)));
+        tx.delete::<JobRecord>(&job.row);
+        tx.set(&row, &record)?;
+        tx.commit().await.map(drop)
+    }
+
+    /// The first `limit` jobs, the next one first.
+    ///
+    /// # Errors
+    /// As [`Vault::scan`].
+    pub async fn list(&self, limit: usize) -> Result<Vec<Job>, Error> {
+        self.scan(polykey_storage::all(), limit).await
+    }
+
+    async fn scan(&self, range: KeyRange, limit: usize) -> Result<Vec<Job>, Error> {
+        let rows = self.vault.scan::<JobRecord>(range, Direction::Forward, limit).await?;
+        Ok(rows.into_iter().map(|(row, loaded)| Job { row, record: loaded.record }).collect())
+    }
+
+    /// Whether irreversible jobs are held back because the clock jumped.
+    #[must_use]
+    pub fn clock_in_doubt(&self) -> bool {
+        self.guard.lock().held
+    }
+
+    /// An operator says that the clock is right: what was held back goes on.
+    ///
+    /// # Errors
+    /// [`Reason::ClockUnconfirmed`] if the clock is behind the store's last commit, and so cannot be
+    /// right.
+    pub fn confirm_clock(&self) -> Result<(), Error> {
+        let now = self.vault.clock().now();
+        if self.vault.head().last_time > now {
+            return Err(Error::State(Reason::ClockUnconfirmed));
+        }
+        *self.guard.lock() = Guard { anchor: Some((since_boot(), now)), held: false };
+        self.alarm.0.notify_one();
+        Ok(())
+    }
+}
+
+/// 1 s, 2 s, 4 s … 1 h, more or less by up to a quarter, so that what failed together does not come
+/// back together.
+fn back_off(attempts: u32) -> Duration {
+    let full = FIRST_RETRY.saturating_mul(1 << attempts.saturating_sub(1).min(12)).min(LAST_RETRY);
+    let random = random::array::<2>().map_or(0, u16::from_be_bytes);
+    full * 3 / 4 + full * u32::from(random) / (2 * u32::from(u16::MAX))
+}
+
+impl std::fmt::Debug for Runner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Runner").field("guard", &self.guard).finish_non_exhaustive()
+    }
+}
