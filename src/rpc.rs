@@ -3,9 +3,81 @@
 pub(crate) mod admit;
 pub(crate) mod batch;
 pub(crate) mod convert;
-pub(crate) mod key_service;
-pub(crate) mod lifecycle;
+mod deadline;
+mod key_service;
+mod lifecycle;
 pub(crate) mod parse;
 pub mod status;
-pub(crate) mod stream;
-pub(crate) mod trailers;
+mod stream;
+mod trailers;
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::{Request, Response};
+use polykey_proto::polykey::v2 as pb;
+use pb::key_lifecycle_service_server::KeyLifecycleServiceServer;
+use pb::polykey_service_server::PolykeyServiceServer;
+use tonic::body::Body;
+use tonic::service::Routes;
+use tower::{Layer, Service};
+
+use crate::audit::Trail;
+use crate::authn::layer::{AuthenticationLayer, peer_of_connection};
+use crate::authn::session::Authenticator;
+use crate::keyring::Keyring;
+use crate::limits::MESSAGE;
+use crate::time::{Clock, Time};
+
+/// Where HealthCheck's answer comes from.
+pub trait Health: Send + Sync + 'static {
+    /// The health of the node and its figures, as they are.
+    fn report(&self, now: Time) -> pb::HealthCheckResponse;
+}
+
+/// What the services work with.
+pub struct Deps {
+    /// The keys.
+    pub keyring: Arc<Keyring>,
+    /// The audit trail.
+    pub trail: Arc<Trail>,
+    /// Who callers are.
+    pub authenticator: Arc<Authenticator>,
+    /// The clock, read once a message.
+    pub clock: Clock,
+    /// The node's health.
+    pub health: Arc<dyn Health>,
+    /// Longest time that a call which is not a stream may take.
+    pub longest_call: Duration,
+}
+
+/// Every service behind authentication, deadline and trailers, ready for the listener.
+pub fn service(
+    deps: Arc<Deps>,
+    more: impl FnOnce(Routes) -> Routes,
+) -> impl Service<
+    Request<Body>,
+    Response = Response<Body>,
+    Error = Infallible,
+    Future: Send + 'static,
+> + Clone
++ Send
++ 'static {
+    let keys = key_service::KeyService(Arc::clone(&deps));
+    let lifecycle = lifecycle::LifecycleService(keys.clone());
+    let routes = Routes::new(PolykeyServiceServer::new(keys).max_decoding_message_size(MESSAGE))
+        .add_service(
+            KeyLifecycleServiceServer::new(lifecycle).max_decoding_message_size(MESSAGE),
+        );
+    let routes = more(routes).prepare();
+    let authentication = AuthenticationLayer::new(
+        Arc::clone(&deps.authenticator),
+        peer_of_connection,
+        status::status,
+    );
+    deadline::WithDeadline {
+        inner: authentication.layer(trailers::WithTrailers(routes)),
+        longest: deps.longest_call,
+    }
+}

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use polykey_hsm::MacPurpose;
 use polykey_hsm::{ExportInfo, HpkeExport, export_hpke};
 use polykey_proto::polykey::record::v1::audit_event::Outcome;
-use polykey_proto::polykey::record::v1::{HistoryEntry, KeyRecord, UsageRecord, VersionRecord};
+use polykey_proto::polykey::record::v1::{AliasRecord, HistoryEntry, KeyRecord, UsageRecord, VersionRecord};
 use polykey_storage::Direction;
 use prost::Message;
 use zeroize::Zeroizing;
@@ -329,6 +329,15 @@ impl Keyring {
         let key = self.load(self.resolve(name).await?).await?;
         self.require(cx, key.resource(), part::Describe(name)).await?;
         Ok(key)
+    }
+
+    /// Reads an alias.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if the store cannot be read.
+    pub async fn alias(&self, name: &str) -> Result<Option<AliasRecord>, Error> {
+        let row = self.vault.row_name("alias", name);
+        Ok(self.vault.get::<AliasRecord>(&row).await?.map(|loaded| loaded.record))
     }
 
     /// Loads a key without asking who wants it, to explain decisions about it.

@@ -5,7 +5,8 @@ use polykey_proto::polykey::record::v1 as record;
 use polykey_proto::polykey::v2 as pb;
 
 use crate::authz::PolicyEntry;
-use crate::key::{KeyState, VersionState};
+use crate::audit::read::Entry;
+use crate::key::{KeyId, KeyState, VersionState};
 use crate::keyring::{Done, Got, KeyMaterialView, KeyVersion, MetadataView};
 use crate::time::Time;
 
@@ -229,5 +230,34 @@ fn policy(entry: &PolicyEntry) -> pb::PolicyDetail {
         policy_params: entry.params.clone(),
         effective_from: None,
         effective_until: None,
+    }
+}
+
+/// An event of the audit trail.
+pub(crate) fn audit_event(entry: &Entry) -> pb::AuditEvent {
+    let Entry { index, position, data_plane: _, event } = entry;
+    let outcome = match event.outcome() {
+        record::audit_event::Outcome::Success => pb::AuditOutcome::Success,
+        record::audit_event::Outcome::Denied => pb::AuditOutcome::Denied,
+        record::audit_event::Outcome::Failed => pb::AuditOutcome::Failed,
+        record::audit_event::Outcome::Unspecified => pb::AuditOutcome::Unspecified,
+    };
+    pb::AuditEvent {
+        index: *index,
+        time: stored_time(event.time),
+        request_id: event.request_id.clone(),
+        client_id: event.client_id.clone(),
+        certificate_sha256: event.certificate_sha256.clone(),
+        peer_address: event.peer_address.clone(),
+        action: event.action.clone(),
+        outcome: outcome.into(),
+        code: event.code,
+        key_id: KeyId::from_slice(&event.key_id).map(|id| id.to_string()).unwrap_or_default(),
+        version: number(event.version),
+        decision_id: event.decision_id.clone(),
+        details: event.details.clone(),
+        correlation_id: event.correlation_id.clone(),
+        count: number(event.count.max(1)),
+        position: number(*position),
     }
 }

@@ -1,0 +1,106 @@
+//! A deadline for every call that is not a stream: the caller's own, or ours, its body included.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use http::{HeaderMap, Request, Response};
+use tonic::body::Body;
+use tower::Service;
+
+use super::status;
+use crate::error::Error;
+
+/// Calls that may last: their messages have authority and time of their own.
+const STREAMS: [&str; 10] = [
+    "/polykey.v2.PolykeyService/StreamGetKeys",
+    "/polykey.v2.PolykeyService/StreamCreateKeys",
+    "/polykey.v2.PolykeyService/StreamRotateKeys",
+    "/polykey.v2.PolykeyService/StreamRevokeKeys",
+    "/polykey.v2.PolykeyService/StreamUpdateKeyMetadata",
+    "/polykey.v2.PolykeyService/StreamGetKeyMetadata",
+    "/polykey.v2.AdminService/FollowAudit",
+    "/polykey.v2.AdminService/ExportAuditLog",
+    "/polykey.v2.AdminService/VerifyStore",
+    "/grpc.health.v1.Health/Watch",
+];
+
+/// Ends what takes longer than it may.
+#[derive(Clone, Debug)]
+pub(crate) struct WithDeadline<S> {
+    pub(crate) inner: S,
+    pub(crate) longest: Duration,
+}
+
+/// `grpc-timeout`: at most 8 digits and a unit; what is malformed is ignored, as gRPC has it.
+fn asked(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    let n: u64 = digits.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(n.saturating_mul(3600)),
+        "M" => Duration::from_secs(n.saturating_mul(60)),
+        "S" => Duration::from_secs(n),
+        "m" => Duration::from_millis(n),
+        "u" => Duration::from_micros(n),
+        "n" => Duration::from_nanos(n),
+        _ => return None,
+    })
+}
+
+impl<S, B> Service<Request<B>> for WithDeadline<S>
+where
+    S: Service<Request<B>, Response = Response<Body>, Error = Infallible>,
+    S::Future: Send + 'static,
+{
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let asked = asked(request.headers());
+        let stream = STREAMS.contains(&request.uri().path());
+        let limit = match (stream, asked) {
+            (true, asked) => asked,
+            (false, asked) => Some(asked.map_or(self.longest, |a| a.min(self.longest))),
+        };
+        let response = self.inner.call(request);
+        Box::pin(async move {
+            match limit {
+                None => response.await,
+                Some(limit) => match tokio::time::timeout(limit, response).await {
+                    Ok(response) => response,
+                    Err(_) => Ok(status::status(&Error::DeadlineExceeded).into_http()),
+                },
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts_parse_as_grpc_writes_them() {
+        let of = |text: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert("grpc-timeout", text.parse().unwrap());
+            asked(&headers)
+        };
+        assert_eq!(of("100m"), Some(Duration::from_millis(100)));
+        assert_eq!(of("1S"), Some(Duration::from_secs(1)));
+        assert_eq!(of("99999999H"), Some(Duration::from_secs(99_999_999 * 3600)));
+        for bad in ["", "S", "1", "-1S", "1x", "999999999S", "1.5S", "+1S"] {
+            assert_eq!(of(bad), None, "{bad}");
+        }
+    }
+}
