@@ -24,6 +24,7 @@ pub mod metrics;
 pub mod net;
 pub mod pki;
 pub mod setup;
+pub mod rpc;
 pub mod telemetry;
 pub mod time;
 pub mod vault;

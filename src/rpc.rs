@@ -16,9 +16,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::{Request, Response};
-use polykey_proto::polykey::v2 as pb;
 use pb::key_lifecycle_service_server::KeyLifecycleServiceServer;
 use pb::polykey_service_server::PolykeyServiceServer;
+use polykey_proto::polykey::v2 as pb;
 use tonic::body::Body;
 use tonic::service::Routes;
 use tower::{Layer, Service};
@@ -56,20 +56,14 @@ pub struct Deps {
 pub fn service(
     deps: Arc<Deps>,
     more: impl FnOnce(Routes) -> Routes,
-) -> impl Service<
-    Request<Body>,
-    Response = Response<Body>,
-    Error = Infallible,
-    Future: Send + 'static,
-> + Clone
+) -> impl Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send + 'static>
++ Clone
 + Send
 + 'static {
     let keys = key_service::KeyService(Arc::clone(&deps));
     let lifecycle = lifecycle::LifecycleService(keys.clone());
     let routes = Routes::new(PolykeyServiceServer::new(keys).max_decoding_message_size(MESSAGE))
-        .add_service(
-            KeyLifecycleServiceServer::new(lifecycle).max_decoding_message_size(MESSAGE),
-        );
+        .add_service(KeyLifecycleServiceServer::new(lifecycle).max_decoding_message_size(MESSAGE));
     let routes = more(routes).prepare();
     let authentication = AuthenticationLayer::new(
         Arc::clone(&deps.authenticator),

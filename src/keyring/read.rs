@@ -5,7 +5,9 @@ use std::sync::Arc;
 use polykey_hsm::MacPurpose;
 use polykey_hsm::{ExportInfo, HpkeExport, export_hpke};
 use polykey_proto::polykey::record::v1::audit_event::Outcome;
-use polykey_proto::polykey::record::v1::{AliasRecord, HistoryEntry, KeyRecord, UsageRecord, VersionRecord};
+use polykey_proto::polykey::record::v1::{
+    AliasRecord, HistoryEntry, KeyRecord, UsageRecord, VersionRecord,
+};
 use polykey_storage::Direction;
 use prost::Message;
 use zeroize::Zeroizing;

@@ -7,12 +7,13 @@ use http::Extensions;
 use polykey_proto::polykey::v2 as pb;
 use tonic::metadata::MetadataMap;
 
-use crate::authn::layer::{Peer, RequestId};
+use crate::authn::layer::Peer;
 use crate::authn::session::{Authenticator, Session};
 use crate::authz::Claimed;
 use crate::context::Context;
 use crate::error::Error;
 use crate::limits::{IDEMPOTENCY_KEY, Violations};
+use crate::net::RequestId;
 use crate::time::{Clock, Time};
 
 /// What the layers in front have put into a request.
@@ -32,7 +33,7 @@ impl Admitted {
         clock: &Clock,
     ) -> Result<Self, Error> {
         let peer = extensions.get::<Peer>().cloned().ok_or(Error::Unauthenticated)?;
-        let request_id = extensions.get::<RequestId>().map_or_else(|| "-".into(), |id| id.0.clone());
+        let request_id = extensions.get::<RequestId>().map_or("-", RequestId::as_str).into();
         Ok(Self {
             session: extensions.get::<Session>().cloned(),
             peer,

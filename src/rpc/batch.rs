@@ -1,7 +1,5 @@
 //! Batches: the same single operations, item by item, with one answer each in the order asked.
 
-use std::sync::Arc;
-
 use futures::{StreamExt, stream};
 use polykey_proto::polykey::v2 as pb;
 use prost::Message;
@@ -236,8 +234,7 @@ macro_rules! results {
         let mut results = Vec::with_capacity($items.len());
         for (index, (item, id)) in $items.iter().zip($ids).enumerate() {
             let index = i32::try_from(index).unwrap_or(i32::MAX);
-            let mut result =
-                pb::$Result { $id_field: id, index, ..Default::default() };
+            let mut result = pb::$Result { $id_field: id, index, ..Default::default() };
             match item {
                 Item::Done($done) => {
                     result.result = Some(pb::$oneof::Result::Success($success));

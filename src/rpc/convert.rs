@@ -4,8 +4,8 @@ use polykey_hsm::{Algorithm, WrappedBlob};
 use polykey_proto::polykey::record::v1 as record;
 use polykey_proto::polykey::v2 as pb;
 
-use crate::authz::PolicyEntry;
 use crate::audit::read::Entry;
+use crate::authz::PolicyEntry;
 use crate::key::{KeyId, KeyState, VersionState};
 use crate::keyring::{Done, Got, KeyMaterialView, KeyVersion, MetadataView};
 use crate::time::Time;
@@ -58,7 +58,11 @@ pub(crate) fn version_state(key: KeyState, version: VersionState) -> pb::KeyVers
 }
 
 /// The coarse status of a version of a key.
-pub(crate) fn status(key: KeyState, version: VersionState, read_after_expiry: bool) -> pb::KeyStatus {
+pub(crate) fn status(
+    key: KeyState,
+    version: VersionState,
+    read_after_expiry: bool,
+) -> pb::KeyStatus {
     match (key, version) {
         (KeyState::Enabled, VersionState::Primary) => pb::KeyStatus::Active,
         (KeyState::Enabled, VersionState::Staged) => pb::KeyStatus::Rotating,
@@ -179,7 +183,11 @@ pub(crate) fn get_response(got: &Got, skip_metadata: bool, now: Time) -> pb::Get
     }
 }
 
-pub(crate) fn create_response(done: &Done, view: &MetadataView, now: Time) -> pb::CreateKeyResponse {
+pub(crate) fn create_response(
+    done: &Done,
+    view: &MetadataView,
+    now: Time,
+) -> pb::CreateKeyResponse {
     pb::CreateKeyResponse {
         key_id: done.key.id.to_string(),
         metadata: Some(metadata(view)),

@@ -14,7 +14,7 @@ use super::{Deps, batch, convert, parse, stream};
 use crate::audit::Outcome;
 use crate::authn::login::Credentials;
 use crate::authn::session::Attempt;
-use crate::authz::{Action, ClientFacts, Command, Resource};
+use crate::authz::{Action, ClientFacts, Command, PrincipalFacts, Resource};
 use crate::command::Mutation;
 use crate::context::Context;
 use crate::error::Error;
@@ -300,17 +300,14 @@ impl pb::polykey_service_server::PolykeyService for KeyService {
     ) -> Result<Response<pb::AuthenticateResponse>, Status> {
         let admitted = self.admit(&request)?;
         let m = request.into_inner();
-        let credentials = Credentials {
-            client_id: &m.client_id,
-            api_key: &m.api_key,
-            grant_type: &m.grant_type,
-        };
+        let credentials =
+            Credentials { client_id: &m.client_id, api_key: &m.api_key, grant_type: &m.grant_type };
         let tokens = self.0.authenticator.login(&credentials, &attempt(&admitted)).await?;
         let mut response = Response::new(pb::AuthenticateResponse {
             access_token: tokens.access,
             token_type: "Bearer".into(),
             expires_in: tokens.expires_in,
-            permissions: tokens.permissions,
+            permissions: tokens.permissions.iter().map(ToString::to_string).collect(),
             issued_at: Some(convert::timestamp(tokens.issued_at)),
             client_tier: tokens.tier,
             refresh_token: tokens.refresh.clone(),
@@ -353,10 +350,18 @@ impl pb::polykey_service_server::PolykeyService for KeyService {
             let error = Error::invalid("client_id", "the token is of another client");
             return Err(error.into());
         }
-        let facts: ClientFacts =
-            self.0.authenticator.directory().client_facts(token.client_id()).await?;
-        let permit =
-            self.0.keyring.authorize(&cx, Resource::Client(&facts), RevokeTokens).await?;
+        let directory = self.0.authenticator.directory();
+        // A client that was removed has tokens to revoke all the same.
+        let facts = match directory.client(token.client_id()).await? {
+            None => return Err(Error::NotFound.into()),
+            Some(client) => {
+                let PrincipalFacts { client, revision: _, roles, permissions, tier, environment } =
+                    directory.facts(&client).await?;
+                let client = client.to_string();
+                ClientFacts { client, roles, permissions, tier, environment }
+            }
+        };
+        let permit = self.0.keyring.authorize(&cx, Resource::Client(&facts), RevokeTokens).await?;
         let decision = permit.decision_id().to_string();
         let event = cx
             .origin()

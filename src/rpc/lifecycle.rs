@@ -149,8 +149,8 @@ impl pb::key_lifecycle_service_server::KeyLifecycleService for LifecycleService 
             let text = "must be EXPORT_MODE_PLAIN or HPKE";
             return Err(Error::invalid("mode", text).into());
         }
-        let command =
-            parse::get(&m.key_id, m.version, m.mode, &m.recipient_public_key).map_err(|e| match e {
+        let command = parse::get(&m.key_id, m.version, m.mode, &m.recipient_public_key).map_err(
+            |e| match e {
                 // The field has another name here.
                 Error::Invalid(mut violations) => {
                     for v in &mut violations {
@@ -161,7 +161,8 @@ impl pb::key_lifecycle_service_server::KeyLifecycleService for LifecycleService 
                     Error::Invalid(violations)
                 }
                 other => other,
-            })?;
+            },
+        )?;
         debug_assert_ne!(command.export, Export::None);
         let got = self.0.0.keyring.get(&cx, &command).await?;
         Ok(Response::new(pb::ExportKeyResponse {
@@ -267,8 +268,7 @@ impl pb::key_lifecycle_service_server::KeyLifecycleService for LifecycleService 
             }),
         };
         v.finish()?;
-        let (key, mut records) =
-            self.0.0.keyring.list_versions(&cx, &key, from, size + 1).await?;
+        let (key, mut records) = self.0.0.keyring.list_versions(&cx, &key, from, size + 1).await?;
         let next = if records.len() > size { records.pop() } else { None };
         let state = key_state(&key.record, cx.now);
         let versions = records.iter().map(|r| {
@@ -306,10 +306,8 @@ impl pb::key_lifecycle_service_server::KeyLifecycleService for LifecycleService 
                 v.check(value >= least, field, "is out of range");
                 u32::try_from(value).ok()
             };
-            let decryption =
-                number(v, "min_decryption_version", 1, m.min_decryption_version);
-            let encryption =
-                number(v, "min_encryption_version", 0, m.min_encryption_version);
+            let decryption = number(v, "min_decryption_version", 1, m.min_decryption_version);
+            let encryption = number(v, "min_encryption_version", 0, m.min_encryption_version);
             let OnKey { key, expected } = on_key(v, &m.key_id, m.expected_revision);
             Mutation::SetBounds(SetBounds { key, decryption, encryption, expected })
         };

@@ -27,7 +27,8 @@ pub(crate) fn time(
     value: Option<&prost_types::Timestamp>,
 ) -> Option<Time> {
     let value = value?;
-    let ok = (0..1_000_000_000).contains(&value.nanos) && (0..=253_402_300_799).contains(&value.seconds);
+    let ok =
+        (0..1_000_000_000).contains(&value.nanos) && (0..=253_402_300_799).contains(&value.seconds);
     if !ok {
         v.add(field, "must be a time between 1970 and 9999");
         return None;
@@ -57,7 +58,10 @@ pub(crate) fn key_name(v: &mut Violations, field: &str, value: &str) -> KeyName 
     match KeyId::parse(value) {
         Some(id) => KeyName::Id(id),
         None => {
-            v.add(field, "must be a UUID such as 01890a5d-ac96-774b-bcce-b302099a8057, or alias/NAME");
+            v.add(
+                field,
+                "must be a UUID such as 01890a5d-ac96-774b-bcce-b302099a8057, or alias/NAME",
+            );
             nothing
         }
     }
@@ -82,7 +86,12 @@ fn algorithm(v: &mut Violations, field: &str, value: i32) -> Algorithm {
     }
 }
 
-fn value(v: &mut Violations, field: &str, bytes: &[u8], algorithm: Option<Algorithm>) -> Option<Value> {
+fn value(
+    v: &mut Violations,
+    field: &str,
+    bytes: &[u8],
+    algorithm: Option<Algorithm>,
+) -> Option<Value> {
     if bytes.is_empty() {
         return None;
     }
@@ -117,11 +126,7 @@ fn params(
 }
 
 fn check_period(v: &mut Violations, field: &str, seconds: i64) {
-    v.check(
-        limits::ROTATION_PERIOD.contains(&seconds),
-        field,
-        "must be 3600 to 315576000 seconds",
-    );
+    v.check(limits::ROTATION_PERIOD.contains(&seconds), field, "must be 3600 to 315576000 seconds");
 }
 
 /// Merges the metadata twins into a creation.
@@ -169,10 +174,7 @@ pub(crate) fn rotate_twins(
 }
 
 /// Merges the metadata twin of the expected revision into an optional field.
-pub(crate) fn revision_twin(
-    field: &mut Option<u64>,
-    metadata: &MetadataMap,
-) -> Result<(), Error> {
+pub(crate) fn revision_twin(field: &mut Option<u64>, metadata: &MetadataMap) -> Result<(), Error> {
     let mut v = Violations::new();
     if let Some(revision) = expected_twin(&mut v, metadata) {
         *field = Some(revision);
@@ -223,7 +225,11 @@ pub(crate) fn create(request: pb::CreateKeyRequest, now: Time) -> Result<CreateK
     limits::description(&mut v, "description", &description);
     limits::tags(&mut v, "tags", &tags);
     limits::contexts(&mut v, "initial_authorized_contexts", &initial_authorized_contexts);
-    v.check(access_policies.len() <= limits::POLICIES, "access_policies", "must have at most 50 entries");
+    v.check(
+        access_policies.len() <= limits::POLICIES,
+        "access_policies",
+        "must have at most 50 entries",
+    );
     limits::classification(&mut v, "data_classification", &data_classification);
     let expires_at = future(&mut v, "expires_at", expires_at.as_ref(), now);
     let value = value(&mut v, "value", &bytes, Some(algorithm));
@@ -239,7 +245,8 @@ pub(crate) fn create(request: pb::CreateKeyRequest, now: Time) -> Result<CreateK
             "generation_params says otherwise",
         );
     }
-    let rotation_period = period.or((rotation_period_seconds != 0).then_some(rotation_period_seconds));
+    let rotation_period =
+        period.or((rotation_period_seconds != 0).then_some(rotation_period_seconds));
     v.check(
         rotation_period.is_none() || value.is_none(),
         PERIOD,
@@ -309,7 +316,11 @@ pub(crate) fn rotate(request: pb::RotateKeyRequest, now: Time) -> Result<RotateK
                 "is needed with ROTATION_STRATEGY_SCHEDULED: 3600 to 315576000 seconds",
             );
             v.check(value.is_none(), "value", "a scheduled rotation takes none");
-            v.check(grace_period_seconds == 0, "grace_period_seconds", "a scheduled rotation takes none");
+            v.check(
+                grace_period_seconds == 0,
+                "grace_period_seconds",
+                "a scheduled rotation takes none",
+            );
             Strategy::Scheduled { period: period.unwrap_or(0) }
         }
         Err(_) => {
@@ -391,8 +402,16 @@ pub(crate) fn update(request: pb::UpdateKeyMetadataRequest, now: Time) -> Result
         let both = contexts_to_add.contains(context);
         v.check(!both, &format!("contexts_to_remove[{i}]"), "is in contexts_to_add as well");
     }
-    v.check(policies_to_update.len() <= limits::POLICIES, "policies_to_update", "must have at most 50 entries");
-    v.check(policies_to_remove.len() <= limits::POLICIES, "policies_to_remove", "must have at most 50 entries");
+    v.check(
+        policies_to_update.len() <= limits::POLICIES,
+        "policies_to_update",
+        "must have at most 50 entries",
+    );
+    v.check(
+        policies_to_remove.len() <= limits::POLICIES,
+        "policies_to_remove",
+        "must have at most 50 entries",
+    );
     for (i, name) in policies_to_remove.iter().enumerate().take(limits::POLICIES) {
         let both = policies_to_update.contains_key(name);
         v.check(!both, &format!("policies_to_remove[{i}]"), "is in policies_to_update as well");
@@ -452,12 +471,7 @@ pub(crate) fn export(v: &mut Violations, mode: i32, recipient: &[u8]) -> Export 
     export
 }
 
-pub(crate) fn get(
-    key_id: &str,
-    number: i32,
-    mode: i32,
-    recipient: &[u8],
-) -> Result<GetKey, Error> {
+pub(crate) fn get(key_id: &str, number: i32, mode: i32, recipient: &[u8]) -> Result<GetKey, Error> {
     let mut v = Violations::new();
     let key = key_name(&mut v, "key_id", key_id);
     let version = version(&mut v, "version", number);

@@ -170,29 +170,45 @@ macro_rules! operation {
 }
 
 operation!(
-    Create, StreamCreateKeysRequest, StreamCreateKeysResponse, stream_create_keys_response,
-    request_sequence, "StreamCreateKeys",
+    Create,
+    StreamCreateKeysRequest,
+    StreamCreateKeysResponse,
+    stream_create_keys_response,
+    request_sequence,
+    "StreamCreateKeys",
     |sequence, _key| i32::try_from(sequence).unwrap_or(i32::MAX),
     |m, now| parse::create(m, now).map(|c| Mutation::Create(Box::new(c))),
     |done| convert::create_response(&done.0, &done.1, done.0.at)
 );
 operation!(
-    Rotate, StreamRotateKeysRequest, StreamRotateKeysResponse, stream_rotate_keys_response,
-    key_id, "StreamRotateKeys",
+    Rotate,
+    StreamRotateKeysRequest,
+    StreamRotateKeysResponse,
+    stream_rotate_keys_response,
+    key_id,
+    "StreamRotateKeys",
     |_sequence, key| key,
     |m, now| parse::rotate(m, now).map(Mutation::Rotate),
     |done| convert::rotate_response(&done.0, &done.1)
 );
 operation!(
-    Revoke, StreamRevokeKeysRequest, StreamRevokeKeysResponse, stream_revoke_keys_response,
-    key_id, "StreamRevokeKeys",
+    Revoke,
+    StreamRevokeKeysRequest,
+    StreamRevokeKeysResponse,
+    stream_revoke_keys_response,
+    key_id,
+    "StreamRevokeKeys",
     |_sequence, key| key,
     |m, now| parse::revoke(m, now).map(Mutation::Revoke),
     |_done| true
 );
 operation!(
-    Update, StreamUpdateKeyMetadataRequest, StreamUpdateKeyMetadataResponse,
-    stream_update_key_metadata_response, key_id, "StreamUpdateKeyMetadata",
+    Update,
+    StreamUpdateKeyMetadataRequest,
+    StreamUpdateKeyMetadataResponse,
+    stream_update_key_metadata_response,
+    key_id,
+    "StreamUpdateKeyMetadata",
     |_sequence, key| key,
     |m, now| parse::update(m, now).map(|c| Mutation::Update(Box::new(c))),
     |_done| true
@@ -259,38 +275,39 @@ pub(super) async fn get_keys(
     };
     let service = service.clone();
     let skip = m.skip_metadata.unwrap_or(false);
-    let answers = futures::stream::iter(versions.into_iter().enumerate()).then(move |(i, version)| {
-        let (service, first, command) = (service.clone(), first.clone(), command.clone());
-        let (requester, attributes) = (m.requester_context.clone(), m.attributes.clone());
-        let key_id = m.key_id.clone();
-        async move {
-            let admitted = first.again(&service.0.authenticator, &service.0.clock).await?;
-            let cx = admitted.context(requester.as_ref(), attributes.as_ref())?;
-            let command = crate::command::GetKey { version, ..command };
-            let result = service.0.keyring.get(&cx, &command).await;
-            let number = i64::try_from(i).unwrap_or(i64::MAX - 1) + 1;
-            let mut answer = pb::StreamGetKeysResponse {
-                key_id,
-                sequence_number: i32::try_from(number).unwrap_or(i32::MAX),
-                sequence: number,
-                ..Default::default()
-            };
-            match result {
-                Ok(got) => {
-                    let success = convert::get_response(&got, skip, cx.now);
-                    answer.result =
-                        Some(pb::stream_get_keys_response::Result::Success(success));
+    let answers =
+        futures::stream::iter(versions.into_iter().enumerate()).then(move |(i, version)| {
+            let (service, first, command) = (service.clone(), first.clone(), command.clone());
+            let (requester, attributes) = (m.requester_context.clone(), m.attributes.clone());
+            let key_id = m.key_id.clone();
+            async move {
+                let admitted = first.again(&service.0.authenticator, &service.0.clock).await?;
+                let cx = admitted.context(requester.as_ref(), attributes.as_ref())?;
+                let command = crate::command::GetKey { version, ..command };
+                let result = service.0.keyring.get(&cx, &command).await;
+                let number = i64::try_from(i).unwrap_or(i64::MAX - 1) + 1;
+                let mut answer = pb::StreamGetKeysResponse {
+                    key_id,
+                    sequence_number: i32::try_from(number).unwrap_or(i32::MAX),
+                    sequence: number,
+                    ..Default::default()
+                };
+                match result {
+                    Ok(got) => {
+                        let success = convert::get_response(&got, skip, cx.now);
+                        answer.result =
+                            Some(pb::stream_get_keys_response::Result::Success(success));
+                    }
+                    Err(error) => {
+                        let item: Item<()> = Item::Failed(error);
+                        let (text, code, reason) = item.failure().unwrap_or_default();
+                        answer.result = Some(pb::stream_get_keys_response::Result::Error(text));
+                        answer.error_code = code;
+                        answer.error_reason = reason;
+                    }
                 }
-                Err(error) => {
-                    let item: Item<()> = Item::Failed(error);
-                    let (text, code, reason) = item.failure().unwrap_or_default();
-                    answer.result = Some(pb::stream_get_keys_response::Result::Error(text));
-                    answer.error_code = code;
-                    answer.error_reason = reason;
-                }
+                Ok(answer)
             }
-            Ok(answer)
-        }
-    });
+        });
     Ok(Response::new(Box::pin(answers)))
 }
