@@ -8,6 +8,8 @@ pub mod audit;
 pub mod authn;
 pub mod authz;
 pub mod cache;
+pub mod cli;
+pub mod client;
 pub mod command;
 pub mod config;
 pub mod context;

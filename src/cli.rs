@@ -1,0 +1,247 @@
+//! The command line: what is typed, and which part of it does the work.
+//!
+//! One file holds each group of subcommands with its arguments; [`error`] has the exit codes, [`output`] everything
+//! that is printed. Commands that talk to a server do so through [`crate::client`], on a small runtime of their own;
+//! `dev`, `init`, `serve` and `check` are in [`server`] and bring theirs.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+mod access;
+mod admin_view;
+pub mod audit;
+mod audit_view;
+pub mod client;
+pub mod error;
+pub mod health;
+pub mod key;
+pub mod key_export;
+mod key_run;
+pub mod key_versions;
+pub mod node;
+pub mod output;
+pub mod policy;
+mod policy_check;
+mod progress;
+mod remote;
+pub mod server;
+pub mod shell;
+pub mod value;
+mod view;
+
+#[cfg(test)]
+mod golden;
+#[cfg(test)]
+mod parse_tests;
+
+pub use access::{RevokeArgs, TokenCommand};
+pub use error::{CliError, Exit};
+
+use output::{Format, Output};
+use remote::Remote;
+
+/// A key management service in one binary.
+#[derive(Parser, Debug)]
+#[command(name = "polykey", version, propagate_version = false, after_help = error::EXIT_CODES, max_term_width = 100)]
+pub struct Cli {
+    /// The connection to use; without it ./.polykey/profile.toml, then polykey/profile.toml in the
+    /// user's configuration directory.
+    #[arg(long, global = true, value_name = "FILE", env = "POLYKEY_PROFILE")]
+    pub profile: Option<PathBuf>,
+    /// The form in which data is printed.
+    #[arg(short, long, global = true, value_enum, value_name = "FORMAT", default_value_t)]
+    pub output: Format,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What can be done.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Run a server for development; everything it needs is made on first use.
+    Dev(DevArgs),
+    /// Make the store and root key of a configuration.
+    Init(InitArgs),
+    /// Run the server.
+    Serve(ServeArgs),
+    /// Check a configuration; nothing is touched.
+    Check(CheckArgs),
+    /// Keys: create, read, change, rotate, revoke, destroy, export.
+    #[command(subcommand)]
+    Key(key::KeyCommand),
+    /// Clients of the server.
+    #[command(subcommand)]
+    Client(client::ClientCommand),
+    /// Roles of clients.
+    #[command(subcommand)]
+    Role(policy::RoleCommand),
+    /// Certificates from the server's own authority.
+    #[command(subcommand)]
+    Cert(client::CertCommand),
+    /// Log in anew. Other commands log in by themselves.
+    Login,
+    /// Show who the server takes you for.
+    Whoami,
+    /// Tokens.
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// The root key.
+    #[command(subcommand)]
+    Root(node::RootCommand),
+    /// Policies: check files, list, explain a decision.
+    #[command(subcommand)]
+    Policy(policy::PolicyCommand),
+    /// The audit log.
+    #[command(subcommand)]
+    Audit(audit::AuditCommand),
+    /// The store.
+    #[command(subcommand)]
+    Store(node::StoreCommand),
+    /// List what is scheduled, by time.
+    Jobs(node::JobsArgs),
+    /// Tell whether the server serves; for probes. Exits with 0 if it does, else with 6.
+    Health(health::HealthArgs),
+    /// Print the completion script for a shell.
+    Completion {
+        /// The shell.
+        #[arg(value_enum)]
+        shell: shell::Shell,
+    },
+    /// Write man pages into a directory.
+    #[command(hide = true)]
+    Man {
+        /// The directory.
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+    },
+    /// Print the version.
+    Version,
+}
+
+/// Arguments of `dev`.
+#[derive(Args, Debug)]
+pub struct DevArgs {
+    /// Where everything is kept.
+    #[arg(long, value_name = "DIR", default_value = "./.polykey")]
+    pub dir: PathBuf,
+    /// Where to listen.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:50053")]
+    pub listen: SocketAddr,
+}
+
+/// Arguments of `init`.
+#[derive(Args, Debug)]
+pub struct InitArgs {
+    /// The configuration.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+}
+
+/// Arguments of `serve`.
+#[derive(Args, Debug)]
+pub struct ServeArgs {
+    /// The configuration.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+}
+
+/// Arguments of `check`.
+#[derive(Args, Debug)]
+pub struct CheckArgs {
+    /// The configuration.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+}
+
+/// What every command needs.
+struct App {
+    out: Output,
+    profile: Option<PathBuf>,
+}
+
+impl App {
+    async fn connect(&self) -> Result<Remote, CliError> {
+        Remote::connect(self.profile.as_deref()).await
+    }
+}
+
+/// Parses the arguments of the process, does what they say and returns the code to exit with.
+#[must_use]
+pub fn main() -> ExitCode {
+    let result = match Cli::try_parse() {
+        Ok(cli) => run(cli),
+        Err(error) => {
+            // A reader that has gone away is no reason to fail.
+            drop(error.print());
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(Exit::Usage as u8));
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::from(Exit::Ok as u8),
+        Err(error) => {
+            if !error.message.is_empty() {
+                output::remark(&error.to_string());
+            }
+            ExitCode::from(error.exit as u8)
+        }
+    }
+}
+
+/// Does what was asked.
+///
+/// # Errors
+/// See [`CliError`].
+pub fn run(cli: Cli) -> Result<(), CliError> {
+    let Cli { profile, output, command } = cli;
+    let app = App { out: Output { format: output }, profile };
+    match command {
+        Command::Dev(args) => server::dev(args),
+        Command::Init(args) => server::init(args),
+        Command::Serve(args) => server::serve(args),
+        Command::Check(args) => server::check(args),
+        Command::Audit(audit::AuditCommand::Verify(args)) if args.store.is_some() => {
+            server::audit_verify_store(args)
+        }
+        Command::Completion { shell } => shell::completion(shell),
+        Command::Man { directory } => shell::man(&directory),
+        Command::Version => shell::version(&app),
+        command => {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .map_err(|error| shell::no_runtime(&error))?;
+            runtime.block_on(Box::pin(talk(&app, command)))
+        }
+    }
+}
+
+/// Commands that talk to a server, or may.
+async fn talk(app: &App, command: Command) -> Result<(), CliError> {
+    match command {
+        Command::Key(command) => key_run::run(app, command).await,
+        Command::Client(command) => client::run(app, command).await,
+        Command::Role(command) => policy::role(app, command).await,
+        Command::Cert(command) => client::cert(app, command).await,
+        Command::Login => access::login(app).await,
+        Command::Whoami => access::whoami(app).await,
+        Command::Token(command) => access::token(app, command).await,
+        Command::Root(command) => node::root(app, command).await,
+        Command::Policy(command) => policy::run(app, command).await,
+        Command::Audit(command) => audit::run(app, command).await,
+        Command::Store(command) => node::store(app, command).await,
+        Command::Jobs(args) => node::jobs(app, args).await,
+        Command::Health(args) => health::run(app, args).await,
+        // Done by `run` without a runtime.
+        Command::Dev(_)
+        | Command::Init(_)
+        | Command::Serve(_)
+        | Command::Check(_)
+        | Command::Completion { .. }
+        | Command::Man { .. }
+        | Command::Version => Ok(()),
+    }
+}

@@ -1,0 +1,304 @@
+//! `polykey root|store|jobs`: the node beneath the keys.
+
+use clap::{Args, Subcommand, ValueEnum};
+use polykey_proto::polykey::v2 as pb;
+use polykey_proto::polykey::v2::verify_store_response::Part;
+use serde::Serialize;
+
+use super::App;
+use super::admin_view::{JobView, JobsView, RootView, SlotView, StoreView};
+use super::error::{CliError, Exit};
+use super::output::{Human, View};
+use super::progress::Bar;
+use super::remote::{next, pages};
+use super::value;
+use crate::client::rpc;
+
+/// Subcommands of `root`.
+#[derive(Subcommand, Debug)]
+pub enum RootCommand {
+    /// Show the root key's slots, storage-key epochs and the progress of resealing.
+    Status,
+    /// Make a new root key and seal every record anew in the background.
+    Rotate {
+        /// Do nothing unless this is the id of the root key.
+        #[arg(long, value_name = "ID")]
+        expected_root: Option<String>,
+    },
+    /// Replace the master key that wraps the root key in a slot.
+    Rewrap(RewrapArgs),
+}
+
+/// Arguments of `root rewrap`.
+#[derive(Args, Debug)]
+pub struct RewrapArgs {
+    /// The slot, by id or label; may be left out when there is one.
+    #[arg(long, value_name = "SLOT", default_value = "", hide_default_value = true)]
+    pub slot: String,
+    /// Where the new master key is found on the server: file:PATH, env:NAME or credential:NAME.
+    /// Without it: where it was, read again.
+    #[arg(long, value_name = "REFERENCE", value_parser = reference)]
+    pub source: Option<String>,
+    /// What shall wrap the root key, such as local-file or local-passphrase; without it, as before.
+    #[arg(long, value_name = "KIND", default_value = "", hide_default_value = true)]
+    pub kind: String,
+    /// A new label for the slot.
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub label: String,
+    /// Do nothing unless the slots have this generation.
+    #[arg(long, value_name = "N")]
+    pub expected_generation: Option<u64>,
+}
+
+/// A reference to a secret: never the secret itself, which others see in the list of processes.
+fn reference(text: &str) -> Result<String, String> {
+    match text.split_once(':') {
+        Some(("file" | "env" | "credential", place)) if !place.is_empty() => Ok(text.to_owned()),
+        _ => Err("a master key is named by file:PATH, env:NAME or credential:NAME".to_owned()),
+    }
+}
+
+/// Subcommands of `store`.
+#[derive(Subcommand, Debug)]
+pub enum StoreCommand {
+    /// Show the state of the store.
+    Status,
+    /// Open and check every record.
+    Verify,
+}
+
+/// Kinds of jobs, as filters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Kind {
+    /// Rotates a key.
+    Rotate,
+    /// Makes a staged version primary.
+    Promote,
+    /// Revokes a version whose grace period ends.
+    EndGrace,
+    /// Revokes a key.
+    Revoke,
+    /// Erases the material of a key.
+    Destroy,
+    /// Forgets revoked tokens that have expired.
+    SweepTokens,
+    /// Forgets idempotency keys that have expired.
+    SweepIdempotency,
+    /// Seals records under the primary storage-key epoch.
+    Reseal,
+}
+
+impl From<Kind> for pb::JobKind {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Rotate => Self::Rotate,
+            Kind::Promote => Self::Promote,
+            Kind::EndGrace => Self::EndGrace,
+            Kind::Revoke => Self::Revoke,
+            Kind::Destroy => Self::Destroy,
+            Kind::SweepTokens => Self::SweepTokens,
+            Kind::SweepIdempotency => Self::SweepIdempotency,
+            Kind::Reseal => Self::Reseal,
+        }
+    }
+}
+
+/// Arguments of `jobs`.
+#[derive(Args, Debug)]
+pub struct JobsArgs {
+    /// Only jobs of this kind.
+    #[arg(long, value_enum, value_name = "KIND")]
+    pub kind: Option<Kind>,
+    /// Only jobs of this key: its id, or alias/NAME.
+    #[arg(long, value_name = "KEY", value_parser = value::key_name)]
+    pub key: Option<String>,
+    /// At most so many.
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+}
+
+/// A new root key.
+#[derive(Serialize)]
+struct RotatedView {
+    root_id: String,
+    epoch: u32,
+    audit_index: u64,
+}
+
+impl View for RotatedView {
+    fn human(&self) -> Human {
+        Human::Record(vec![
+            ("root key", self.root_id.clone()),
+            ("epoch", self.epoch.to_string()),
+            ("resealing", "in the background; `polykey root status` shows how far".to_owned()),
+        ])
+    }
+}
+
+/// A slot after it was rewrapped.
+#[derive(Serialize)]
+struct RewrappedView {
+    slot: SlotView,
+    generation: u64,
+    audit_index: u64,
+}
+
+impl View for RewrappedView {
+    fn human(&self) -> Human {
+        Human::Record(vec![
+            ("slot", self.slot.to_string()),
+            ("generation", self.generation.to_string()),
+        ])
+    }
+}
+
+pub(super) async fn root(app: &App, command: RootCommand) -> Result<(), CliError> {
+    let remote = app.connect().await?;
+    match command {
+        RootCommand::Status => {
+            let request = pb::GetRootStatusRequest {};
+            let answer = remote.read(request, rpc!(AdminServiceClient, get_root_status)).await?;
+            app.out.print(&RootView::from(answer))
+        }
+        RootCommand::Rotate { expected_root } => {
+            let request =
+                pb::RotateRootRequest { expected_root_id: expected_root.unwrap_or_default() };
+            let answer = remote.mutate(request, rpc!(AdminServiceClient, rotate_root)).await?;
+            app.out.print(&RotatedView {
+                root_id: answer.root_id,
+                epoch: answer.epoch,
+                audit_index: answer.audit_index,
+            })
+        }
+        RootCommand::Rewrap(args) => {
+            let request = pb::RewrapSlotRequest {
+                slot_id: args.slot,
+                source: args.source.unwrap_or_default(),
+                kind: args.kind,
+                label: args.label,
+                expected_generation: args.expected_generation,
+            };
+            let answer = remote.mutate(request, rpc!(AdminServiceClient, rewrap_slot)).await?;
+            app.out.print(&RewrappedView {
+                slot: answer.slot.unwrap_or_default().into(),
+                generation: answer.generation,
+                audit_index: answer.audit_index,
+            })
+        }
+    }
+}
+
+/// What a check of the store found.
+#[derive(Serialize)]
+pub(super) struct VerifiedView {
+    pub(super) ok: bool,
+    pub(super) records_checked: u64,
+    pub(super) records_failed: u64,
+    pub(super) set_hash_ok: bool,
+    pub(super) audit_ok: bool,
+    pub(super) revision: u64,
+    pub(super) problems: Vec<ProblemView>,
+}
+
+/// A record that is damaged or was tampered with.
+#[derive(Serialize)]
+pub(super) struct ProblemView {
+    pub(super) space: String,
+    pub(super) row: String,
+    pub(super) problem: String,
+}
+
+impl From<pb::VerifyStoreResult> for VerifiedView {
+    fn from(r: pb::VerifyStoreResult) -> Self {
+        let problem =
+            |p: pb::StoreProblem| ProblemView { space: p.space, row: p.row, problem: p.problem };
+        Self {
+            ok: r.ok,
+            records_checked: r.records_checked,
+            records_failed: r.records_failed,
+            set_hash_ok: r.set_hash_ok,
+            audit_ok: r.audit_ok,
+            revision: r.revision,
+            problems: r.problems.into_iter().map(problem).collect(),
+        }
+    }
+}
+
+impl View for VerifiedView {
+    fn human(&self) -> Human {
+        let whole = |ok: bool| if ok { "whole" } else { "DAMAGED" }.to_owned();
+        let mut fields = vec![
+            ("result", whole(self.ok)),
+            (
+                "records",
+                format!("{} checked, {} damaged", self.records_checked, self.records_failed),
+            ),
+            ("set of rows", whole(self.set_hash_ok)),
+            ("audit log", whole(self.audit_ok)),
+            ("revision", self.revision.to_string()),
+        ];
+        fields.extend(
+            self.problems
+                .iter()
+                .map(|p| ("problem", format!("{} {}: {}", p.space, p.row, p.problem))),
+        );
+        Human::Record(fields)
+    }
+}
+
+pub(super) async fn store(app: &App, command: StoreCommand) -> Result<(), CliError> {
+    let remote = app.connect().await?;
+    match command {
+        StoreCommand::Status => {
+            let request = pb::GetStoreStatusRequest {};
+            let answer = remote.read(request, rpc!(AdminServiceClient, get_store_status)).await?;
+            app.out.print(&StoreView::from(answer))
+        }
+        StoreCommand::Verify => {
+            let request = pb::VerifyStoreRequest {};
+            let mut stream = remote.stream(request, rpc!(AdminServiceClient, verify_store)).await?;
+            let mut bar = Bar::new("records");
+            while let Some(message) = next(&mut stream).await? {
+                match message.part {
+                    Some(Part::Progress(p)) => bar.at(p.records_checked, p.records_total),
+                    Some(Part::Result(result)) => {
+                        drop(bar);
+                        let view = VerifiedView::from(result);
+                        app.out.print(&view)?;
+                        let failed = CliError::silent(Exit::DataLoss);
+                        return if view.ok { Ok(()) } else { Err(failed) };
+                    }
+                    None => {}
+                }
+            }
+            Err(CliError::new(Exit::Unavailable, "the check ended without a result"))
+        }
+    }
+}
+
+pub(super) async fn jobs(app: &App, args: JobsArgs) -> Result<(), CliError> {
+    let remote = app.connect().await?;
+    let kind = args.kind.map_or(pb::JobKind::Unspecified, pb::JobKind::from);
+    let key_id = args.key.unwrap_or_default();
+    let mut clock_suspended = false;
+    let jobs = pages(args.limit, async |page_size, page_token| {
+        let request = pb::ListJobsRequest {
+            page_size,
+            page_token,
+            kind: kind.into(),
+            key_id: key_id.clone(),
+        };
+        let page = remote.read(request, rpc!(AdminServiceClient, list_jobs)).await?;
+        clock_suspended = page.clock_suspended;
+        Ok((page.jobs, page.next_page_token))
+    })
+    .await?;
+    let jobs = jobs.into_iter().map(JobView::from).collect();
+    app.out.print(&JobsView { jobs, clock_suspended })?;
+    if clock_suspended {
+        super::output::remark(
+            "The server's clock has jumped: jobs that cannot be undone wait until it is confirmed.",
+        );
+    }
+    Ok(())
+}
