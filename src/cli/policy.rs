@@ -49,7 +49,7 @@ pub struct CheckArgs {
     /// Policy files.
     #[arg(value_name = "FILE", required = true)]
     pub files: Vec<PathBuf>,
-    /// Check each as the access policy of a key: one policy, about ?resource.
+    /// Check each as the access policy of a key: one that speaks of that key alone.
     #[arg(long)]
     pub key_policy: bool,
 }
