@@ -20,7 +20,8 @@ use polykey_proto::polykey::record::v1::{
     AuditEvent, ClientRecord, IdentityRecord, RevokedTokenRecord, RoleRecord, SigningKeyRecord,
     TokenFamilyRecord,
 };
-use polykey_storage::{Direction, all};
+use polykey_storage::{Direction, Revision, all};
+use zeroize::Zeroize;
 
 use crate::authn::certificate::CertificateIdentity;
 use crate::authn::token::KeySet;
@@ -72,7 +73,7 @@ impl Directory {
     /// Over a vault that was given the same `caches`.
     #[must_use]
     pub fn new(vault: Arc<Vault>, caches: Arc<SecurityCaches>) -> Self {
-        let watermark = Watermark::new(vault.clock(), vault.head().last_time);
+        let watermark = Watermark::new(vault.clock(), vault.last_time());
         Self { vault, caches, watermark }
     }
 
@@ -92,7 +93,7 @@ impl Directory {
     /// The time by which tokens are judged at `now`: it never runs backwards.
     #[must_use]
     pub fn time(&self, now: Time) -> Time {
-        self.watermark.at(now.max(self.vault.head().last_time))
+        self.watermark.at(now.max(self.vault.last_time()))
     }
 
     /// Row key of a client.
@@ -210,7 +211,9 @@ impl Directory {
                 Ok(())
             })
             .await?;
-            KeySet::from_records(&records).map(Arc::new)
+            let keys = KeySet::from_records(&records).map(Arc::new);
+            records.into_iter().for_each(forget);
+            keys
         })
         .await
     }
@@ -242,41 +245,55 @@ impl Directory {
     /// # Errors
     /// As [`crate::vault::Tx::commit`]; [`Error::Conflict`] is harmless, the next sweep goes on.
     pub async fn sweep(&self, now: Time, limit: usize) -> Result<usize, Error> {
-        let over = now.micros();
-        let mut tx = self.vault.begin().await?;
-        let mut swept = 0;
-        let mut from = all();
-        while swept < limit {
-            let page = tx.scan::<TokenFamilyRecord>(from, Direction::Forward, WALK).await?;
-            let Some((last, _)) = page.last() else { break };
-            from = (Bound::Excluded(last.clone()), Bound::Unbounded);
-            let dead = page.iter().filter(|(_, l)| l.record.expires_at <= over);
-            for (key, _) in dead.take(limit - swept) {
-                tx.delete::<TokenFamilyRecord>(key);
-                swept += 1;
-            }
-        }
-        from = all();
-        while swept < limit {
-            let page = tx.scan::<RevokedTokenRecord>(from, Direction::Forward, WALK).await?;
-            let Some((last, _)) = page.last() else { break };
-            from = (Bound::Excluded(last.clone()), Bound::Unbounded);
-            let dead = page.iter().filter(|(_, l)| l.record.expires_at <= over);
-            for (key, _) in dead.take(limit - swept) {
-                tx.delete::<RevokedTokenRecord>(key);
-                swept += 1;
-            }
-        }
+        let families = self.over::<TokenFamilyRecord>(limit, |r| r.expires_at <= now.micros());
+        let families = families.await?;
+        let rest = limit.saturating_sub(families.len());
+        let revoked = self.over::<RevokedTokenRecord>(rest, |r| r.expires_at <= now.micros());
+        let revoked = revoked.await?;
+        let swept = families.len() + revoked.len();
         if swept > 0 {
+            let mut tx = self.vault.begin().await?;
+            for (key, revision) in &families {
+                tx.pin_at::<TokenFamilyRecord>(key, *revision);
+                tx.delete::<TokenFamilyRecord>(key);
+            }
+            for (key, revision) in &revoked {
+                tx.pin_at::<RevokedTokenRecord>(key, *revision);
+                tx.delete::<RevokedTokenRecord>(key);
+            }
             tx.commit().await?;
         }
         Ok(swept)
+    }
+
+    /// At most `limit` rows of a space that are over, at the revisions at which they were.
+    async fn over<R: crate::vault::space::Record>(
+        &self,
+        limit: usize,
+        is_over: impl Fn(&R) -> bool,
+    ) -> Result<Vec<(Vec<u8>, Revision)>, Error> {
+        let mut rows = Vec::new();
+        self.walk::<R>(|key, loaded| {
+            if rows.len() < limit && is_over(&loaded.record) {
+                rows.push((key.to_vec(), loaded.revision));
+            }
+            Ok(())
+        })
+        .await?;
+        Ok(rows)
     }
 }
 
 impl std::fmt::Debug for Directory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Directory").field("caches", &self.caches).finish_non_exhaustive()
+    }
+}
+
+/// Erases the secret of a record that has been read.
+fn forget(mut record: SigningKeyRecord) {
+    if let Ok(mut secret) = std::mem::take(&mut record.secret).try_into_mut() {
+        secret.as_mut().zeroize();
     }
 }
 

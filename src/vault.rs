@@ -313,6 +313,12 @@ impl Vault {
         }
     }
 
+    /// The latest time a commit carried: [`HeadView::last_time`] without the rest.
+    #[must_use]
+    pub fn last_time(&self) -> Time {
+        self.head.load().last_time
+    }
+
     /// A keyed name for what must not stand in a row key.
     #[must_use]
     pub fn row_name(&self, kind: &str, name: &str) -> Hash {

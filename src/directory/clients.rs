@@ -136,13 +136,18 @@ impl Directory {
             tier: u32::try_from(if new.tier == 0 { 1 } else { new.tier }).unwrap_or(u32::MAX),
             roles: new.roles.clone(),
             permissions: new.permissions.clone(),
-            identities: new.identities.iter().map(identity_to_record).collect(),
+            identities: Vec::new(),
             created_at: now,
             updated_at: now,
             created_by: change.event.client_id.clone(),
             ..ClientRecord::default()
         };
         record.set_state(State::Enabled);
+        for identity in new.identities.iter().map(identity_to_record) {
+            if !record.identities.contains(&identity) {
+                record.identities.push(identity);
+            }
+        }
         normalise(&mut record.roles);
         normalise(&mut record.permissions);
         if new.api_key_expires_at.is_some_and(|at| at <= change.now) {
