@@ -13,6 +13,8 @@ mod error;
 mod reseal;
 pub mod signing;
 mod slots;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 

@@ -23,6 +23,9 @@ use crate::time::Time;
 use crate::vault::space::JOBS;
 use crate::vault::{Invalidate, Tx, Vault};
 
+#[cfg(test)]
+mod tests;
+
 /// Jobs that run at once.
 const CONCURRENCY: usize = 4;
 /// Rows read at a time.

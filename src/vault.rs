@@ -3,11 +3,15 @@
 //!
 //! It knows the ring and the store, and no rule of any key's life.
 
+#[cfg(test)]
+pub(crate) mod faulty;
 mod head;
 mod reseal;
 mod seal;
 mod sequencer;
 pub mod space;
+#[cfg(test)]
+mod tests;
 pub mod tree;
 mod tx;
 mod verify;

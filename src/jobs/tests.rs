@@ -1,0 +1,172 @@
+//! The schedule: order, back-off, the clock guard.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use polykey_hsm::Ring;
+use polykey_storage::memory::Memory;
+
+use super::*;
+use crate::time::Clock;
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+async fn vault(alarm: &Arc<Alarm>) -> Arc<Vault> {
+    let ring = Ring::generate([7; 16]).unwrap();
+    let store = Arc::new(Memory::new().unwrap());
+    let clock = Clock::manual(Time::from_seconds(1_700_000_000));
+    let alarm = Arc::clone(alarm);
+    Arc::new(Vault::create(store, ring, [7; 16], vec![], alarm, clock).await.unwrap())
+}
+
+fn job(kind: Kind, due: Time, version: u32) -> JobRecord {
+    let mut job = JobRecord { due: due.micros(), version, ..JobRecord::default() };
+    job.key_id = vec![9; 16].into();
+    job.set_kind(kind);
+    job
+}
+
+async fn put(vault: &Vault, jobs: &[JobRecord]) {
+    let mut tx = vault.begin().await.unwrap();
+    for job in jobs {
+        schedule(&mut tx, job).unwrap();
+    }
+    tx.commit().await.unwrap();
+}
+
+/// A handler that notes the versions it saw and fails as `fails` says.
+fn noting(
+    fails: impl Fn(u32) -> bool + Send + Sync + Copy + 'static,
+) -> (Handler, Arc<Mutex<Vec<u32>>>) {
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let notes = Arc::clone(&seen);
+    let handler: Handler = Arc::new(move |job: Job| {
+        let notes = Arc::clone(&notes);
+        Box::pin(async move {
+            notes.lock().push(job.record.version);
+            assert_ne!(job.record.version, 666, "a job that panics");
+            if fails(job.record.version) { Err(Error::internal("no")) } else { Ok(()) }
+        })
+    });
+    (handler, seen)
+}
+
+#[tokio::test]
+async fn what_is_due_runs_once_and_the_rest_stays() {
+    let alarm = Arc::new(Alarm::default());
+    let vault = vault(&alarm).await;
+    let now = vault.clock().now();
+    let jobs: Vec<_> = (0..600).map(|i| job(Kind::Rotate, now, i)).collect();
+    put(&vault, &jobs).await;
+    let later = job(Kind::Rotate, now.plus(HOUR), 1000);
+    let gone = job(Kind::Rotate, now, 7);
+    put(&vault, &[later]).await;
+    let mut tx = vault.begin().await.unwrap();
+    cancel(&mut tx, &gone);
+    tx.commit().await.unwrap();
+
+    let (handler, seen) = noting(|_| false);
+    let runner = Runner::new(Arc::clone(&vault), alarm, handler);
+    let report = runner.run_due(now).await.unwrap();
+    assert_eq!(report, Report { done: 599, failed: 0, held: 0 });
+    let mut versions = std::mem::take(&mut *seen.lock());
+    versions.sort_unstable();
+    assert_eq!(versions, (0..600).filter(|&i| i != 7).collect::<Vec<_>>());
+    assert_eq!(runner.run_due(now).await.unwrap(), Report::default());
+    let left = runner.list(10).await.unwrap();
+    assert_eq!(left.len(), 1);
+    // Catching up after a sleep.
+    vault.clock().advance(HOUR * 2);
+    assert_eq!(runner.run_due(vault.clock().now()).await.unwrap().done, 1);
+}
+
+#[tokio::test]
+async fn a_failing_job_stops_nothing_and_keeps_its_due_time() {
+    let alarm = Arc::new(Alarm::default());
+    let vault = vault(&alarm).await;
+    let now = vault.clock().now();
+    put(&vault, &[job(Kind::Revoke, now, 1), job(Kind::Revoke, now, 666)]).await;
+    put(&vault, &[job(Kind::Revoke, now, 3)]).await;
+    let (handler, _) = noting(|version| version == 1);
+    let runner = Runner::new(Arc::clone(&vault), alarm, handler);
+    let report = runner.run_due(now).await.unwrap();
+    assert_eq!(report, Report { done: 1, failed: 2, held: 0 });
+    let mut at = now;
+    for attempt in 1..20 {
+        let left = runner.list(10).await.unwrap();
+        assert_eq!(left.len(), 2);
+        for job in &left {
+            assert_eq!(job.record.attempts, attempt);
+            assert_eq!(job.record.due, now.micros());
+            assert!(!job.record.last_error.is_empty());
+            let wait = job.at().since(at);
+            let full = back_off_bounds(attempt);
+            assert!(wait >= full * 3 / 4 && wait <= full * 5 / 4, "{attempt}: {wait:?}");
+        }
+        assert_eq!(runner.run_due(at).await.unwrap(), Report::default(), "not before its time");
+        at = left.iter().map(Job::at).max().unwrap();
+        assert_eq!(runner.run_due(at).await.unwrap().failed, 2);
+    }
+}
+
+fn back_off_bounds(attempts: u32) -> Duration {
+    Duration::from_secs(1_u64 << (attempts - 1).min(20)).min(HOUR)
+}
+
+#[tokio::test]
+async fn a_jump_of_the_clock_holds_back_what_cannot_be_undone() {
+    let alarm = Arc::new(Alarm::default());
+    let vault = vault(&alarm).await;
+    let now = vault.clock().now();
+    let due = now.plus(HOUR * 48);
+    put(&vault, &[job(Kind::Destroy, due, 1), job(Kind::EndGrace, due, 2)]).await;
+    put(&vault, &[job(Kind::Rotate, due, 3)]).await;
+    let (handler, seen) = noting(|_| false);
+    let runner = Runner::new(Arc::clone(&vault), alarm, handler);
+    let boot = since_boot();
+    // The clock and the time since boot go together: two days have passed.
+    *runner.guard.lock() = Guard { anchor: Some((boot, now)), held: false };
+    assert_eq!(runner.run_due_at(due, boot + HOUR * 47).await.unwrap().done, 3, "within an hour");
+    assert_eq!(std::mem::take(&mut *seen.lock()).len(), 3);
+
+    put(&vault, &[job(Kind::Destroy, due, 1), job(Kind::EndGrace, due, 2)]).await;
+    put(&vault, &[job(Kind::Rotate, due, 3)]).await;
+    let report = runner.run_due_at(due.plus(HOUR * 2), boot + HOUR * 48).await.unwrap();
+    assert_eq!(report, Report { done: 1, failed: 0, held: 2 });
+    assert!(runner.clock_in_doubt());
+    // Setting it back does not end the doubt; only a confirmation does.
+    let report = runner.run_due_at(due, boot + HOUR * 48).await.unwrap();
+    assert_eq!(report.held, 2);
+    vault.clock().advance(HOUR * 50);
+    runner.confirm_clock().unwrap();
+    assert_eq!(runner.run_due(vault.clock().now()).await.unwrap().done, 2);
+    assert_eq!(runner.list(1).await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn the_runner_wakes_for_an_earlier_job_and_finishes_what_it_began() {
+    let alarm = Arc::new(Alarm::default());
+    let vault = vault(&alarm).await;
+    let now = vault.clock().now();
+    put(&vault, &[job(Kind::Rotate, now.plus(HOUR), 1)]).await;
+    let count = Arc::new(AtomicUsize::new(0));
+    let (begun, finish) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let (counter, told, wait) = (Arc::clone(&count), Arc::clone(&begun), Arc::clone(&finish));
+    let handler: Handler = Arc::new(move |_| {
+        let (count, begun, finish) = (Arc::clone(&counter), Arc::clone(&told), Arc::clone(&wait));
+        Box::pin(async move {
+            begun.notify_one();
+            finish.notified().await;
+            count.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        })
+    });
+    let runner = Runner::new(Arc::clone(&vault), alarm, handler);
+    let running = tokio::spawn(Arc::clone(&runner).run());
+    put(&vault, &[job(Kind::Rotate, now, 2)]).await;
+    begun.notified().await;
+    runner.shutdown();
+    finish.notify_one();
+    running.await.unwrap();
+    assert_eq!(count.load(Ordering::SeqCst), 1);
+    assert_eq!(runner.list(10).await.unwrap().len(), 1);
+}
