@@ -13,6 +13,8 @@ mod plan;
 mod read;
 mod rotate;
 mod rows;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

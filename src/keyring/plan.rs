@@ -337,7 +337,8 @@ impl Keyring {
         if *moves {
             let old = self.load_in(tx, &KeyName::Alias(alias.clone())).await?;
             // Taking the name away from the old key is a change of that key too.
-            self.require(cx, old.resource(), *permit.command()).await?;
+            let gone = DeleteAlias { alias: alias.clone() };
+            self.require(cx, old.resource(), &gone).await?;
             if let Some(from) = from
                 && self.load_in(tx, from).await?.id != old.id
             {
