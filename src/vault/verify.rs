@@ -140,6 +140,8 @@ impl Vault {
     }
 }
 
+type Check = fn(&polykey_hsm::Sealer, &RowKey, &[u8]) -> Result<(), Error>;
+
 fn open_any(sealer: &polykey_hsm::Sealer, row: &RowKey, value: &[u8]) -> Result<(), Error> {
     fn check<R: Record>(
         sealer: &polykey_hsm::Sealer,
@@ -148,7 +150,7 @@ fn open_any(sealer: &polykey_hsm::Sealer, row: &RowKey, value: &[u8]) -> Result<
     ) -> Result<(), Error> {
         seal::open::<R>(sealer, &row.key, value).map(drop)
     }
-    let table: &[(Space, fn(&polykey_hsm::Sealer, &RowKey, &[u8]) -> Result<(), Error>)] = &[
+    let table: &[(Space, Check)] = &[
         (space::KEYS, check::<KeyRecord>),
         (space::VERSIONS, check::<VersionRecord>),
         (space::LIST, check::<ListRow>),
