@@ -8,7 +8,6 @@ use std::hash::{BuildHasher, Hash, RandomState};
 use std::num::NonZeroUsize;
 
 use lru::LruCache;
-use parking_lot::Mutex;
 
 const SHARDS: usize = 16;
 
@@ -19,14 +18,42 @@ pub struct Ticket {
     generation: u64,
 }
 
-struct Shard<K, V> {
+/// One shard, behind its lock.
+pub struct Shard<K, V> {
     map: LruCache<K, V>,
     generation: u64,
 }
 
+/// What guards a shard. There is one choice in the server; the test of the ticket rule puts a lock
+/// here whose schedule it decides (`tests/race.rs`).
+pub trait Locks {
+    /// A lock around `T`.
+    type Lock<T>;
+    /// Puts `value` behind a lock.
+    fn new<T>(value: T) -> Self::Lock<T>;
+    /// Runs `f` while holding the lock.
+    fn with<T, R>(lock: &Self::Lock<T>, f: impl FnOnce(&mut T) -> R) -> R;
+}
+
+/// The locks of the server.
+#[derive(Clone, Copy, Debug)]
+pub struct ParkingLot;
+
+impl Locks for ParkingLot {
+    type Lock<T> = parking_lot::Mutex<T>;
+
+    fn new<T>(value: T) -> Self::Lock<T> {
+        parking_lot::Mutex::new(value)
+    }
+
+    fn with<T, R>(lock: &Self::Lock<T>, f: impl FnOnce(&mut T) -> R) -> R {
+        f(&mut lock.lock())
+    }
+}
+
 /// A sharded least-recently-used map. `V` is cheap to clone (an `Arc`).
-pub struct Cache<K, V> {
-    shards: Vec<Mutex<Shard<K, V>>>,
+pub struct Cache<K, V, L: Locks = ParkingLot> {
+    shards: Vec<L::Lock<Shard<K, V>>>,
     hasher: RandomState,
 }
 
@@ -34,8 +61,16 @@ impl<K: Hash + Eq + Clone, V: Clone> Cache<K, V> {
     /// A cache of about `capacity` entries, at least one a shard.
     #[must_use]
     pub fn new(capacity: usize) -> Self {
+        Self::with_locks(capacity)
+    }
+}
+
+impl<K: Hash + Eq + Clone, V: Clone, L: Locks> Cache<K, V, L> {
+    /// As [`Cache::new`], with other locks.
+    #[must_use]
+    pub fn with_locks(capacity: usize) -> Self {
         let each = NonZeroUsize::new(capacity.div_ceil(SHARDS)).unwrap_or(NonZeroUsize::MIN);
-        let shard = || Mutex::new(Shard { map: LruCache::new(each), generation: 0 });
+        let shard = || L::new(Shard { map: LruCache::new(each), generation: 0 });
         Self { shards: (0..SHARDS).map(|_| shard()).collect(), hasher: RandomState::new() }
     }
 
@@ -47,13 +82,13 @@ impl<K: Hash + Eq + Clone, V: Clone> Cache<K, V> {
 
     /// What is known of `key`.
     pub fn get(&self, key: &K) -> Option<V> {
-        self.shards.get(self.index(key))?.lock().map.get(key).cloned()
+        L::with(self.shards.get(self.index(key))?, |shard| shard.map.get(key).cloned())
     }
 
     /// To be taken before the value of `key` is read from the store.
     pub fn ticket(&self, key: &K) -> Ticket {
         let shard = self.index(key);
-        let generation = self.shards.get(shard).map_or(0, |s| s.lock().generation);
+        let generation = self.shards.get(shard).map_or(0, |s| L::with(s, |s| s.generation));
         Ticket { shard, generation }
     }
 
@@ -61,36 +96,39 @@ impl<K: Hash + Eq + Clone, V: Clone> Cache<K, V> {
     /// Returns whether it did.
     pub fn insert(&self, ticket: Ticket, key: K, value: V) -> bool {
         let Some(shard) = self.shards.get(ticket.shard) else { return false };
-        let mut shard = shard.lock();
-        let fresh = shard.generation == ticket.generation;
-        if fresh {
-            shard.map.put(key, value);
-        }
-        fresh
+        L::with(shard, |shard| {
+            let fresh = shard.generation == ticket.generation;
+            if fresh {
+                shard.map.put(key, value);
+            }
+            fresh
+        })
     }
 
     /// Forgets `key`, and voids every ticket of its shard.
     pub fn invalidate(&self, key: &K) {
         if let Some(shard) = self.shards.get(self.index(key)) {
-            let mut shard = shard.lock();
-            shard.generation += 1;
-            shard.map.pop(key);
+            L::with(shard, |shard| {
+                shard.generation += 1;
+                shard.map.pop(key);
+            });
         }
     }
 
     /// Forgets everything, and voids every ticket.
     pub fn clear(&self) {
         for shard in &self.shards {
-            let mut shard = shard.lock();
-            shard.generation += 1;
-            shard.map.clear();
+            L::with(shard, |shard| {
+                shard.generation += 1;
+                shard.map.clear();
+            });
         }
     }
 
     /// How many entries there are.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.shards.iter().map(|s| s.lock().map.len()).sum()
+        self.shards.iter().map(|s| L::with(s, |s| s.map.len())).sum()
     }
 
     /// Whether there is none.
@@ -100,7 +138,13 @@ impl<K: Hash + Eq + Clone, V: Clone> Cache<K, V> {
     }
 }
 
-impl<K, V> std::fmt::Debug for Cache<K, V> {
+impl<K, V> std::fmt::Debug for Shard<K, V> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shard").field("generation", &self.generation).finish_non_exhaustive()
+    }
+}
+
+impl<K, V, L: Locks> std::fmt::Debug for Cache<K, V, L> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Cache").finish_non_exhaustive()
     }
