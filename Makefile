@@ -1,0 +1,106 @@
+# Entry points for people and for CI. `make` alone lists them; .ci/run calls `make test`.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+CARGO ?= cargo
+ARGS ?=
+# How long each fuzz target runs under `make fuzz`, in seconds.
+SECONDS_EACH ?= 60
+# How many random schedules each model runs under `make test-race`.
+SCHEDULES ?= 50000
+
+# One line a target: "name: prerequisites ## minutes cold / warm | what it does", minutes on 2 cores.
+
+.PHONY: help
+help: ## 0 / 0 | this list
+	@echo 'make TARGET; minutes on 2 cores: nothing built yet / all built'
+	@awk -F '## ' '/^[a-z][a-z-]*:.*## / { split($$1, t, ":"); split($$2, d, " \\| "); \
+	  printf "  %-18s %9s   %s\n", t[1], d[1], d[2] }' $(firstword $(MAKEFILE_LIST))
+	@echo 'ARGS="…" is passed on by run, test-unit, test-integration, test-api, bench and faults.'
+
+## Building
+
+.PHONY: build-local
+build-local: ## 7 / 1 | debug build
+	$(CARGO) build
+
+.PHONY: build
+build: ## 8 / 1 | release build: target/release/polykey
+	$(CARGO) build --release
+
+.PHONY: dist
+dist: ## 15 / 4 | what packages ship: link-time optimised, target/dist/polykey
+	$(CARGO) build --profile dist
+
+.PHONY: run
+run: ## 8 / 0 | a node for a laptop, everything in ./.polykey (ARGS="--listen …")
+	$(CARGO) run --release -- dev $(ARGS)
+
+## Testing
+
+.PHONY: deps
+deps: ## 1 / 0 | sets up what the tests need, or lists what is missing
+	@.ci/deps
+
+.PHONY: lint
+lint: ## 4 / 1 | formatting, and clippy with warnings denied
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+.PHONY: test
+test: deps lint ## 30 / 10 | everything CI runs: lint and all tests
+	@.ci/test --workspace --locked
+
+.PHONY: test-unit
+test-unit: ## 8 / 2 | the tests inside the crates, no binary needed
+	@.ci/test --workspace --lib $(ARGS)
+
+.PHONY: test-integration
+test-integration: deps ## 12 / 5 | the tests around the crates and the binary
+	@.ci/test --workspace --test '*' $(ARGS)
+
+.PHONY: test-api
+test-api: deps ## 10 / 2 | the public contract: protos, API reference, network layer
+	@.ci/test -p polykey-proto $(ARGS)
+	@.ci/test --test net --test project $(ARGS)
+
+.PHONY: test-race
+test-race: ## 8 / 1 | random schedules over caches and epochs (SCHEDULES=50000)
+	POLYKEY_SCHEDULES=$(SCHEDULES) .ci/test --test race
+
+.PHONY: faults
+faults: ## 12 / 10 | power cuts, disk errors, hostile peers at release size
+	@.ci/test -p polykey-storage --release --test power_cuts --test faults --test concurrency -- --nocapture $(ARGS)
+
+.PHONY: bench
+bench: ## 16 / 5 | benchmarks on the dist profile, ratios within one run
+	$(CARGO) bench --profile dist $(ARGS)
+
+.PHONY: fuzz-replay
+fuzz-replay: ## 8 / 1 | the fuzz corpora and mutations of them, as plain tests
+	@.ci/test --test fuzz_replay
+
+.PHONY: fuzz
+fuzz: ## 15 / 10 | each fuzz target for SECONDS_EACH=60 (needs cargo-fuzz)
+	@$(CARGO) fuzz --version >/dev/null 2>&1 || { echo 'cargo-fuzz is missing: cargo install cargo-fuzz (make fuzz-replay needs nothing)' >&2; exit 1; }
+	@set -e; cd tests/fuzz; for target in $$(ls targets | sed 's/\.rs$$//'); do \
+	  echo "== $$target"; RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --fuzz-dir . $$target -- -max_total_time=$(SECONDS_EACH) -max_len=65536; done
+
+.PHONY: deny
+deny: ## 1 / 0 | licences, sources and bans of dependencies (needs cargo-deny)
+	@$(CARGO) deny --version >/dev/null 2>&1 || { echo 'cargo-deny is missing: cargo install cargo-deny' >&2; exit 1; }
+	$(CARGO) deny check bans licenses sources
+
+## Packaging
+
+COMPOSE := packaging/compose.dev.yaml
+.PHONY: compose-dev
+compose-dev: ## 20 / 1 | a node in a container, with docker compose; without it, says what would run
+	@if docker compose version >/dev/null 2>&1; then docker compose -f $(COMPOSE) up --build; \
+	else echo 'docker compose is not here; this is what would run:'; \
+	  echo '  docker compose -f $(COMPOSE) up --build'; \
+	  $(MAKE) --no-print-directory deps && .venv/bin/python tests/python/packaging_check.py; fi
+
+.PHONY: clean
+clean: ## 0 / 0 | removes builds and the virtual environment, never a node's data
+	$(CARGO) clean
+	rm -rf .venv tests/fuzz/target
