@@ -195,7 +195,6 @@ pub struct Keyring {
     authorizer: Arc<ArcSwap<Authorizer>>,
     trail: Arc<Trail>,
     forge: Forge,
-    jobs_changed: Arc<tokio::sync::Notify>,
 }
 
 impl std::fmt::Debug for Keyring {
@@ -205,8 +204,7 @@ impl std::fmt::Debug for Keyring {
 }
 
 impl Keyring {
-    /// A keyring over an open vault; `caches` must be the ones the vault invalidates, and
-    /// `jobs_changed` is told when the schedule changes.
+    /// A keyring over an open vault; `caches` must be the ones the vault invalidates.
     #[must_use]
     pub fn new(
         vault: Arc<Vault>,
@@ -214,9 +212,8 @@ impl Keyring {
         authorizer: Arc<ArcSwap<Authorizer>>,
         trail: Arc<Trail>,
         forge: Forge,
-        jobs_changed: Arc<tokio::sync::Notify>,
     ) -> Self {
-        Self { vault, caches, authorizer, trail, forge, jobs_changed }
+        Self { vault, caches, authorizer, trail, forge }
     }
 
     /// The vault underneath.
@@ -375,11 +372,6 @@ impl Keyring {
     /// Moves with every change of a key or version.
     pub(crate) fn epoch(&self) -> u64 {
         self.caches.epoch.load(Ordering::SeqCst)
-    }
-
-    /// Wakes the runner of the schedule.
-    pub(crate) fn wake_jobs(&self) {
-        self.jobs_changed.notify_one();
     }
 
     /// Whether the caller sees every key.

@@ -108,7 +108,6 @@ impl Keyring {
             }
             match tx.commit().await {
                 Ok(receipt) => {
-                    self.wake_jobs();
                     return Ok(self.finish(planned, receipt));
                 }
                 Err(Error::Conflict) => {

@@ -8,6 +8,7 @@ use polykey_proto::polykey::record::v1::{
 };
 
 use crate::error::{Error, Reason};
+use crate::jobs;
 use crate::key::KeyId;
 use crate::time::Time;
 use crate::vault::{Tx, Vault};
@@ -107,14 +108,14 @@ pub(super) async fn release_alias(tx: &mut Tx<'_>, alias: &str) -> Result<(), Er
     Ok(())
 }
 
-/// The row key of a job: `due ‖ kind ‖ key id ‖ version`, so that the next one due comes first.
-#[must_use]
-pub(super) fn job_row(kind: job_record::Kind, due: Time, id: KeyId, version: u32) -> Vec<u8> {
-    let mut row = due.micros().to_be_bytes().to_vec();
-    row.push(u8::try_from(i32::from(kind)).unwrap_or(0));
-    row.extend_from_slice(&id.bytes());
-    row.extend_from_slice(&version.to_be_bytes());
-    row
+fn job(kind: job_record::Kind, due: Time, id: KeyId, version: u32) -> JobRecord {
+    JobRecord {
+        kind: kind.into(),
+        due: due.micros(),
+        key_id: id.bytes().to_vec().into(),
+        version,
+        ..JobRecord::default()
+    }
 }
 
 /// Puts something into the schedule.
@@ -125,15 +126,7 @@ pub(super) fn schedule(
     id: KeyId,
     version: u32,
 ) -> Result<(), Error> {
-    let job = JobRecord {
-        kind: kind.into(),
-        due: due.micros(),
-        key_id: id.bytes().to_vec().into(),
-        version,
-        attempts: 0,
-        last_error: String::new(),
-    };
-    tx.set(&job_row(kind, due, id, version), &job)
+    jobs::schedule(tx, &job(kind, due, id, version))
 }
 
 /// Takes something out of the schedule; `due` in microseconds, 0 = it was not in it.
@@ -145,6 +138,6 @@ pub(super) fn unschedule(
     version: u32,
 ) {
     if let Some(due) = Time::optional(due) {
-        tx.delete::<JobRecord>(&job_row(kind, due, id, version));
+        jobs::cancel(tx, &job(kind, due, id, version));
     }
 }

@@ -52,7 +52,6 @@ impl Node {
             Arc::new(ArcSwap::from_pointee(authorizer)),
             Arc::new(trail),
             Forge::new(1, 4),
-            Arc::new(tokio::sync::Notify::new()),
         );
         let key = rcgen::KeyPair::generate().unwrap();
         let certificate = rcgen::CertificateParams::new(vec!["a.example".to_owned()])
@@ -594,7 +593,12 @@ async fn a_job_that_was_overtaken_does_nothing() {
     let cx = node.cx("a", "user");
     let id = node.key(&cx).await;
     node.do_it(&cx, revoke(id, Some(START.plus_seconds(10)))).await.unwrap();
-    let row = rows::job_row(Kind::Revoke, START.plus_seconds(10), id, 0);
+    let row = crate::jobs::row(&JobRecord {
+        kind: Kind::Revoke.into(),
+        due: START.plus_seconds(10).micros(),
+        key_id: id.bytes().to_vec().into(),
+        ..JobRecord::default()
+    });
     assert!(node.keyring.vault.get::<JobRecord>(&row).await.unwrap().is_some());
     node.do_it(&cx, revoke(id, Some(START.plus_seconds(99)))).await.unwrap();
     assert!(node.keyring.vault.get::<JobRecord>(&row).await.unwrap().is_none());

@@ -28,7 +28,7 @@ pub struct ApiKeyInfo {
 /// A client, without any secret.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ClientRecord {
-    /// Its id: `[a-zA-Z0-9][a-zA-Z0-9._:/@-]{0,255}`. Never used twice.
+    /// Its id: `[a-zA-Z0-9][a-zA-Z0-9._:@-]{0,127}`. Never used twice.
     #[prost(string, tag = "1")]
     pub client_id: ::prost::alloc::string::String,
     /// Its name for people, at most 256 bytes.
@@ -334,7 +334,7 @@ pub struct WhoAmIResponse {
 /// Adds a client.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CreateClientRequest {
-    /// Its id: `[a-zA-Z0-9][a-zA-Z0-9._:/@-]{0,255}`. One that was ever used is refused with
+    /// Its id: `[a-zA-Z0-9][a-zA-Z0-9._:@-]{0,127}`. One that was ever used is refused with
     /// ALREADY_EXISTS.
     #[prost(string, tag = "1")]
     pub client_id: ::prost::alloc::string::String,
@@ -844,7 +844,8 @@ pub enum KeyState {
     /// Switched off, and can be switched on again. Shown as REVOKED.
     Disabled = 2,
     /// Past `expires_at`: seals nothing, and opens nothing unless created with `read_after_expiry`.
-    /// Moving `expires_at` enables it again. Shown as REVOKED.
+    /// Moving `expires_at` enables it again. Shown as DEPRECATED where it still opens, else as
+    /// REVOKED.
     Expired = 3,
     /// Revoked for ever. Shown as REVOKED.
     Revoked = 4,
@@ -4626,7 +4627,8 @@ pub struct CreateKeyRequest {
     #[prost(string, tag = "8")]
     pub data_classification: ::prost::alloc::string::String,
     /// How to make the material and keep it fresh. "rotation_period_seconds": as the field of that
-    /// name. An unknown name is refused.
+    /// name. "prefix": what a generated API_KEY begins with, 1 to 16 lower-case letters and digits,
+    /// "pk" if it is not said. An unknown name is refused.
     #[prost(btree_map = "string, string", tag = "9")]
     pub generation_params: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
