@@ -162,9 +162,11 @@ async fn follow(app: &App, remote: &Remote, args: ListArgs) -> Result<(), CliErr
     loop {
         let request = pb::FollowAuditRequest { filter: filter.clone(), from_index };
         let mut stream = remote.stream(request, rpc!(AdminServiceClient, follow_audit)).await?;
+        let mut received = false;
         loop {
             match next(&mut stream).await {
                 Ok(Some(message)) => {
+                    received = true;
                     from_index = Some(message.next_index);
                     for event in message.events {
                         let view = EventView::from(event);
@@ -173,7 +175,8 @@ async fn follow(app: &App, remote: &Remote, args: ListArgs) -> Result<(), CliErr
                 }
                 // A drain ends the stream in order; a lost connection or a token's end does not.
                 Ok(None) => break,
-                Err(error) if matches!(error.exit, Exit::Unavailable | Exit::Denied) => break,
+                Err(error) if error.exit == Exit::Unavailable => break,
+                Err(error) if error.exit == Exit::Denied && received => break,
                 Err(error) => return Err(error),
             }
         }

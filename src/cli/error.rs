@@ -192,10 +192,10 @@ impl From<ClientError> for CliError {
             ClientError::ApiKey { .. } => Self::new(Exit::Usage, message)
                 .hint("The file is named by `api_key_file` in the profile."),
             ClientError::Login { failure, .. } => {
-                let inner = Self::from(failure);
+                let inner = Self::from(*failure);
                 Self { message, ..inner }
             }
-            ClientError::Call(failure) => failure.into(),
+            ClientError::Call(failure) => (*failure).into(),
             ClientError::Token(_) => Self::new(Exit::Other, message),
         }
     }

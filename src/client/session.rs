@@ -73,11 +73,11 @@ pub enum ClientError {
         /// `host:port`.
         address: String,
         /// What it said.
-        failure: Failure,
+        failure: Box<Failure>,
     },
     /// The call failed.
     #[error(transparent)]
-    Call(Failure),
+    Call(Box<Failure>),
     /// The token cache cannot be changed.
     #[error(transparent)]
     Token(#[from] TokenError),
@@ -232,7 +232,7 @@ impl Session {
                     let wait = failure.retry_after.unwrap_or(AGAIN).min(AGAIN_AT_MOST);
                     tokio::time::sleep(wait).await;
                 }
-                _ => return Err(ClientError::Call(failure)),
+                _ => return Err(ClientError::Call(Box::new(failure))),
             }
         }
     }
@@ -295,7 +295,7 @@ impl Session {
                     Ok(token) => return Ok(self.keep(lock.as_ref(), token)),
                     // Used up, revoked or forgotten: log in anew.
                     Err(failure) if failure.code == Code::Unauthenticated => {}
-                    Err(failure) => return Err(self.refused(failure)),
+                    Err(failure) => return Err(self.refused(*failure)),
                 }
             }
         }
@@ -329,12 +329,13 @@ impl Session {
         ))
     }
 
-    async fn refresh(&self, token: &Token) -> Result<Token, Failure> {
+    async fn refresh(&self, token: &Token) -> Result<Token, Box<Failure>> {
         let mut request =
             Request::new(pb::RefreshTokenRequest { refresh_token: token.refresh_token.clone() });
         request.set_timeout(DEADLINE);
         let mut client = PolykeyServiceClient::new(self.channel.clone());
-        let answer = client.refresh_token(request).await?.into_inner();
+        let answer = client.refresh_token(request).await;
+        let answer = answer.map_err(|status| Box::new(status.into()))?.into_inner();
         Ok(self.issued(
             answer.access_token,
             answer.expires_in,
@@ -378,7 +379,8 @@ impl Session {
     }
 
     fn refused(&self, failure: Failure) -> ClientError {
-        ClientError::Login { address: self.profile.host_port().to_owned(), failure }
+        let address = self.profile.host_port().to_owned();
+        ClientError::Login { address, failure: Box::new(failure) }
     }
 }
 
@@ -404,6 +406,10 @@ fn bearer(token: &Token) -> Result<MetadataValue<Ascii>, ClientError> {
 fn ascii(text: &str) -> Result<MetadataValue<Ascii>, ClientError> {
     text.parse().map_err(|_| {
         // Only a server that breaks the contract issues such a token.
-        ClientError::Call(Failure::from(Status::internal("the server's token cannot be sent")))
+        let status = Status::internal("the server's token cannot be sent");
+        ClientError::Call(Box::new(status.into()))
     })
 }
+
+#[cfg(test)]
+mod tests;
