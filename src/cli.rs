@@ -49,10 +49,18 @@ use remote::Remote;
 pub struct Cli {
     /// The connection to use; without it ./.polykey/profile.toml, then polykey/profile.toml in the
     /// user's configuration directory.
-    #[arg(long, global = true, value_name = "FILE", env = "POLYKEY_PROFILE")]
+    #[arg(long, global = true, value_name = "FILE", env = "POLYKEY_PROFILE", display_order = 900)]
     pub profile: Option<PathBuf>,
     /// The form in which data is printed.
-    #[arg(short, long, global = true, value_enum, value_name = "FORMAT", default_value_t)]
+    #[arg(
+        short,
+        long,
+        global = true,
+        value_enum,
+        value_name = "FORMAT",
+        default_value_t,
+        display_order = 901
+    )]
     pub output: Format,
     /// What to do.
     #[command(subcommand)]

@@ -107,7 +107,7 @@ pub(super) fn check(app: &App, args: &CheckArgs) -> Result<(), CliError> {
     let view = look(args)?;
     app.out.print(&view)?;
     // What is wrong was printed with the rest.
-    if view.ok { Ok(()) } else { Err(CliError::silent(Exit::DataLoss)) }
+    if view.ok { Ok(()) } else { Err(CliError::silent(Exit::Other)) }
 }
 
 #[cfg(test)]
