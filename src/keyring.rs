@@ -8,7 +8,7 @@ mod create;
 mod due;
 mod forge;
 mod idempotency;
-mod list;
+pub(crate) mod list;
 mod plan;
 mod read;
 mod rotate;

@@ -16,6 +16,8 @@ pub mod context;
 pub mod custody;
 pub mod directory;
 pub mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod hardening;
 pub mod health;
 pub mod jobs;

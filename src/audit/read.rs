@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use data_encoding::{BASE64URL_NOPAD, HEXLOWER};
 use futures::Stream;
-use polykey_hsm::MacPurpose;
+use polykey_hsm::{MacPurpose, Ring};
 use polykey_proto::polykey::record::v1::{AuditBody, AuditEvent, AuditLeaf};
 use polykey_storage::Direction;
 use serde::Serialize;
@@ -211,12 +211,17 @@ fn token(vault: &Vault, order: Order, filter: &Filter, cursor: Cursor) -> String
     BASE64URL_NOPAD.encode(&bytes)
 }
 
-fn cursor(vault: &Vault, order: Order, filter: &Filter, token: &str) -> Result<Cursor, Error> {
+/// Whether `text` is a token of the whole list, newest first.
+pub(crate) fn is_token(ring: &Ring, text: &str) -> bool {
+    cursor(ring, Order::NewestFirst, &Filter::default(), text).is_ok()
+}
+
+fn cursor(ring: &Ring, order: Order, filter: &Filter, token: &str) -> Result<Cursor, Error> {
     let bad = || Error::invalid("page_token", "not a token of this list");
     let bytes = BASE64URL_NOPAD.decode(token.as_bytes()).map_err(|_| bad())?;
     let (body, mac) = bytes.split_at_checked(13).ok_or_else(bad)?;
     let parts: [&[u8]; 3] = [b"audit", body, &filter.fingerprint()];
-    if !vault.ring().verify_mac(MacPurpose::PageToken, &parts, mac) {
+    if !ring.verify_mac(MacPurpose::PageToken, &parts, mac) {
         return Err(bad());
     }
     let (kind, rest) = body.split_first().ok_or_else(bad)?;
@@ -319,7 +324,7 @@ impl Trail {
                 };
                 Cursor { leaf, position: u32::MAX }
             }
-            (text, _) => cursor(vault, order, filter, text)?,
+            (text, _) => cursor(&vault.ring(), order, filter, text)?,
         };
         match order {
             Order::OldestFirst => self.forward(filter, start, size).await,
@@ -412,7 +417,7 @@ impl Trail {
             };
             Cursor { leaf, position: u32::MAX }
         } else {
-            cursor(vault, Order::NewestFirst, &filter, page_token)?
+            cursor(&vault.ring(), Order::NewestFirst, &filter, page_token)?
         };
         self.backward(&filter, start, size, &known).await
     }

@@ -185,7 +185,7 @@ impl Shared {
 
 /// The token of the only `authorization` header, if that is `Bearer` and visible ASCII. The header is
 /// taken out in any case.
-fn take_bearer(headers: &mut HeaderMap) -> Option<String> {
+pub(crate) fn take_bearer(headers: &mut HeaderMap) -> Option<String> {
     let mut values = headers.get_all(AUTHORIZATION).iter();
     let token = match (values.next(), values.next()) {
         (Some(value), None) => bearer(value),

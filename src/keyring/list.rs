@@ -2,7 +2,7 @@
 
 use std::ops::Bound;
 
-use polykey_hsm::MacPurpose;
+use polykey_hsm::{MacPurpose, Ring};
 use polykey_proto::polykey::record::v1::{KeyRecord, ListRow};
 use polykey_storage::Direction;
 use prost::Message;
@@ -83,10 +83,11 @@ fn has(row: &ListRow, status: ListStatus, now: Time) -> bool {
 }
 
 /// What a page token says: where the page ended, and the counts of the first page.
-struct Cursor {
-    last: KeyId,
-    total: u32,
-    filtered: u32,
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Cursor {
+    pub(crate) last: KeyId,
+    pub(crate) total: u32,
+    pub(crate) filtered: u32,
 }
 
 impl Keyring {
@@ -102,7 +103,7 @@ impl Keyring {
         let digest = self.query_digest(cx, principal, query);
         let cursor = match query.page_token.as_str() {
             "" => None,
-            token => Some(self.open_token(token, &digest)?),
+            token => Some(Cursor::open(&self.vault.ring(), token, &digest)?),
         };
         let size = if query.page_size == 0 { PAGE_DEFAULT } else { query.page_size } as usize;
 
@@ -120,7 +121,7 @@ impl Keyring {
         };
         let (ids, last) = self.page(&prefix, start, &filter, size, cx.now).await?;
         let next = match last {
-            Some(last) => self.seal_token(&Cursor { last, total, filtered }, &digest),
+            Some(last) => Cursor { last, total, filtered }.seal(&self.vault.ring(), &digest),
             None => String::new(),
         };
         let mut keys = Vec::with_capacity(ids.len());
@@ -261,23 +262,26 @@ impl Keyring {
             &[b"query", cx.caller.client_id().as_bytes(), principal.as_bytes(), text.as_bytes()],
         )
     }
+}
 
-    fn seal_token(&self, cursor: &Cursor, digest: &[u8; 32]) -> String {
+impl Cursor {
+    /// The token of this place in the list that `digest` tells apart.
+    pub(crate) fn seal(&self, ring: &Ring, digest: &[u8; 32]) -> String {
         let mut token = vec![1];
-        token.extend_from_slice(&cursor.last.bytes());
-        token.extend_from_slice(&cursor.total.to_be_bytes());
-        token.extend_from_slice(&cursor.filtered.to_be_bytes());
-        let mac = self.vault.ring().mac(MacPurpose::PageToken, &[b"token", &token, digest]);
+        token.extend_from_slice(&self.last.bytes());
+        token.extend_from_slice(&self.total.to_be_bytes());
+        token.extend_from_slice(&self.filtered.to_be_bytes());
+        let mac = ring.mac(MacPurpose::PageToken, &[b"token", &token, digest]);
         token.extend_from_slice(&mac);
         data_encoding::BASE64URL_NOPAD.encode(&token)
     }
 
-    fn open_token(&self, token: &str, digest: &[u8; 32]) -> Result<Cursor, Error> {
+    /// The place that a token of this list names.
+    pub(crate) fn open(ring: &Ring, token: &str, digest: &[u8; 32]) -> Result<Self, Error> {
         let bad =
             || Error::invalid("page_token", "is not one of this query's; begin again without it");
         let bytes = data_encoding::BASE64URL_NOPAD.decode(token.as_bytes()).map_err(|_| bad())?;
         let (body, mac) = bytes.split_last_chunk::<32>().ok_or_else(bad)?;
-        let ring = self.vault.ring();
         if !ring.verify_mac(MacPurpose::PageToken, &[b"token", body, digest], mac) {
             return Err(bad());
         }
@@ -285,7 +289,7 @@ impl Keyring {
         let (id, rest) = rest.split_first_chunk::<16>().ok_or_else(bad)?;
         let (total, rest) = rest.split_first_chunk::<4>().ok_or_else(bad)?;
         let filtered: [u8; 4] = rest.try_into().map_err(|_| bad())?;
-        Ok(Cursor {
+        Ok(Self {
             last: KeyId::from_slice(id).ok_or_else(bad)?,
             total: u32::from_be_bytes(*total),
             filtered: u32::from_be_bytes(filtered),

@@ -80,7 +80,7 @@ impl Admitted {
     }
 }
 
-fn idempotency_key(metadata: &MetadataMap) -> Result<Option<String>, Error> {
+pub(crate) fn idempotency_key(metadata: &MetadataMap) -> Result<Option<String>, Error> {
     let mut values = metadata.get_all("idempotency-key").iter();
     let Some(value) = values.next() else { return Ok(None) };
     let bad = || {
