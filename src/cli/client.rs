@@ -425,11 +425,18 @@ async fn add(app: &App, remote: &Remote, args: AddArgs) -> Result<(), CliError> 
     writable(args.api_key_out.as_ref())?;
     let mut identities = args.identities.wire();
     if identities.is_empty() {
-        let value = format!("spiffe://polykey.local/client/{}", args.client);
-        crate::authn::certificate::CertificateIdentity::spiffe(&value).map_err(|_| {
-            CliError::usage(format!("{}: this id does not fit into a SPIFFE ID", args.client))
-                .hint("Name what its certificates have with --spiffe, --dns, --common-name or --spki-sha256.")
-        })?;
+        use crate::authn::certificate::CertificateIdentity;
+        let Ok(CertificateIdentity::SpiffeUri(value)) = crate::pki::client_identity(&args.client)
+        else {
+            return Err(CliError::usage(format!(
+                "{}: this id does not fit into a SPIFFE ID",
+                args.client
+            ))
+            .hint(
+                "Name what its certificates have with --spiffe, --dns, --common-name or \
+                 --spki-sha256.",
+            ));
+        };
         let kind = pb::CertificateIdentityKind::SpiffeUri.into();
         identities.push(pb::CertificateIdentity { kind, value });
     }

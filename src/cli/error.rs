@@ -146,6 +146,13 @@ impl From<Failure> for CliError {
         if !failure.request_id.is_empty() {
             error = error.detail(format!("request id: {}", failure.request_id));
         }
+        if failure.alert {
+            error.exit = Exit::Denied;
+            return error.hint(
+                "The server does not take the client certificate of the profile: it is of another \
+                 authority, expired or revoked.",
+            );
+        }
         let hint = match (failure.code, failure.retry_after) {
             (_, Some(wait)) => format!("Try again in {} s.", wait.as_secs().max(1)),
             (Code::NotFound, _) => {
@@ -175,6 +182,9 @@ impl From<Failure> for CliError {
     }
 }
 
+/// Whether the alert of TLS or the end of the connection is seen first is a matter of chance.
+const BROKEN_HINT: &str = "The connection broke off: the server is going down, or does not take the \
+                           client certificate of the profile.";
 const LOGIN_HINT: &str = "Check the client id, API key and certificate of the profile; the client \
                           may be disabled, or the certificate expired or not registered for it.";
 
@@ -192,8 +202,9 @@ impl From<ClientError> for CliError {
             ClientError::ApiKey { .. } => Self::new(Exit::Usage, message)
                 .hint("The file is named by `api_key_file` in the profile."),
             ClientError::Login { failure, .. } => {
-                let inner = Self::from(*failure);
-                Self { message, ..inner }
+                let broken = !failure.alert && !failure.causes.is_empty();
+                let inner = Self { message, ..Self::from(*failure) };
+                if broken { inner.hint(BROKEN_HINT) } else { inner }
             }
             ClientError::Call(failure) => (*failure).into(),
             ClientError::Token(_) => Self::new(Exit::Other, message),

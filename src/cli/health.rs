@@ -124,11 +124,11 @@ async fn plain(addr: &str) -> Result<Channel, CliError> {
     }
     let endpoint = Endpoint::from_shared(format!("http://{addr}")).map_err(|_| bad())?;
     endpoint.connect().await.map_err(|error| {
-        let (causes, refused) = crate::client::causes(&error);
-        let problem = if refused {
+        let beneath = crate::client::causes(&error);
+        let problem = if beneath.refused {
             Some("connection refused".to_owned())
         } else {
-            causes.into_iter().next_back()
+            beneath.texts.into_iter().next_back()
         };
         CliError::new(
             Exit::Unavailable,

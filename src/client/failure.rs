@@ -34,6 +34,8 @@ pub struct Failure {
     pub causes: Vec<String>,
     /// Whether the failure beneath is that nobody listens at the address.
     pub refused: bool,
+    /// Whether the server broke TLS off, as it does with a certificate it does not take.
+    pub alert: bool,
 }
 
 impl std::fmt::Display for Failure {
@@ -48,27 +50,38 @@ impl std::fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
-/// The texts of what lies beneath an error, without repetition, and whether a refused connection is among them.
-pub(crate) fn causes(error: &(dyn std::error::Error + 'static)) -> (Vec<String>, bool) {
-    let mut texts: Vec<String> = Vec::new();
-    let mut refused = false;
+/// What lies beneath an error.
+pub(crate) struct Beneath {
+    /// Its texts from the outside in, without repetition.
+    pub(crate) texts: Vec<String>,
+    /// Whether a refused connection is among it.
+    pub(crate) refused: bool,
+    /// Whether an alert of TLS is among it.
+    pub(crate) alert: bool,
+}
+
+/// Looks beneath an error.
+pub(crate) fn causes(error: &(dyn std::error::Error + 'static)) -> Beneath {
+    let mut found = Beneath { texts: Vec::new(), refused: false, alert: false };
     let mut next = error.source();
     while let Some(cause) = next {
         if let Some(io) = cause.downcast_ref::<std::io::Error>() {
-            refused |= io.kind() == std::io::ErrorKind::ConnectionRefused;
+            found.refused |= io.kind() == std::io::ErrorKind::ConnectionRefused;
         }
         let text = cause.to_string();
-        if texts.last() != Some(&text) {
-            texts.push(text);
+        // HTTP/2 keeps nothing of the error of TLS but its text; a test fails when that changes.
+        found.alert |= text.contains("received fatal alert");
+        if found.texts.last() != Some(&text) {
+            found.texts.push(text);
         }
         next = cause.source();
     }
-    (texts, refused)
+    found
 }
 
 impl From<&Status> for Failure {
     fn from(status: &Status) -> Self {
-        let (causes, refused) = causes(status);
+        let Beneath { texts, refused, alert } = causes(status);
         let mut failure = Self {
             code: status.code(),
             message: status.message().to_owned(),
@@ -81,8 +94,9 @@ impl From<&Status> for Failure {
                 .and_then(|value| value.to_str().ok())
                 .unwrap_or_default()
                 .to_owned(),
-            causes,
+            causes: texts,
             refused,
+            alert,
         };
         // Details that do not decode are left out: the status stands without them.
         if let Ok(details) = rpc::Status::decode(status.details()) {

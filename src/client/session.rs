@@ -12,7 +12,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
 use uuid::Uuid;
 
-use super::failure::{Failure, causes};
+use super::failure::{Beneath, Failure, causes};
 use super::file;
 use super::profile::{Profile, ProfileError};
 use super::token::{Binding, Token, TokenCache, TokenError, TokenLock};
@@ -111,8 +111,8 @@ impl Session {
             Ok(channel) => channel,
             Err(Net::Tls(error)) => return Err(error.into()),
             Err(Net::Connect { source, .. }) => {
-                let (causes, refused) = causes(&source);
-                let problem = match causes.into_iter().next_back() {
+                let Beneath { texts, refused, .. } = causes(&source);
+                let problem = match texts.into_iter().next_back() {
                     _ if refused => "connection refused".to_owned(),
                     Some(cause) => cause,
                     None => source.to_string(),
@@ -413,3 +413,5 @@ fn ascii(text: &str) -> Result<MetadataValue<Ascii>, ClientError> {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tls_tests;
