@@ -3,6 +3,7 @@
 //! The answer is computed from what is true at the moment of asking: the writer, the last
 //! verification, the audit queue, the certificates. Nobody sets it to "healthy".
 
+pub mod grpc;
 pub mod plain;
 
 use std::sync::Arc;
