@@ -4,11 +4,10 @@
 //! that is printed. Commands that talk to a server do so through [`crate::client`], on a small runtime of their own;
 //! `dev`, `init`, `serve` and `check` are in [`server`] and bring theirs.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Parser, Subcommand};
 
 mod access;
 mod admin_view;
@@ -39,6 +38,7 @@ mod parse_tests;
 
 pub use access::{RevokeArgs, TokenCommand};
 pub use error::{CliError, Exit};
+pub use server::{CheckArgs, DevArgs, InitArgs, ServeArgs};
 
 use output::{Format, Output};
 use remote::Remote;
@@ -130,41 +130,6 @@ pub enum Command {
     Version,
 }
 
-/// Arguments of `dev`.
-#[derive(Args, Debug)]
-pub struct DevArgs {
-    /// Where everything is kept.
-    #[arg(long, value_name = "DIR", default_value = "./.polykey")]
-    pub dir: PathBuf,
-    /// Where to listen.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:50053")]
-    pub listen: SocketAddr,
-}
-
-/// Arguments of `init`.
-#[derive(Args, Debug)]
-pub struct InitArgs {
-    /// The configuration.
-    #[arg(long, value_name = "FILE")]
-    pub config: PathBuf,
-}
-
-/// Arguments of `serve`.
-#[derive(Args, Debug)]
-pub struct ServeArgs {
-    /// The configuration.
-    #[arg(long, value_name = "FILE")]
-    pub config: PathBuf,
-}
-
-/// Arguments of `check`.
-#[derive(Args, Debug)]
-pub struct CheckArgs {
-    /// The configuration.
-    #[arg(long, value_name = "FILE")]
-    pub config: PathBuf,
-}
-
 /// What every command needs.
 struct App {
     out: Output,
@@ -208,11 +173,11 @@ pub fn run(cli: Cli) -> Result<(), CliError> {
     let app = App { out: Output { format: output }, profile };
     match command {
         Command::Dev(args) => server::dev(args),
-        Command::Init(args) => server::init(args),
+        Command::Init(args) => server::init(&app, args),
         Command::Serve(args) => server::serve(args),
-        Command::Check(args) => server::check(args),
+        Command::Check(args) => server::check(&app, args),
         Command::Audit(audit::AuditCommand::Verify(args)) if args.store.is_some() => {
-            server::audit_verify_store(args)
+            server::audit_verify_store(&app, args)
         }
         Command::Completion { shell } => shell::completion(shell),
         Command::Man { directory } => shell::man(&directory),

@@ -10,6 +10,9 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
+/// Why a node that was told to stop does not serve: no fault.
+pub const STOPPING: &str = "the node is stopping";
+
 /// What the node can do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum State {
@@ -89,6 +92,9 @@ impl Health {
             match &state {
                 State::Serving => tracing::info!("the node serves"),
                 State::Degraded(reason) => tracing::warn!(reason, "the node serves, degraded"),
+                State::NotServing(reason) if *reason == STOPPING => {
+                    tracing::info!("the node stops serving");
+                }
                 State::NotServing(reason) => tracing::error!(reason, "the node does not serve"),
             }
             *told = state.clone();

@@ -1,49 +1,147 @@
-//! `polykey dev|init|serve|check` and what else needs the store itself.
+//! `polykey dev|init|serve|check`, and what else needs the store itself: they bring a runtime of their own.
+
+mod dev;
+mod init;
+mod run;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+use polykey_proto::polykey::record::v1::NodeRecord;
+use polykey_storage::{Store, redb};
+use prost::Message;
+use serde::Serialize;
 
 use super::error::{CliError, Exit};
-use super::{CheckArgs, DevArgs, InitArgs, ServeArgs};
+use super::output::{Human, View};
+use super::{App as Cli, audit};
+use crate::app::{self, AppError, Fault};
+use crate::audit::verify_clear;
+use crate::config::Config;
+use crate::error::Error;
+use crate::vault::space::{META, meta};
 
-fn absent(command: &str) -> CliError {
-    CliError::new(Exit::Other, format!("this build of polykey has no `{command}`"))
+pub use dev::{DevArgs, dev};
+pub use init::InitArgs;
+pub(super) use init::init;
+pub use run::{ServeArgs, serve};
+
+impl From<AppError> for CliError {
+    fn from(error: AppError) -> Self {
+        let exit = match error.fault() {
+            Fault::Given => Exit::Usage,
+            Fault::Conflict => Exit::Conflict,
+            Fault::Damaged => Exit::DataLoss,
+            Fault::Machine => Exit::Other,
+        };
+        let text = error.to_string();
+        let mut lines = text.lines();
+        let mut out = Self::new(exit, lines.next().unwrap_or_default());
+        out = lines.fold(out, Self::detail);
+        match error.hint() {
+            Some(hint) => out.hint(hint),
+            None => out,
+        }
+    }
 }
 
-/// Runs a server for development, and makes what it needs on first use.
-///
-/// # Errors
-/// Where the build has no server.
-pub fn dev(args: DevArgs) -> Result<(), CliError> {
-    Err(absent("dev").detail(format!("directory: {}", args.dir.display())))
+/// A runtime for the node's own tasks; requests run on threads of the network layer.
+fn runtime() -> Result<tokio::runtime::Runtime, AppError> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("polykey-node")
+        .enable_all()
+        .build()
+        .map_err(AppError::Process)
 }
 
-/// Makes the store and root key of a configuration.
-///
-/// # Errors
-/// Where the build has no server.
-pub fn init(args: InitArgs) -> Result<(), CliError> {
-    Err(absent("init").detail(format!("configuration: {}", args.config.display())))
+/// Arguments of `check`.
+#[derive(Args, Debug)]
+pub struct CheckArgs {
+    /// The configuration.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
 }
 
-/// Serves a configuration.
-///
-/// # Errors
-/// Where the build has no server.
-pub fn serve(args: ServeArgs) -> Result<(), CliError> {
-    Err(absent("serve").detail(format!("configuration: {}", args.config.display())))
+/// What was looked at.
+#[derive(Serialize)]
+struct CheckView {
+    ok: bool,
+    configuration: String,
+    findings: Vec<FindingView>,
 }
 
-/// Checks a configuration, and touches nothing.
-///
-/// # Errors
-/// Where the build has no server.
-pub fn check(args: CheckArgs) -> Result<(), CliError> {
-    Err(absent("check").detail(format!("configuration: {}", args.config.display())))
+#[derive(Serialize)]
+struct FindingView {
+    subject: &'static str,
+    ok: bool,
+    text: String,
+    hint: Option<String>,
 }
 
-/// Verifies the audit log in a store that no server has open.
+impl View for CheckView {
+    fn human(&self) -> Human {
+        let mut text = format!("ok     configuration: {}\n", self.configuration);
+        for finding in &self.findings {
+            let word = if finding.ok { "ok   " } else { "WRONG" };
+            text.push_str(&format!("{word}  {}: {}\n", finding.subject, finding.text));
+            if let Some(hint) = &finding.hint {
+                text.push_str(&format!("       {hint}\n"));
+            }
+        }
+        Human::Text(text)
+    }
+}
+
+/// Checks a configuration and everything it names, and touches nothing.
 ///
 /// # Errors
-/// Where the build has no server.
-pub fn audit_verify_store(args: super::audit::VerifyArgs) -> Result<(), CliError> {
-    let store = args.store.unwrap_or_default();
-    Err(absent("audit verify --store").detail(format!("store: {}", store.display())))
+/// The mistakes of the configuration; [`Exit::Usage`] after printing, if anything else is wrong.
+pub(super) fn check(cli: &Cli, args: CheckArgs) -> Result<(), CliError> {
+    let config = Config::load(&args.config).map_err(AppError::from)?;
+    let view = |finding: app::Finding| match finding.result {
+        Ok(text) => FindingView { subject: finding.subject, ok: true, text, hint: None },
+        Err(error) => FindingView {
+            subject: finding.subject,
+            ok: false,
+            text: error.to_string(),
+            hint: error.hint(),
+        },
+    };
+    let findings: Vec<_> = app::check(&config).into_iter().map(view).collect();
+    let ok = findings.iter().all(|finding| finding.ok);
+    let configuration = config.file.display().to_string();
+    cli.out.print(&CheckView { ok, configuration, findings })?;
+    if ok { Ok(()) } else { Err(CliError::silent(Exit::Usage)) }
+}
+
+/// Verifies the audit log in a store that no server has open. It takes no master key: leaf hashes
+/// and checkpoints stand in the clear.
+///
+/// # Errors
+/// [`Exit::DataLoss`] if the log is not whole, [`Exit::Conflict`] if the store is in use.
+pub(super) fn audit_verify_store(cli: &Cli, args: audit::VerifyArgs) -> Result<(), CliError> {
+    let (keys, kept) = (args.keys()?, args.kept()?);
+    let path = args.store.unwrap_or_default();
+    if keys.is_empty() {
+        let text = "a store says nothing by itself about who signed its log";
+        return Err(CliError::usage(text).hint(
+            "Name the key with --public-key KEY; `polykey audit checkpoint` prints it while the \
+             server runs.",
+        ));
+    }
+    let runtime = runtime()?;
+    let report = runtime.block_on(async {
+        let store = redb::Redb::open(&path, redb::Options::default())?;
+        let store: Arc<dyn Store> = Arc::new(store);
+        let node = store.get(META, meta::NODE).await.map_err(Error::from)?;
+        let node = node.ok_or(crate::custody::OpenError::NotInitialised)?;
+        let node = NodeRecord::decode(node.value.as_ref())
+            .map_err(|_| Error::data_loss("the node's record is malformed"))?;
+        let node_id: [u8; 16] = (node.node_id.as_ref().try_into())
+            .map_err(|_| Error::data_loss("the node's record has no node id"))?;
+        Ok::<_, AppError>(verify_clear(&*store, node_id, &keys, &kept).await?)
+    })?;
+    audit::print_report(cli, report, &keys, true)
 }

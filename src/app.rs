@@ -1,0 +1,477 @@
+//! A node: from a configuration to something that serves, and back to rest.
+//!
+//! ```text
+//! Config ─ open ─▶ App ─ spawn ─▶ Running ─ stop ─▶ Stopped
+//!          files, store, root,     tasks, then the     drain, audit, checkpoint,
+//!          canary, policies        listener            and the store is closed
+//! ```
+//! Nothing binds a port before the store's canary has opened under the root key.
+
+mod bootstrap;
+mod check;
+mod error;
+mod measured;
+mod reload;
+mod report;
+mod tasks;
+#[cfg(test)]
+mod tests;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use polykey_hsm::{BoxFuture, KeyWrapper, LocalWrapper};
+use polykey_proto::grpc::health::v1::health_server::HealthServer;
+use polykey_proto::polykey::record::v1::AuditEvent;
+use polykey_proto::polykey::record::v1::audit_event::Outcome;
+use polykey_proto::polykey::record::v1::job_record::Kind;
+use polykey_storage::redb;
+use polykey_storage::{Revision, RowKey, Store};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::audit::{self, Trail};
+use crate::authn::limiter::Allowance;
+use crate::authn::session::{Authenticator, Settings};
+use crate::authz::Authorizer;
+use crate::config::Config;
+use crate::custody::signing::{self, Purpose, SigningKey};
+use crate::custody::{Custody, Pace, SlotSpec};
+use crate::directory::{Directory, SecurityCaches};
+use crate::error::Error;
+use crate::health::grpc::HealthService;
+use crate::health::{Health, State, plain};
+use crate::jobs::{Alarm, Handler, Runner};
+use crate::keyring::{Forge, KeyCaches, Keyring};
+use crate::metrics::RequestMetrics;
+use crate::net::tls::TlsState;
+use crate::net::{self, Connections, DrainReport, Listener, NetMetrics, Served};
+use crate::pki::Authority;
+use crate::rpc;
+use crate::time::{Clock, Time};
+use crate::vault::{Invalidate, Vault};
+
+pub use bootstrap::{Admin, Bootstrapped, bootstrap};
+pub use check::{Finding, check};
+pub use error::{AppError, Fault};
+pub use reload::Reloaded;
+
+/// Longest time that a call which is not a stream may take.
+const LONGEST_CALL: Duration = Duration::from_secs(60);
+/// Time for the audit trail to become durable at the end, beside the drain.
+const LAST_WORDS: Duration = Duration::from_secs(10);
+/// The label of the slot that `init` makes.
+pub const FIRST_SLOT: &str = "main";
+
+/// An event of the node's own doing.
+#[must_use]
+pub fn event(action: &str, now: Time) -> AuditEvent {
+    let mut event = AuditEvent {
+        time: now.micros(),
+        client_id: "polykey".into(),
+        action: action.into(),
+        ..AuditEvent::default()
+    };
+    event.set_outcome(Outcome::Success);
+    event
+}
+
+/// Everybody who remembers rows.
+struct Rememberers(Vec<Arc<dyn Invalidate>>);
+
+impl Invalidate for Rememberers {
+    fn invalidate(&self, rows: &[&RowKey]) {
+        self.0.iter().for_each(|each| each.invalidate(rows));
+    }
+    fn clear(&self) {
+        self.0.iter().for_each(|each| each.clear());
+    }
+}
+
+/// Refusals of identity go into the trail.
+struct Refusals(Arc<Trail>);
+
+impl crate::authn::Audit for Refusals {
+    fn denied(&self, event: AuditEvent) -> BoxFuture<'_, Result<(), Error>> {
+        Box::pin(self.0.denied(event))
+    }
+}
+
+struct CheckpointSigner(SigningKey);
+
+impl audit::Signer for CheckpointSigner {
+    fn public_key(&self) -> [u8; 32] {
+        *self.0.public()
+    }
+    fn sign(&self, message: &[u8]) -> Result<[u8; 64], Error> {
+        self.0.sign(message)
+    }
+}
+
+/// Everything of a node that is open, without tasks and without a listener.
+pub struct App {
+    /// What it was told.
+    pub config: Arc<Config>,
+    /// The clock it goes by.
+    pub clock: Clock,
+    /// Root key, slots, signing keys.
+    pub custody: Arc<Custody>,
+    /// The sealed store.
+    pub vault: Arc<Vault>,
+    /// Clients and roles.
+    pub directory: Arc<Directory>,
+    /// Who callers are.
+    pub authenticator: Arc<Authenticator>,
+    /// The policies in force.
+    pub authorizer: Arc<ArcSwap<Authorizer>>,
+    /// The audit trail.
+    pub trail: Arc<Trail>,
+    /// The keys.
+    pub keyring: Arc<Keyring>,
+    /// The schedule.
+    pub jobs: Arc<Runner>,
+    /// Certificates.
+    pub tls: Arc<TlsState>,
+    /// The authority of `cert issue`, where there is one.
+    pub authority: Option<Arc<Authority>>,
+    /// Figures of requests.
+    pub metrics: Arc<RequestMetrics>,
+    /// Figures of the network, once there is one.
+    pub network: Arc<std::sync::OnceLock<Arc<NetMetrics>>>,
+    /// The open connections, once there are any.
+    pub connections: Arc<std::sync::OnceLock<Arc<Connections>>>,
+    /// Whether it serves.
+    pub health: Arc<Health>,
+    /// When it was opened.
+    pub started_at: Time,
+    stopping: Arc<AtomicBool>,
+}
+
+impl std::fmt::Debug for App {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("App").field("health", &self.health).finish_non_exhaustive()
+    }
+}
+
+/// How a store file of this configuration is opened.
+fn store_options(config: &Config) -> redb::Options {
+    redb::Options {
+        cache_bytes: config.storage.cache_mib.saturating_mul(1024 * 1024),
+        changes: config.storage.changes,
+    }
+}
+
+/// The wrapper that the configuration names.
+fn wrapper(config: &Config) -> Result<Arc<dyn KeyWrapper>, AppError> {
+    Ok(Arc::new(LocalWrapper::open(&config.master_key)?))
+}
+
+fn settings(config: &Config) -> Settings {
+    let login = &config.login;
+    Settings {
+        access: config.tokens.access_ttl,
+        refresh: config.tokens.refresh_ttl,
+        remembered: config.limits.directory_cache,
+        common_name: config.listen.allow_common_name,
+        login_per_address: Allowance {
+            burst: login.address_burst,
+            interval: login.address_interval,
+        },
+        login_per_client: Allowance { burst: login.client_burst, interval: login.client_interval },
+        ..Settings::default()
+    }
+}
+
+impl App {
+    /// Opens everything a node needs, in the order of what is cheap to find wrong.
+    ///
+    /// # Errors
+    /// See [`AppError`]; the store is untouched unless signing keys or a first trail had to be made.
+    pub async fn open(config: Config, clock: Clock) -> Result<Self, AppError> {
+        Self::assemble(config, clock, false).await
+    }
+
+    /// As [`Self::open`], and founds the store (file, root key, first slot) where there is none or
+    /// an empty one.
+    ///
+    /// # Errors
+    /// See [`AppError`].
+    pub async fn found(config: Config, clock: Clock) -> Result<Self, AppError> {
+        Self::assemble(config, clock, true).await
+    }
+
+    async fn assemble(config: Config, clock: Clock, found: bool) -> Result<Self, AppError> {
+        let tls = Arc::new(TlsState::load(config.listen.tls.clone())?);
+        let authority = load_authority(&config)?;
+        let policies = reload::policies(&config)?;
+        for warning in policies.warnings() {
+            tracing::warn!(%warning, "a policy is odd");
+        }
+        let authorizer = Arc::new(ArcSwap::from_pointee(policies));
+        let wrapper = wrapper(&config)?;
+        let (path, options) = (&config.storage.path, store_options(&config));
+        let store = match found {
+            true => redb::Redb::open_or_create(path, options)?,
+            false => redb::Redb::open(path, options)?,
+        };
+        let store: Arc<dyn Store> = Arc::new(store);
+
+        let keys = Arc::new(KeyCaches::new(config.limits.key_cache));
+        let security = Arc::new(SecurityCaches::new(config.limits.directory_cache));
+        let alarm = Arc::new(Alarm::default());
+        let rememberers: Vec<Arc<dyn Invalidate>> = vec![
+            Arc::clone(&security) as Arc<dyn Invalidate>,
+            Arc::clone(&keys) as Arc<dyn Invalidate>,
+            Arc::clone(&alarm) as Arc<dyn Invalidate>,
+        ];
+        let caches = Arc::new(Rememberers(rememberers));
+        let custody = if found && store.status().revision == Revision::EMPTY {
+            let slot = SlotSpec::local(FIRST_SLOT, &config.master_key);
+            let event = event("InitialiseStore", clock.now());
+            Custody::init(store, wrapper, slot, event, caches, clock.clone()).await?
+        } else {
+            Custody::open(store, &[wrapper], caches, clock.clone()).await?
+        };
+        let vault = Arc::clone(custody.vault());
+
+        let now = clock.now();
+        signing::ensure(&vault, Purpose::Token, event("CreateSigningKey", now)).await?;
+        let signer =
+            signing::ensure(&vault, Purpose::Checkpoint, event("CreateSigningKey", now)).await?;
+        let signer: Arc<dyn audit::Signer> = Arc::new(CheckpointSigner(signer));
+        let options = audit::Options::from(&config.audit);
+        let trail = Arc::new(Trail::start(Arc::clone(&vault), options, Some(signer)).await?);
+
+        let directory = Arc::new(Directory::new(Arc::clone(&vault), security));
+        let refusals = Arc::new(Refusals(Arc::clone(&trail)));
+        let authenticator =
+            Arc::new(Authenticator::new(Arc::clone(&directory), refusals, settings(&config)));
+        let forge = Forge::new(config.limits.key_generations, config.limits.key_generation_queue);
+        let keyring = Arc::new(Keyring::new(
+            Arc::clone(&vault),
+            keys,
+            Arc::clone(&authorizer),
+            Arc::clone(&trail),
+            forge,
+            Arc::default(),
+        ));
+        let jobs = Runner::new(Arc::clone(&vault), alarm, handler(&keyring, &directory, &clock));
+        let stopping = Arc::new(AtomicBool::new(false));
+        let health = Health::new(report::checks(&vault, &trail, &tls, &jobs, &stopping));
+        Ok(Self {
+            config: Arc::new(config),
+            started_at: now,
+            clock,
+            custody,
+            vault,
+            directory,
+            authenticator,
+            authorizer,
+            trail,
+            keyring,
+            jobs,
+            tls,
+            authority,
+            metrics: Arc::default(),
+            network: Arc::default(),
+            connections: Arc::default(),
+            health,
+            stopping,
+        })
+    }
+
+    /// Starts the tasks, and last of all listens.
+    ///
+    /// # Errors
+    /// [`AppError::Net`] or [`AppError::HealthPort`]; everything is at rest again then.
+    pub async fn spawn(self) -> Result<Running, AppError> {
+        let listening = self.listen().await;
+        let (listener, health_port) = match listening {
+            Ok(both) => both,
+            Err(error) => {
+                self.rest().await.ok();
+                return Err(error);
+            }
+        };
+        let app = Arc::new(self);
+        let stop = CancellationToken::new();
+        let tasks = TaskTracker::new();
+        let health_address = match health_port {
+            Some(port) => {
+                let address = port.local_addr().ok();
+                tasks.spawn(plain::serve(port, Arc::clone(&app.health), stop.clone()));
+                address
+            }
+            None => None,
+        };
+        tasks::start(&app, &tasks, &stop);
+        let drain = CancellationToken::new();
+        let served = app.serve(listener, drain.clone());
+        let served = match served {
+            Ok(served) => served,
+            Err(error) => {
+                stop.cancel();
+                tasks.close();
+                tasks.wait().await;
+                app.rest().await.ok();
+                return Err(error);
+            }
+        };
+        app.network.set(Arc::clone(served.metrics())).ok();
+        app.connections.set(Arc::clone(served.connections())).ok();
+        let address = served.local_addr();
+        app.health.refresh();
+        Ok(Running { app, address, health_address, served, drain, stop, tasks })
+    }
+
+    async fn listen(&self) -> Result<(Listener, Option<tokio::net::TcpListener>), AppError> {
+        let health_port = match self.config.listen.health {
+            Some(address) => Some(
+                plain::bind(address)
+                    .await
+                    .map_err(|source| AppError::HealthPort { address, source })?,
+            ),
+            None => None,
+        };
+        Ok((Listener::bind(self.config.listen.address)?, health_port))
+    }
+
+    fn serve(
+        self: &Arc<Self>,
+        listener: Listener,
+        drain: CancellationToken,
+    ) -> Result<Served, AppError> {
+        let deps = Arc::new(rpc::Deps {
+            keyring: Arc::clone(&self.keyring),
+            trail: Arc::clone(&self.trail),
+            authenticator: Arc::clone(&self.authenticator),
+            clock: self.clock.clone(),
+            health: Arc::new(report::Report::of(self)),
+            longest_call: LONGEST_CALL,
+        });
+        let health = HealthServer::new(HealthService(Arc::clone(&self.health)));
+        let service = rpc::service(deps, |routes| routes.add_service(health));
+        let service = measured::Measured::new(service, Arc::clone(&self.metrics));
+        let net = self.config.listen.net.clone();
+        Ok(net::serve(listener, net, Arc::clone(&self.tls), service, drain)?)
+    }
+
+    /// Makes what is not durable so, and closes: for an app that was opened and not spawned.
+    ///
+    /// # Errors
+    /// As [`Trail::shutdown`].
+    pub async fn rest(&self) -> Result<(), Error> {
+        self.jobs.shutdown();
+        self.trail.shutdown(LAST_WORDS).await
+    }
+}
+
+fn load_authority(config: &Config) -> Result<Option<Arc<Authority>>, AppError> {
+    let Some(ca) = &config.ca else { return Ok(None) };
+    check::private(&ca.key)?;
+    Ok(Some(Arc::new(Authority::load(&ca.certificate, &ca.key)?)))
+}
+
+/// Does what has come due.
+fn handler(keyring: &Arc<Keyring>, directory: &Arc<Directory>, clock: &Clock) -> Handler {
+    let (keyring, directory, clock) = (Arc::clone(keyring), Arc::clone(directory), clock.clone());
+    Arc::new(move |job| {
+        let (keyring, directory, clock) =
+            (Arc::clone(&keyring), Arc::clone(&directory), clock.clone());
+        Box::pin(async move {
+            let now = clock.now();
+            match job.record.kind() {
+                Kind::SweepTokens => tasks::sweep_tokens(&directory, now).await,
+                Kind::SweepIdempotency => tasks::sweep_idempotency(&keyring, now).await,
+                // A rotation wakes the resealing itself; it also runs at every start.
+                Kind::Reseal => Ok(()),
+                _ => keyring.run_job(&job.record, &job.row, now).await,
+            }
+        })
+    })
+}
+
+/// A node that serves.
+#[derive(Debug)]
+pub struct Running {
+    app: Arc<App>,
+    address: SocketAddr,
+    health_address: Option<SocketAddr>,
+    served: Served,
+    drain: CancellationToken,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+/// How a node ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stopped {
+    /// What the drain cut off.
+    pub drain: DrainReport,
+    /// Whether everything that was accepted is durable.
+    pub durable: bool,
+}
+
+impl Running {
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where its health port is.
+    #[must_use]
+    pub fn health_address(&self) -> Option<SocketAddr> {
+        self.health_address
+    }
+
+    /// What it consists of.
+    #[must_use]
+    pub fn app(&self) -> &Arc<App> {
+        &self.app
+    }
+
+    /// Takes no more connections, lets requests end within the drain's time, makes the audit trail
+    /// durable, signs a last checkpoint and closes.
+    pub async fn stop(self) -> Stopped {
+        self.app.stopping.store(true, Ordering::SeqCst);
+        self.app.health.refresh();
+        self.drain.cancel();
+        let drain = self.served.drained().await;
+        self.app.jobs.shutdown();
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+        let last = self.app.rest().await;
+        if let Err(error) = &last {
+            let detail = error.internal_text().unwrap_or_default();
+            tracing::error!(%error, detail, "the end of the audit trail may not be durable");
+        }
+        tracing::info!(
+            aborted = drain.requests_aborted,
+            millis = u64::try_from(drain.elapsed.as_millis()).unwrap_or(u64::MAX),
+            "stopped"
+        );
+        Stopped { drain, durable: last.is_ok() }
+    }
+}
+
+impl State {
+    /// As HealthCheck tells it.
+    fn wire(&self) -> polykey_proto::polykey::v2::HealthStatus {
+        use polykey_proto::polykey::v2::HealthStatus;
+        match self {
+            Self::Serving => HealthStatus::Healthy,
+            Self::Degraded(_) => HealthStatus::Degraded,
+            Self::NotServing(_) => HealthStatus::Unhealthy,
+        }
+    }
+}
+
+/// Background work is this slow, so that requests do not notice it.
+fn pace() -> Pace {
+    Pace::default()
+}

@@ -1,0 +1,117 @@
+//! `polykey check`: everything that a start would find wrong, found without touching anything.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use polykey_hsm::MasterKeySource;
+use rustix::fs::FlockOperation;
+
+use super::{AppError, load_authority, reload, wrapper};
+use crate::config::Config;
+use crate::net::tls::TlsState;
+
+/// The first bytes of every store file: redb's magic number.
+const MAGIC: &[u8] = b"redb\x1a\x0a\xa9\x0d\x0a";
+
+/// One thing that was looked at.
+#[derive(Debug)]
+pub struct Finding {
+    /// What it was.
+    pub subject: &'static str,
+    /// What is to be known of it, or what is wrong.
+    pub result: Result<String, AppError>,
+}
+
+/// Refuses a file that others may read.
+pub(super) fn private(path: &Path) -> Result<(), AppError> {
+    let unreadable = |source| AppError::Unreadable { path: path.to_owned(), source };
+    let mode = fs::metadata(path).map_err(unreadable)?.mode() & 0o7777;
+    if mode & 0o077 == 0 { Ok(()) } else { Err(AppError::Exposed { path: path.to_owned(), mode }) }
+}
+
+/// Looks at everything a start needs, with the code that a start uses.
+#[must_use]
+pub fn check(config: &Config) -> Vec<Finding> {
+    let certificates = TlsState::load(config.listen.tls.clone());
+    let certificates = certificates.map_err(AppError::from).map(|tls| {
+        let day = |seconds: u64| {
+            let seconds = i64::try_from(seconds).unwrap_or(i64::MAX);
+            crate::time::Time::from_seconds(seconds).to_string()
+        };
+        let mut text = format!("valid until {}", day(tls.certificate_not_after()));
+        if let Some(next) = tls.crl_next_update() {
+            text.push_str(&format!("; the revocation list until {}", day(next)));
+        }
+        text
+    });
+    let authority = load_authority(config).map(|authority| {
+        let text = if authority.is_some() { "usable" } else { "none: `cert issue` is refused" };
+        text.to_owned()
+    });
+    let policies = reload::policies(config).map(|authorizer| {
+        let warnings: String =
+            authorizer.warnings().iter().map(|warning| format!("\n  {warning}")).collect();
+        format!("{} files of yours, all valid{warnings}", config.policies.len())
+    });
+    let master_key = wrapper(config).map(|wrapper| match &config.master_key {
+        MasterKeySource::Passphrase { .. } => "a passphrase".to_owned(),
+        _ => wrapper.id().as_str().to_owned(),
+    });
+    vec![
+        Finding { subject: "certificates", result: certificates },
+        Finding { subject: "authority", result: authority },
+        Finding { subject: "policies", result: policies },
+        Finding { subject: "master key", result: master_key },
+        Finding { subject: "data directory", result: data_directory(&config.node.data_dir) },
+        Finding { subject: "store", result: store(&config.storage.path) },
+    ]
+}
+
+fn data_directory(path: &Path) -> Result<String, AppError> {
+    let unreadable = |source| AppError::Unreadable { path: path.to_owned(), source };
+    let found = match fs::metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Ok(format!("{} is made by `polykey init`", path.display()));
+        }
+        found => found.map_err(unreadable)?,
+    };
+    if !found.is_dir() {
+        return Err(unreadable(io::Error::new(io::ErrorKind::NotADirectory, "not a directory")));
+    }
+    private(path)?;
+    rustix::fs::access(path, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK)
+        .map_err(|error| unreadable(error.into()))?;
+    Ok(path.display().to_string())
+}
+
+/// Opening a store may repair it, which would be touching it: only the outside is looked at.
+fn store(path: &Path) -> Result<String, AppError> {
+    use polykey_storage::OpenError;
+    let unreadable = |source| AppError::Unreadable { path: path.to_owned(), source };
+    let refused = |reason: &str| {
+        AppError::Store(OpenError::NotAStore { path: path.to_owned(), reason: reason.into() })
+    };
+    let mut file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Ok(format!("{} is made by `polykey init`", path.display()));
+        }
+        file => file.map_err(unreadable)?,
+    };
+    if !file.metadata().map_err(unreadable)?.is_file() {
+        return Err(refused("it is not a regular file"));
+    }
+    private(path)?;
+    let mut start = [0; MAGIC.len()];
+    if file.read_exact(&mut start).is_err() || start != MAGIC {
+        return Err(refused("it does not start as a redb file does"));
+    }
+    // A shared lock is refused while a server has it, and gone with the descriptor.
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            Ok(format!("{} is in use by a running server", path.display()))
+        }
+        _ => Ok(format!("{} is there and not in use", path.display())),
+    }
+}

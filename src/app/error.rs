@@ -1,0 +1,198 @@
+//! Why a node does not open, start or get made, in words for operators. No secrets.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use crate::authz::PolicyErrors;
+use crate::config::ConfigErrors;
+use crate::custody;
+use crate::error::Error;
+use crate::net::NetError;
+use crate::net::tls::TlsConfigError;
+use crate::pki::PkiError;
+use crate::setup::SetupError;
+use crate::telemetry::TelemetryError;
+
+/// Why there is no node.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AppError {
+    /// The configuration is not as it must be.
+    #[error(transparent)]
+    Config(#[from] ConfigErrors),
+    /// The log cannot be started.
+    #[error(transparent)]
+    Telemetry(#[from] TelemetryError),
+    /// Certificates, keys or revocation lists cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsConfigError),
+    /// The authority cannot be used.
+    #[error(transparent)]
+    Authority(#[from] PkiError),
+    /// Policies cannot be used.
+    #[error(transparent)]
+    Policies(#[from] PolicyErrors),
+    /// The master key or passphrase cannot be read.
+    #[error(transparent)]
+    MasterKey(#[from] polykey_hsm::LocalError),
+    /// The store file does not open.
+    #[error("{0}")]
+    Store(#[from] polykey_storage::OpenError),
+    /// The store does not open under the master key.
+    #[error("{0}")]
+    Custody(#[from] custody::OpenError),
+    /// The store was not founded.
+    #[error("{0}")]
+    Init(#[from] custody::InitError),
+    /// Something could not be made.
+    #[error(transparent)]
+    Setup(#[from] SetupError),
+    /// The network cannot be used.
+    #[error("{0}")]
+    Net(#[from] NetError),
+    /// The health port cannot be used.
+    #[error("cannot listen on the health port {address}: {source}")]
+    HealthPort {
+        /// Its address.
+        address: SocketAddr,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file that must be private is not.
+    #[error("{}: mode {mode:04o} lets others read this; run `chmod 600 {}`", path.display(), path.display())]
+    Exposed {
+        /// The file.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// A file cannot be read.
+    #[error("{}: {source}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The store, once open, failed.
+    #[error("{}", words(.0))]
+    Vault(#[from] Error),
+    /// Initialised already.
+    #[error("{} has been initialised already; nothing was changed", .0.display())]
+    AlreadyInitialised(PathBuf),
+    /// No first administrator can be made.
+    #[error("nothing tells the first administrator's certificate from others")]
+    NoIdentity,
+    /// The system gives no runtime or signal handler.
+    #[error("the process cannot be set up: {0}")]
+    Process(std::io::Error),
+}
+
+/// For operators: with what strangers are not told.
+fn words(error: &Error) -> String {
+    match error.internal_text() {
+        Some(text) => format!("{error}: {text}"),
+        None => error.to_string(),
+    }
+}
+
+/// What kind of failure it is; the command line has an exit code for each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// What was asked for, or a file of the operator's, is not as it must be.
+    Given,
+    /// Something is in the way: in use, or there already.
+    Conflict,
+    /// The store or its key is damaged or not the right one.
+    Damaged,
+    /// The machine did not do its part.
+    Machine,
+}
+
+impl AppError {
+    /// What kind of failure it is.
+    #[must_use]
+    pub fn fault(&self) -> Fault {
+        use polykey_storage::OpenError as Store;
+        match self {
+            Self::Config(_)
+            | Self::Telemetry(_)
+            | Self::Tls(_)
+            | Self::Authority(_)
+            | Self::Policies(_)
+            | Self::MasterKey(_)
+            | Self::Exposed { .. }
+            | Self::NoIdentity
+            | Self::Store(
+                Store::NotFound { .. } | Store::NotAStore { .. } | Store::NewerFormat { .. },
+            )
+            | Self::Custody(
+                custody::OpenError::NotInitialised | custody::OpenError::NewerFormat { .. },
+            ) => Fault::Given,
+            Self::Store(Store::InUse { .. } | Store::Exists { .. })
+            | Self::AlreadyInitialised(_)
+            | Self::Init(custody::InitError::AlreadyInitialised)
+            | Self::Setup(SetupError::InUse(_))
+            | Self::HealthPort { .. }
+            | Self::Net(NetError::Bind { .. }) => Fault::Conflict,
+            Self::Custody(
+                custody::OpenError::NoSlotOpened(_)
+                | custody::OpenError::SlotsChanged { .. }
+                | custody::OpenError::Replayed { .. }
+                | custody::OpenError::Damaged(_),
+            )
+            | Self::Setup(SetupError::MasterKeyLost { .. })
+            | Self::Vault(Error::DataLoss { .. }) => Fault::Damaged,
+            Self::Setup(
+                SetupError::Foreign(_) | SetupError::Owner { .. } | SetupError::Config(_),
+            ) => Fault::Given,
+            _ => Fault::Machine,
+        }
+    }
+
+    /// What to do, where the message does not say.
+    #[must_use]
+    pub fn hint(&self) -> Option<String> {
+        use polykey_storage::OpenError as Store;
+        Some(match self {
+            Self::Store(Store::InUse { .. }) => {
+                "A server is running on it. Stop that one, or ask it: `polykey --help` has commands \
+                 that talk to a running server."
+                    .into()
+            }
+            Self::Store(Store::NotFound { .. }) => {
+                "Run `polykey init --config FILE` to make it, or correct [storage] path.".into()
+            }
+            Self::Store(Store::NotAStore { .. }) => {
+                "Correct [storage] path, or restore the store from a backup.".into()
+            }
+            Self::Net(NetError::Bind { address, source })
+                if source.kind() == std::io::ErrorKind::AddrInUse =>
+            {
+                format!(
+                    "Another process listens there: stop it (`ss -ltnp sport = :{}` names it), or \
+                     choose another address with --listen or [listen] address.",
+                    address.port()
+                )
+            }
+            Self::Net(NetError::Bind { .. }) => {
+                "Choose an address of this machine, and a port above 1023 unless you are root.".into()
+            }
+            Self::HealthPort { .. } => "Choose another port for [listen] health.".into(),
+            Self::MasterKey(polykey_hsm::LocalError::Unreadable { .. }) => {
+                "Make one with `polykey init --generate-master-key`, or correct [master_key]; if the \
+                 store exists, it needs the key it was made with."
+                    .into()
+            }
+            Self::NoIdentity => {
+                "Configure [ca], and a certificate is issued, or name one with --admin-identity \
+                 spiffe://… or --admin-identity dns:NAME."
+                    .into()
+            }
+            Self::AlreadyInitialised(_) => {
+                "Start it with `polykey serve --config FILE`.".into()
+            }
+            _ => return None,
+        })
+    }
+}

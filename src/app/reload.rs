@@ -1,0 +1,106 @@
+//! What is read again while the node runs: certificates, revocation lists and policies. What is
+//! broken keeps what was in force.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::{App, AppError, event};
+use crate::authz::{Authorizer, DEFAULTS, PolicyFile};
+use crate::config::Config;
+
+/// Largest policy file that is read, in bytes.
+const MAX_POLICY: u64 = 1024 * 1024;
+
+/// What a reload did.
+#[derive(Debug)]
+pub struct Reloaded {
+    /// Certificates and lists; what was in force stays after an error.
+    pub certificates: Result<(), AppError>,
+    /// Policies; the same.
+    pub policies: Result<(), AppError>,
+}
+
+/// The policies that a configuration names, compiled with the shipped ones.
+pub(super) fn policies(config: &Config) -> Result<Authorizer, AppError> {
+    let mut files = Vec::new();
+    for path in &config.policies {
+        let unreadable = |source| AppError::Unreadable { path: path.clone(), source };
+        let size = fs::metadata(path).map_err(unreadable)?.len();
+        if size > MAX_POLICY {
+            let text = format!("larger than {MAX_POLICY} bytes; name a Cedar policy file");
+            return Err(unreadable(std::io::Error::other(text)));
+        }
+        let text = fs::read_to_string(path).map_err(unreadable)?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        files.push(PolicyFile { name, text });
+    }
+    let authorizer = Authorizer::new(DEFAULTS, &files)?;
+    Ok(authorizer.with_memo(config.limits.decision_cache))
+}
+
+impl App {
+    /// Reads certificates, revocation lists and policies again.
+    pub async fn reload(self: &Arc<Self>) -> Reloaded {
+        let tls = Arc::clone(&self.tls);
+        let certificates = run(move || tls.reload().map_err(AppError::from)).await;
+        self.reloaded("ReloadCertificates", &certificates).await;
+        let config = Arc::clone(&self.config);
+        let policies = run(move || policies(&config)).await.map(|authorizer| {
+            self.authorizer.store(Arc::new(authorizer));
+        });
+        self.reloaded("ReloadPolicies", &policies).await;
+        Reloaded { certificates, policies }
+    }
+
+    async fn reloaded(&self, action: &str, result: &Result<(), AppError>) {
+        match result {
+            Ok(()) => {
+                tracing::info!(action, "reloaded");
+                if let Err(error) = self.trail.record(event(action, self.clock.now())).await {
+                    tracing::error!(%error, action, "the reload is not in the audit trail");
+                }
+            }
+            Err(error) => tracing::error!(%error, action, "kept what was in force"),
+        }
+    }
+
+    /// Reads certificates again if their files have changed since `seen`, which is brought up to
+    /// date when that works.
+    pub(super) async fn reload_changed(self: &Arc<Self>, seen: &mut Vec<Stamp>) {
+        let now = stamps(&self.config);
+        if *seen == now {
+            return;
+        }
+        let tls = Arc::clone(&self.tls);
+        let result = run(move || tls.reload().map_err(AppError::from)).await;
+        self.reloaded("ReloadCertificates", &result).await;
+        if result.is_ok() {
+            *seen = now;
+        }
+    }
+}
+
+/// Off the threads of requests: files may be on slow disks, and policies take a while to compile.
+async fn run<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, AppError> + Send + 'static,
+) -> Result<T, AppError> {
+    let joined = tokio::task::spawn_blocking(work).await;
+    joined.unwrap_or_else(|error| Err(AppError::Process(std::io::Error::other(error))))
+}
+
+/// By what a file is told from its successor.
+pub(super) type Stamp = (PathBuf, Option<(u64, i64, i64, u64)>);
+
+/// The stamps of all TLS files.
+pub(super) fn stamps(config: &Config) -> Vec<Stamp> {
+    let files = &config.listen.tls;
+    let all =
+        [Some(&files.certificate), Some(&files.key), Some(&files.client_ca), files.crl.as_ref()];
+    let stamp = |path: &Path| {
+        let found = fs::metadata(path).ok();
+        found.map(|found| (found.ino(), found.mtime(), found.mtime_nsec(), found.size()))
+    };
+    all.into_iter().flatten().map(|path| (path.clone(), stamp(path))).collect()
+}

@@ -1,0 +1,171 @@
+//! `polykey init`: the store, its root key and first slot, and the first administrator.
+
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use clap::Args;
+use polykey_hsm::MasterKeySource;
+use serde::Serialize;
+
+use super::super::App as Cli;
+use super::super::error::CliError;
+use super::super::output::{Human, View};
+use super::runtime;
+use crate::app::{Admin, App, AppError, bootstrap};
+use crate::authn::certificate::CertificateIdentity;
+use crate::config::Config;
+use crate::pki::{self, Authority, KeyKind, Validity};
+use crate::time::Clock;
+use crate::{hardening, setup};
+
+/// While this file is in the data directory, `init` has not come to its end.
+const PENDING: &str = "init.pending";
+/// Validity of a certificate that `init` issues, in days.
+const DAYS: u32 = 365;
+
+/// Arguments of `init`.
+#[derive(Args, Debug)]
+pub struct InitArgs {
+    /// The configuration.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// Make the master key in the file that the configuration names, if there is none.
+    #[arg(long)]
+    pub generate_master_key: bool,
+    /// The client id of the first administrator.
+    #[arg(long, value_name = "ID", default_value = "admin")]
+    pub admin: String,
+    /// What the administrator's certificate has: spiffe-uri:URI, dns:NAME, common-name:NAME or
+    /// spki-sha256:HEX; may be repeated. Without any, the authority of [ca] issues a certificate.
+    #[arg(long = "admin-identity", value_name = "KIND:VALUE", value_parser = identity)]
+    pub identities: Vec<CertificateIdentity>,
+    /// Where the administrator's API key and certificate are written; without it the data directory.
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+}
+
+fn identity(text: &str) -> Result<CertificateIdentity, String> {
+    let wrong =
+        || format!("`{text}` is not KIND:VALUE with spiffe-uri, dns, common-name or spki-sha256");
+    let (kind, value) = text.split_once(':').ok_or_else(wrong)?;
+    let read = match kind {
+        "spiffe-uri" => CertificateIdentity::spiffe(value),
+        "dns" => CertificateIdentity::dns(value),
+        "common-name" => CertificateIdentity::common_name(value),
+        "spki-sha256" => CertificateIdentity::spki_sha256(value),
+        _ => return Err(wrong()),
+    };
+    read.map_err(|error| error.to_string())
+}
+
+/// What was made.
+#[derive(Serialize)]
+struct InitView {
+    store: String,
+    node_id: String,
+    master_key_made: bool,
+    admin: String,
+    api_key_file: String,
+    certificate: Option<String>,
+    key: Option<String>,
+    next: String,
+}
+
+impl View for InitView {
+    fn human(&self) -> Human {
+        let mut fields = vec![
+            ("store", self.store.clone()),
+            ("node", self.node_id.clone()),
+            ("administrator", self.admin.clone()),
+            ("API key", self.api_key_file.clone()),
+        ];
+        fields.extend(self.certificate.iter().map(|file| ("certificate", file.clone())));
+        fields.extend(self.key.iter().map(|file| ("private key", file.clone())));
+        fields.push(("next", self.next.clone()));
+        Human::Record(fields)
+    }
+}
+
+/// Makes store, root key, first slot and first administrator. One that broke off is completed.
+///
+/// # Errors
+/// See [`AppError`]; [`AppError::AlreadyInitialised`] when everything was there.
+pub(in crate::cli) fn init(cli: &Cli, args: InitArgs) -> Result<(), CliError> {
+    hardening::private_files();
+    let config = Config::load(&args.config).map_err(AppError::from)?;
+    let view = runtime()?.block_on(Box::pin(make(config, args)))?;
+    cli.out.print(&view)
+}
+
+async fn make(config: Config, args: InitArgs) -> Result<InitView, AppError> {
+    let directory = config.node.data_dir.clone();
+    let out = args.out.unwrap_or_else(|| directory.clone());
+    let issue = args.identities.is_empty();
+    if issue && config.ca.is_none() {
+        return Err(AppError::NoIdentity);
+    }
+    setup::private_directory(&directory)?;
+    let pending = directory.join(PENDING);
+    if !config.storage.path.exists() {
+        pki::write_file(&pending, b"polykey init has not come to its end\n", 0o600)?;
+    }
+    if !pending.exists() {
+        return Err(AppError::AlreadyInitialised(config.storage.path));
+    }
+    if let Some(parent) = config.storage.path.parent().filter(|p| !p.as_os_str().is_empty()) {
+        setup::private_directory(parent)?;
+    }
+    setup::private_directory(&out)?;
+    let master_key_made = match &config.master_key {
+        MasterKeySource::File(path) if args.generate_master_key && !path.exists() => {
+            if config.storage.path.exists() {
+                let store = config.storage.path.clone();
+                return Err(setup::SetupError::MasterKeyLost { key: path.clone(), store }.into());
+            }
+            setup::master_key(path)?;
+            true
+        }
+        _ => false,
+    };
+    let mut identities = args.identities;
+    if issue {
+        identities.push(pki::client_identity(&args.admin)?);
+    }
+    let app = App::found(config, Clock::System).await?;
+    let admin = Admin { id: args.admin, identities };
+    let api_key = out.join(format!("{}.api-key", admin.id));
+    bootstrap(&app, &admin, &api_key).await?;
+    let files = match &app.authority {
+        Some(authority) if issue => Some(certificate(authority, &admin.id, &out)?),
+        _ => None,
+    };
+    app.rest().await?;
+    std::fs::remove_file(&pending)
+        .map_err(|source| AppError::Unreadable { path: pending, source })?;
+    let shown = |path: &Path| path.display().to_string();
+    Ok(InitView {
+        store: shown(&app.config.storage.path),
+        node_id: data_encoding::HEXLOWER.encode(&app.vault.node_id()),
+        master_key_made,
+        admin: admin.id,
+        api_key_file: shown(&api_key),
+        certificate: files.as_ref().map(|(certificate, _)| shown(certificate)),
+        key: files.as_ref().map(|(_, key)| shown(key)),
+        next: format!("polykey serve --config {}", app.config.file.display()),
+    })
+}
+
+/// Issues the administrator's certificate, over what a broken run may have left.
+fn certificate(
+    authority: &Authority,
+    id: &str,
+    out: &Path,
+) -> Result<(PathBuf, PathBuf), AppError> {
+    let issued = authority.client(id, KeyKind::P256, Validity::days(SystemTime::now(), DAYS)?)?;
+    let (certificate, key) = (out.join(format!("{id}.pem")), out.join(format!("{id}.key")));
+    if let Some(text) = &issued.key {
+        pki::write_file(&key, text.as_bytes(), 0o600)?;
+    }
+    pki::write_file(&certificate, issued.certificate.as_bytes(), 0o644)?;
+    Ok((certificate, key))
+}
