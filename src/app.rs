@@ -18,6 +18,7 @@ mod tasks;
 mod tests;
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -30,6 +31,7 @@ use polykey_proto::polykey::record::v1::audit_event::Outcome;
 use polykey_proto::polykey::record::v1::job_record::Kind;
 use polykey_storage::redb;
 use polykey_storage::{Revision, RowKey, Store};
+use rustix::fs::FlockOperation;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -256,7 +258,6 @@ impl App {
             Arc::clone(&authorizer),
             Arc::clone(&trail),
             forge,
-            Arc::default(),
         ));
         let jobs = Runner::new(Arc::clone(&vault), alarm, handler(&keyring, &directory, &clock));
         let stopping = Arc::new(AtomicBool::new(false));
@@ -292,7 +293,7 @@ impl App {
         let (listener, health_port) = match listening {
             Ok(both) => both,
             Err(error) => {
-                self.rest().await.ok();
+                self.close().await.ok();
                 return Err(error);
             }
         };
@@ -359,13 +360,38 @@ impl App {
         Ok(net::serve(listener, net, Arc::clone(&self.tls), service, drain)?)
     }
 
-    /// Makes what is not durable so, and closes: for an app that was opened and not spawned.
+    /// Makes what is not durable so and closes the store: for an app that was opened and not spawned.
     ///
     /// # Errors
     /// As [`Trail::shutdown`].
-    pub async fn rest(&self) -> Result<(), Error> {
+    pub async fn close(self) -> Result<(), Error> {
+        let result = self.rest().await;
+        let path = self.config.storage.path.clone();
+        drop(self);
+        closed(&path).await;
+        result
+    }
+
+    /// Makes what is not durable so.
+    async fn rest(&self) -> Result<(), Error> {
         self.jobs.shutdown();
         self.trail.shutdown(LAST_WORDS).await
+    }
+}
+
+/// Waits until nobody has the store file any more: its writer's thread ends by itself.
+async fn closed(path: &Path) {
+    let free = || {
+        let Ok(file) = std::fs::File::open(path) else { return true };
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).is_ok()
+    };
+    let wait = async {
+        while !free() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    if tokio::time::timeout(LAST_WORDS, wait).await.is_err() {
+        tracing::warn!(path = %path.display(), "the store is still open");
     }
 }
 
@@ -446,6 +472,12 @@ impl Running {
         self.tasks.close();
         self.tasks.wait().await;
         let last = self.app.rest().await;
+        let path = self.app.config.storage.path.clone();
+        // Whoever else still holds the app closes the store when it lets go.
+        if let Some(app) = Arc::into_inner(self.app) {
+            drop(app);
+            closed(&path).await;
+        }
         if let Err(error) = &last {
             let detail = error.internal_text().unwrap_or_default();
             tracing::error!(%error, detail, "the end of the audit trail may not be durable");

@@ -139,19 +139,21 @@ async fn make(config: Config, args: InitArgs) -> Result<InitView, AppError> {
         Some(authority) if issue => Some(certificate(authority, &admin.id, &out)?),
         _ => None,
     };
-    app.rest().await?;
+    let (store, file) = (app.config.storage.path.clone(), app.config.file.clone());
+    let node_id = data_encoding::HEXLOWER.encode(&app.vault.node_id());
+    app.close().await?;
     std::fs::remove_file(&pending)
         .map_err(|source| AppError::Unreadable { path: pending, source })?;
     let shown = |path: &Path| path.display().to_string();
     Ok(InitView {
-        store: shown(&app.config.storage.path),
-        node_id: data_encoding::HEXLOWER.encode(&app.vault.node_id()),
+        store: shown(&store),
+        node_id,
         master_key_made,
         admin: admin.id,
         api_key_file: shown(&api_key),
         certificate: files.as_ref().map(|(certificate, _)| shown(certificate)),
         key: files.as_ref().map(|(_, key)| shown(key)),
-        next: format!("polykey serve --config {}", app.config.file.display()),
+        next: format!("polykey serve --config {}", file.display()),
     })
 }
 
