@@ -199,19 +199,23 @@ fn login() -> Asked {
 }
 
 fn tokens(asked: &[Asked]) -> Vec<&str> {
-    let token = |asked| match asked {
-        &Asked::Key { ref token, .. } => Some(token.as_str()),
-        _ => None,
-    };
-    asked.iter().filter_map(token).collect()
+    let mut found = Vec::new();
+    for asked in asked {
+        if let Asked::Key { token, .. } = asked {
+            found.push(token.as_str());
+        }
+    }
+    found
 }
 
 fn keys(asked: &[Asked]) -> Vec<&str> {
-    let key = |asked| match asked {
-        &Asked::Key { idempotency_key: Some(ref key), .. } => Some(key.as_str()),
-        _ => None,
-    };
-    asked.iter().filter_map(key).collect()
+    let mut found = Vec::new();
+    for asked in asked {
+        if let Asked::Key { idempotency_key: Some(key), .. } = asked {
+            found.push(key.as_str());
+        }
+    }
+    found
 }
 
 #[tokio::test]
