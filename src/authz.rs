@@ -35,7 +35,7 @@ pub use action::{
 };
 pub use bounds::{MAX_CONDITIONALS, MAX_NESTING, MAX_OPERATORS};
 pub use check::{FileReport, Report, check_files, load_files};
-pub use explain::{Explanation, Kind, PolicyEntry, Reason};
+pub use explain::{Explanation, Kind, NodePolicy, PolicyEntry, Reason};
 pub use facts::{
     Claimed, ClientFacts, ContextFacts, DecisionId, KeyFacts, PrincipalFacts, Resource, ResourceId,
     RoleFacts, visible,

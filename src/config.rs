@@ -10,9 +10,11 @@
 
 mod read;
 mod sections;
+pub mod show;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -33,6 +35,8 @@ const MAX_BYTES: u64 = 1024 * 1024;
 pub struct Config {
     /// The file it was read from.
     pub file: PathBuf,
+    /// The settings that stand in it, by their names with dots, and their lines.
+    pub written: BTreeMap<String, usize>,
     /// `[node]`
     pub node: Node,
     /// `[listen]`

@@ -90,6 +90,21 @@ pub struct Status {
     pub reseal: Option<ResealStatus>,
 }
 
+/// What a slot's wrapping becomes; see [`Custody::rewrap_slot`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rewrap {
+    /// The slot, by label or id.
+    pub slot: String,
+    /// What kind of wrapper it is for from now on.
+    pub kind: String,
+    /// Where the wrapper's secret is found from now on.
+    pub source: String,
+    /// The new label; `None` = as before.
+    pub label: Option<String>,
+    /// The generation that the slot table is believed to have.
+    pub expected: Option<u64>,
+}
+
 /// A root and ring that may or may not have become durable.
 struct Candidate {
     generation: u64,
@@ -293,16 +308,47 @@ impl Custody {
         source: &str,
         event: AuditEvent,
     ) -> Result<(), ChangeError> {
-        let (this, name) = (Arc::clone(self), slot.to_owned());
-        let (kind, source) = (kind.to_owned(), source.to_owned());
+        let rewrap = Rewrap {
+            slot: slot.to_owned(),
+            kind: kind.to_owned(),
+            source: source.to_owned(),
+            label: None,
+            expected: None,
+        };
+        self.rewrap_slot(rewrap, wrapper, event).await.map(drop)
+    }
+
+    /// As [`Self::rewrap`], with a new label and an expected generation. Returns the index of the
+    /// event's leaf, if it is known.
+    ///
+    /// # Errors
+    /// As [`Self::rewrap`]; [`Error::Conflict`] if the table has another generation,
+    /// [`ChangeError::LabelTaken`] if another slot has the new label.
+    pub async fn rewrap_slot(
+        self: &Arc<Self>,
+        rewrap: Rewrap,
+        wrapper: Arc<dyn KeyWrapper>,
+        event: AuditEvent,
+    ) -> Result<Option<u64>, ChangeError> {
+        let this = Arc::clone(self);
         detached(async move {
+            let Rewrap { slot: name, kind, source, label, expected } = rewrap;
             let mut state = this.state.lock().await;
             let (mut table, at) = this.reconciled(&mut state).await?;
+            if expected.is_some_and(|expected| expected != table.generation) {
+                return Err(Error::Conflict.into());
+            }
             let node_id = this.vault.node_id();
+            let id = slots::id(slots::find(&mut table, &name)?)?;
+            if let Some(label) = &label
+                && table.slots.iter().any(|s| s.label == *label && s.slot_id != id.as_slice())
+            {
+                return Err(ChangeError::LabelTaken(label.clone()));
+            }
             let slot = slots::find(&mut table, &name)?;
-            let spec = SlotSpec { label: slot.label.clone(), kind, source };
+            let label = label.unwrap_or_else(|| slot.label.clone());
+            let spec = SlotSpec { label, kind, source };
             spec.check()?;
-            let id = slots::id(slot)?;
             let wrapped = slots::wrap(&state.root, &wrapper, node_id, id).await;
             let wrapped =
                 wrapped.map_err(|error| ChangeError::Wrap { slot: spec.clone(), error })?;
@@ -363,7 +409,7 @@ impl Custody {
             }
             table.slots.retain(|other| other.slot_id != slot.slot_id);
             let event = slots::describe(event, &SlotSpec::of(&slot));
-            this.apply_slots(&mut state, table, at, event).await
+            this.apply_slots(&mut state, table, at, event).await.map(drop)
         })
         .await
     }
@@ -380,10 +426,27 @@ impl Custody {
         wrappers: Vec<Arc<dyn KeyWrapper>>,
         event: AuditEvent,
     ) -> Result<(), ChangeError> {
+        self.rotate_root_from(None, wrappers, event).await.map(drop)
+    }
+
+    /// As [`Self::rotate_root`], if the root has the expected id. Returns the new id, the new epoch
+    /// and the index of the event's leaf, if it is known.
+    ///
+    /// # Errors
+    /// As [`Self::rotate_root`]; [`Error::Conflict`] if the root is another one.
+    pub async fn rotate_root_from(
+        self: &Arc<Self>,
+        expected: Option<[u8; 16]>,
+        wrappers: Vec<Arc<dyn KeyWrapper>>,
+        event: AuditEvent,
+    ) -> Result<([u8; 16], u32, Option<u64>), ChangeError> {
         let this = Arc::clone(self);
         detached(async move {
             let mut state = this.state.lock().await;
             let (mut table, at) = this.reconciled(&mut state).await?;
+            if expected.is_some_and(|expected| expected != state.root.id()) {
+                return Err(Error::Conflict.into());
+            }
             let crypto = |e: polykey_hsm::CryptoFailure| Error::internal(e.to_string());
             let root = Arc::new(RootKey::generate().map_err(crypto)?);
             let mut ring = Ring::clone(&this.vault.ring());
@@ -404,10 +467,11 @@ impl Custody {
                 started_at: this.vault.clock().now().micros(),
                 ..ResealRecord::default()
             };
+            let root_id = root.id();
             let change = Change { table, at, root, ring, reseal: Some(reseal) };
-            this.apply(&mut state, change, event).await?;
+            let leaf = this.apply(&mut state, change, event).await?;
             this.wake.notify_one();
-            Ok(())
+            Ok((root_id, epoch, leaf))
         })
         .await
     }
@@ -448,7 +512,7 @@ impl Custody {
         table: SlotTable,
         at: Revision,
         event: AuditEvent,
-    ) -> Result<(), ChangeError> {
+    ) -> Result<Option<u64>, ChangeError> {
         let (root, ring) = (Arc::clone(&state.root), Ring::clone(&self.vault.ring()));
         let change = Change { table, at, root, ring, reseal: None };
         Ok(self.apply(state, change, event).await?)
@@ -461,7 +525,7 @@ impl Custody {
         state: &mut State,
         change: Change,
         mut event: AuditEvent,
-    ) -> Result<(), Error> {
+    ) -> Result<Option<u64>, Error> {
         let Change { table, at, root, ring, reseal } = change;
         let sealed = Sealed::new(table, &root, &ring)?;
         event.details.insert("generation".into(), sealed.generation.to_string());
@@ -489,15 +553,15 @@ impl Custody {
                 ring: ring.clone(),
             });
             match tx.commit().await {
-                Ok(_) => {
+                Ok(receipt) => {
                     if let Some(candidate) = state.candidate.take() {
                         self.adopt(state, candidate);
                     }
-                    return Ok(());
+                    return Ok(receipt.leaf);
                 }
                 Err(Error::Conflict) => state.candidate = None,
                 Err(Error::OutcomeUnknown { internal }) => {
-                    return self.settle(state, &sealed.mac, internal).await;
+                    return self.settle(state, &sealed.mac, internal).await.map(|()| None);
                 }
                 Err(error) => {
                     state.candidate = None;

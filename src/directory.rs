@@ -28,9 +28,10 @@ use crate::authn::token::KeySet;
 use crate::authz::{PermissionSet, PrincipalFacts, built_in};
 use crate::cache::Cache;
 use crate::error::Error;
+use crate::keyring::Remember;
 use crate::time::Time;
-use crate::vault::Vault;
 use crate::vault::tree::Hash;
+use crate::vault::{Tx, Vault};
 
 pub use caches::SecurityCaches;
 pub use client::{
@@ -54,6 +55,19 @@ pub struct Change {
     pub now: Time,
     /// The revision the record is believed to have; `None` = whatever it is.
     pub expected: Option<u64>,
+    /// What is written down with the change for whoever repeats the request.
+    pub remember: Option<Remember>,
+}
+
+impl Change {
+    /// Adds to a transaction what goes with the change.
+    async fn accompany(&self, tx: &mut Tx<'_>) -> Result<(), Error> {
+        if let Some(remember) = &self.remember {
+            remember.write(tx).await?;
+        }
+        tx.event(self.event.clone());
+        Ok(())
+    }
 }
 
 /// A family of tokens as far as requests need it.

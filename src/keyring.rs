@@ -38,7 +38,7 @@ use crate::time::Time;
 use crate::vault::{Invalidate, Tx, Vault, space};
 
 pub use forge::Forge;
-pub use idempotency::Idempotency;
+pub use idempotency::{Idempotency, Remember};
 pub use list::Page;
 pub use plan::Done;
 pub use read::{Got, KeyMaterialView, MetadataView, PolicyView};

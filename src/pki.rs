@@ -270,6 +270,40 @@ impl Authority {
         id: &str,
         validity: Validity,
     ) -> Result<Issued, PkiError> {
+        self.for_request(request, client_params(id, validity)?)
+    }
+
+    /// A client certificate for `identity`, a SPIFFE ID or DNS name, with `id` for its common name. With a signing
+    /// request in PEM for that request's key, as [`client_from_request`](Self::client_from_request), otherwise with a
+    /// new key.
+    ///
+    /// # Errors
+    /// [`PkiError::ClientId`] for another kind of identity, [`PkiError::Request`] as there.
+    pub fn client_as(
+        &self,
+        identity: &CertificateIdentity,
+        id: &str,
+        request: Option<&str>,
+        validity: Validity,
+    ) -> Result<Issued, PkiError> {
+        let name = match identity {
+            CertificateIdentity::SpiffeUri(uri) => {
+                SanType::URI(uri.clone().try_into().map_err(library)?)
+            }
+            CertificateIdentity::Dns(name) => dns(name)?,
+            CertificateIdentity::CommonName(_) | CertificateIdentity::SpkiSha256(_) => {
+                return Err(PkiError::ClientId(id.to_owned()));
+            }
+        };
+        let mut params = params(id, validity)?;
+        params.subject_alt_names.push(name);
+        match request {
+            None => self.leaf(params, ExtendedKeyUsagePurpose::ClientAuth, KeyKind::P256),
+            Some(request) => self.for_request(request, params),
+        }
+    }
+
+    fn for_request(&self, request: &str, params: CertificateParams) -> Result<Issued, PkiError> {
         let refused = |error: rcgen::Error| PkiError::Request(error.to_string());
         let mut request = CertificateSigningRequestParams::from_pem(request).map_err(refused)?;
         let algorithms =
@@ -279,7 +313,7 @@ impl Authority {
                 "its key is not ECDSA P-256, ECDSA P-384 or Ed25519".to_owned(),
             ));
         }
-        request.params = client_params(id, validity)?;
+        request.params = params;
         finish(&mut request.params, ExtendedKeyUsagePurpose::ClientAuth);
         let serial = serial(&request.params);
         let certificate = request.signed_by(&self.issuer).map_err(library)?.pem();

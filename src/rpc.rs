@@ -1,11 +1,13 @@
 //! The gRPC face: admit, parse, authorize, act, render. It has no rules of its own.
 
+pub mod admin;
 pub(crate) mod admit;
 pub(crate) mod batch;
 pub(crate) mod convert;
 mod deadline;
 mod key_service;
 mod lifecycle;
+pub mod methods;
 pub(crate) mod parse;
 pub mod status;
 mod stream;
@@ -16,6 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::{Request, Response};
+use pb::admin_service_server::AdminServiceServer;
 use pb::key_lifecycle_service_server::KeyLifecycleServiceServer;
 use pb::polykey_service_server::PolykeyServiceServer;
 use polykey_proto::polykey::v2 as pb;
@@ -55,6 +58,7 @@ pub struct Deps {
 /// Every service behind authentication, deadline and trailers, ready for the listener.
 pub fn service(
     deps: Arc<Deps>,
+    admin: admin::AdminDeps,
     more: impl FnOnce(Routes) -> Routes,
 ) -> impl Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send + 'static>
 + Clone
@@ -64,6 +68,9 @@ pub fn service(
     let lifecycle = lifecycle::LifecycleService(keys.clone());
     let routes = Routes::new(PolykeyServiceServer::new(keys).max_decoding_message_size(MESSAGE))
         .add_service(KeyLifecycleServiceServer::new(lifecycle).max_decoding_message_size(MESSAGE));
+    let admin = admin::AdminService::new(Arc::clone(&deps), admin);
+    let routes =
+        routes.add_service(AdminServiceServer::new(admin).max_decoding_message_size(MESSAGE));
     let routes = more(routes).prepare();
     let authentication = AuthenticationLayer::new(
         Arc::clone(&deps.authenticator),

@@ -115,6 +115,19 @@ pub struct PolicyEntry {
     pub params: BTreeMap<String, String>,
 }
 
+/// A policy of the node, for those who may read policies.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct NodePolicy {
+    /// Its id.
+    pub id: PolicyId,
+    /// What kind of rule it is.
+    pub kind: Kind,
+    /// As it was written.
+    pub text: String,
+    /// Its annotations.
+    pub annotations: BTreeMap<String, String>,
+}
+
 impl Authorizer {
     /// Decides like [`Authorizer::authorize`] and says why.
     pub fn explain(&self, request: &Request<'_>) -> Explanation {
@@ -190,6 +203,22 @@ impl Authorizer {
             .filter(reaches)
             .map(|known| entry(known, key))
             .collect()
+    }
+
+    /// Every policy of the node, in order.
+    pub fn node_policy_records(&self) -> impl Iterator<Item = NodePolicy> {
+        self.node.known.iter().map(|known| NodePolicy {
+            id: known.id.clone(),
+            kind: Kind::of(known.reads),
+            text: known.text.clone(),
+            annotations: self
+                .node
+                .set
+                .policy(&known.id.cedar())
+                .map_or_else(BTreeMap::new, |policy| {
+                    policy.annotations().map(|(k, v)| (k.to_owned(), v.to_owned())).collect()
+                }),
+        })
     }
 
     /// Every policy of the node, in order: id and text.

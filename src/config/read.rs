@@ -1,6 +1,7 @@
 //! Reads a TOML document section by section and gathers every mistake with its place.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::io::Read;
@@ -141,6 +142,19 @@ impl<'t> Document<'t> {
         noted.sort_by_key(|(at, _)| *at);
         noted.dedup_by(|a, b| a.1 == b.1);
         noted.into_iter().map(|(_, problem)| problem).collect()
+    }
+
+    /// Every setting that stands in the document, by its name with dots, and its line.
+    pub(super) fn written(&self, table: &Spanned<DeTable<'t>>) -> BTreeMap<String, usize> {
+        let mut written = BTreeMap::new();
+        for (section, value) in table.get_ref().iter() {
+            let Some(inner) = value.get_ref().as_table() else { continue };
+            for (key, _) in inner.iter() {
+                let name = format!("{}.{}", section.get_ref(), key.get_ref());
+                written.insert(name, place(self.text, key.span().start).0);
+            }
+        }
+        written
     }
 
     /// Takes a path as it is meant: relative to the file.

@@ -50,6 +50,7 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
     listen.net.blocking_threads = blocking_threads;
     Ok(Config {
         file: file.to_owned(),
+        written: document.written(&table),
         node,
         listen,
         storage,

@@ -240,7 +240,7 @@ fn example() -> String {
 fn the_example_shows_the_defaults() {
     let plain = parse(&example()).unwrap();
     let spelt_out = parse(&example().replace("\n#: ", "\n")).unwrap();
-    assert_eq!(plain, spelt_out);
+    assert_eq!(plain, Config { written: plain.written.clone(), ..spelt_out });
     // Each default that is shown must be read, not skipped: the text must differ in these lines.
     assert_eq!(example().matches("\n#: ").count(), 33);
 }

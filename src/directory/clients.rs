@@ -182,7 +182,7 @@ impl Directory {
             self.claim(&mut tx, identity, &record.client_id).await?;
         }
         tx.insert(&row, record)?;
-        tx.event(change.event.clone());
+        change.accompany(&mut tx).await?;
         let receipt = tx.commit().await?;
         Ok(Changed { client: Client::from_record(record, receipt.revision)?, receipt })
     }
@@ -345,7 +345,7 @@ impl Directory {
         {
             admins::require_another(self, &mut tx, Some(&row)).await?;
         }
-        tx.event(change.event.clone());
+        change.accompany(&mut tx).await?;
         let receipt = tx.commit().await?;
         Ok(Changed { client: Client::from_record(&record, receipt.revision)?, receipt })
     }

@@ -166,7 +166,7 @@ impl Directory {
             // Reads the role as it will be.
             admins::require_another(self, &mut tx, None).await?;
         }
-        tx.event(change.event.clone());
+        change.accompany(&mut tx).await?;
         let receipt = tx.commit().await?;
         Ok((Role::from_record(&record, receipt.revision)?, receipt))
     }
@@ -197,7 +197,7 @@ impl Directory {
             return Err(Error::State(Reason::InUse));
         }
         tx.delete::<RoleRecord>(&row);
-        tx.event(change.event.clone());
+        change.accompany(&mut tx).await?;
         tx.commit().await
     }
 }

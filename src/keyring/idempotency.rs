@@ -30,6 +30,28 @@ pub struct Idempotency {
     pub request: bytes::Bytes,
 }
 
+/// What is written down of a request in the transaction of its change.
+#[derive(Clone, Debug)]
+pub struct Remember {
+    row: Vec<u8>,
+    record: IdempotencyRecord,
+}
+
+impl Remember {
+    /// Writes it, unless the same key was used meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] if it was.
+    pub(crate) async fn write(&self, tx: &mut Tx<'_>) -> Result<(), Error> {
+        if let Some(found) = tx.get::<IdempotencyRecord>(&self.row).await?
+            && found.record.created_at.saturating_add(DAY * 1_000_000) > self.record.created_at
+        {
+            return Err(Error::Conflict);
+        }
+        tx.put(&self.row, &self.record)
+    }
+}
+
 fn row(vault: &Vault, cx: &Context, key: &Idempotency, day: i64) -> Vec<u8> {
     let mac = vault.ring().mac(
         MacPurpose::Idempotency,
@@ -45,6 +67,47 @@ fn request_mac(vault: &Vault, key: &Idempotency) -> [u8; 32] {
 }
 
 impl Idempotency {
+    /// The row, and what it is to hold, of a request that changes no key; `text` names what it
+    /// changed.
+    pub(crate) fn noted(&self, vault: &Vault, cx: &Context, text: &str) -> Remember {
+        let record = IdempotencyRecord {
+            request: request_mac(vault, self).to_vec().into(),
+            method: self.method.to_owned(),
+            created_at: cx.now.micros(),
+            text: text.to_owned(),
+            ..IdempotencyRecord::default()
+        };
+        Remember { row: row(vault, cx, self, cx.now.seconds() / DAY), record }
+    }
+
+    /// What became of an earlier request with the same key, if there was one in the last 24 hours.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if that was a different request.
+    pub(crate) async fn recorded(
+        &self,
+        vault: &Vault,
+        cx: &Context,
+    ) -> Result<Option<IdempotencyRecord>, Error> {
+        let today = cx.now.seconds() / DAY;
+        for day in [today, today - 1] {
+            let row = row(vault, cx, self, day);
+            let Some(found) = vault.get::<IdempotencyRecord>(&row).await? else { continue };
+            let record = found.record;
+            if Time::from_micros(record.created_at).plus_seconds(DAY) <= cx.now {
+                continue;
+            }
+            if !bool::from(record.request.as_ref().ct_eq(request_mac(vault, self).as_slice())) {
+                return Err(Error::invalid(
+                    "idempotency-key",
+                    "was used for a different request; use a new one",
+                ));
+            }
+            return Ok(Some(record));
+        }
+        Ok(None)
+    }
+
     /// Writes down what became of the request, in the transaction of its change.
     pub(super) async fn remember(
         &self,
@@ -82,50 +145,34 @@ impl Keyring {
         mutation: &Mutation,
         key: &Idempotency,
     ) -> Result<Option<Done>, Error> {
-        let today = cx.now.seconds() / DAY;
-        for day in [today, today - 1] {
-            let row = row(&self.vault, cx, key, day);
-            let Some(found) = self.vault.get::<IdempotencyRecord>(&row).await? else { continue };
-            let record = found.record;
-            let at = Time::from_micros(record.created_at);
-            if at.plus_seconds(DAY) <= cx.now {
-                continue;
+        let Some(record) = key.recorded(&self.vault, cx).await? else { return Ok(None) };
+        let at = Time::from_micros(record.created_at);
+        let id = KeyId::from_slice(&record.key_id)
+            .ok_or_else(|| Error::data_loss("an idempotency record without a key"))?;
+        let found = self.load(id).await?;
+        self.authorize_again(cx, &found, mutation).await?;
+        let version = match Version::new(record.version) {
+            None => None,
+            Some(version) => {
+                let row = version_row(id, version);
+                let loaded = self.vault.get(&row).await?;
+                let loaded: crate::vault::Loaded<
+                    polykey_proto::polykey::record::v1::VersionRecord,
+                > = loaded.ok_or(Error::State(crate::error::Reason::VersionTrimmed))?;
+                let opened = self.open_material(&found, &loaded.record)?;
+                let blob = wrapped_blob(&found, record.version, &opened)?;
+                Some(Arc::new(KeyVersion { record: loaded.record, blob: blob.into() }))
             }
-            let mac = request_mac(&self.vault, key);
-            if !bool::from(record.request.as_ref().ct_eq(mac.as_slice())) {
-                return Err(Error::invalid(
-                    "idempotency-key",
-                    "was used for a different request; use a new one",
-                ));
-            }
-            let id = KeyId::from_slice(&record.key_id)
-                .ok_or_else(|| Error::data_loss("an idempotency record without a key"))?;
-            let found = self.load(id).await?;
-            self.authorize_again(cx, &found, mutation).await?;
-            let version = match Version::new(record.version) {
-                None => None,
-                Some(version) => {
-                    let row = version_row(id, version);
-                    let loaded = self.vault.get(&row).await?;
-                    let loaded: crate::vault::Loaded<
-                        polykey_proto::polykey::record::v1::VersionRecord,
-                    > = loaded.ok_or(Error::State(crate::error::Reason::VersionTrimmed))?;
-                    let opened = self.open_material(&found, &loaded.record)?;
-                    let blob = wrapped_blob(&found, record.version, &opened)?;
-                    Some(Arc::new(KeyVersion { record: loaded.record, blob: blob.into() }))
-                }
-            };
-            return Ok(Some(Done {
-                key: found,
-                version,
-                previous: record.previous_version,
-                grace_until: Time::optional(record.grace_until),
-                at,
-                leaf: None,
-                erased: record.text.parse().unwrap_or(0),
-            }));
-        }
-        Ok(None)
+        };
+        Ok(Some(Done {
+            key: found,
+            version,
+            previous: record.previous_version,
+            grace_until: Time::optional(record.grace_until),
+            at,
+            leaf: None,
+            erased: record.text.parse().unwrap_or(0),
+        }))
     }
 
     /// Whoever may no longer do it does not learn what it came to either.

@@ -95,7 +95,7 @@ pub(crate) fn idempotency_key(metadata: &MetadataMap) -> Result<Option<String>, 
     if ok { Ok(Some(text.to_owned())) } else { Err(bad()) }
 }
 
-fn claimed(
+pub(crate) fn claimed(
     requester: Option<&pb::RequesterContext>,
     attributes: Option<&pb::AccessAttributes>,
 ) -> Claimed {

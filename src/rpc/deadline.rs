@@ -9,22 +9,8 @@ use http::{HeaderMap, Request, Response};
 use tonic::body::Body;
 use tower::Service;
 
-use super::status;
+use super::{methods, status};
 use crate::error::Error;
-
-/// Calls that may last: their messages have authority and time of their own.
-const STREAMS: [&str; 10] = [
-    "/polykey.v2.PolykeyService/StreamGetKeys",
-    "/polykey.v2.PolykeyService/StreamCreateKeys",
-    "/polykey.v2.PolykeyService/StreamRotateKeys",
-    "/polykey.v2.PolykeyService/StreamRevokeKeys",
-    "/polykey.v2.PolykeyService/StreamUpdateKeyMetadata",
-    "/polykey.v2.PolykeyService/StreamGetKeyMetadata",
-    "/polykey.v2.AdminService/FollowAudit",
-    "/polykey.v2.AdminService/ExportAuditLog",
-    "/polykey.v2.AdminService/VerifyStore",
-    "/grpc.health.v1.Health/Watch",
-];
 
 /// Ends what takes longer than it may.
 #[derive(Clone, Debug)]
@@ -67,8 +53,12 @@ where
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let asked = asked(request.headers());
-        let stream = STREAMS.contains(&request.uri().path());
-        let limit = match (stream, asked) {
+        // What nobody has entered into the table, nobody has decided who may call.
+        let Some(method) = methods::find(request.uri().path()) else {
+            let unknown = tonic::Status::unimplemented("there is no such method");
+            return Box::pin(async move { Ok(unknown.into_http()) });
+        };
+        let limit = match (method.lasts, asked) {
             (true, asked) => asked,
             (false, asked) => Some(asked.map_or(self.longest, |a| a.min(self.longest))),
         };

@@ -37,7 +37,8 @@ pub(crate) fn time(
     Some(Time::from_micros(micros))
 }
 
-fn future(
+/// A time in the future.
+pub(crate) fn future(
     v: &mut Violations,
     field: &str,
     value: Option<&prost_types::Timestamp>,

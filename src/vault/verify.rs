@@ -33,12 +33,29 @@ pub struct VerifyReport {
     pub leaves: u64,
     /// What is wrong; empty if nothing is. At most 100 lines.
     pub findings: Vec<String>,
+    /// The row that each finding is about, where it is about one.
+    pub at: Vec<Option<RowKey>>,
+    /// Rows that are damaged, those beyond the findings kept included.
+    pub damaged: u64,
+    /// Whether the rows are not those the head counts.
+    pub foreign_rows: bool,
+    /// Whether the audit log is not the one the head names.
+    pub foreign_log: bool,
 }
 
 impl VerifyReport {
+    fn damage(&mut self, row: &RowKey, text: String) {
+        self.damaged += 1;
+        if self.findings.len() < 100 {
+            self.findings.push(text);
+            self.at.push(Some(row.clone()));
+        }
+    }
+
     fn find(&mut self, text: String) {
         if self.findings.len() < 100 {
             self.findings.push(text);
+            self.at.push(None);
         }
     }
 }
@@ -81,7 +98,11 @@ impl Vault {
             .and_then(|e| seal::open::<HeadRecord>(&sealer, meta::HEAD, &e.value).ok())
             .and_then(|(record, _)| Head::from_record(&record));
         let Some(head) = head else {
-            report.find("the head is missing or does not open".into());
+            report.damage(
+                &RowKey::new(HeadRecord::SPACE, meta::HEAD),
+                "the head is missing or does not open".into(),
+            );
+            (report.foreign_rows, report.foreign_log) = (true, true);
             return Ok(report);
         };
         let mut seen = Head::default();
@@ -105,14 +126,15 @@ impl Vault {
                                 *byte ^= other;
                             }
                         }
-                        Err(text) => report.find(text),
+                        Err(text) => report.damage(&row, text),
                     }
                     if open && let Err(error) = open_any(&sealer, &row, &entry.value) {
                         let text = error.internal_text().unwrap_or("does not open").to_owned();
-                        report.find(format!("row {row:?}: {text}"));
+                        report.damage(&row, format!("row {row:?}: {text}"));
                     }
                     if space == space::AUDIT {
                         if entry.key != report.leaves.to_be_bytes() {
+                            report.foreign_log = true;
                             report.find(format!("audit leaf {} is missing", report.leaves));
                         }
                         if let Some(hash) = entry.value.first_chunk::<32>() {
@@ -127,6 +149,7 @@ impl Vault {
             }
         }
         if seen.set_hash != head.set_hash || report.rows != head.rows {
+            report.foreign_rows = true;
             report.find(format!(
                 "the rows are not those the head counts ({} found, {} expected): rows were \
                  replayed, removed or added",
@@ -134,6 +157,7 @@ impl Vault {
             ));
         }
         if frontier != head.frontier {
+            report.foreign_log = true;
             report.find("the audit log is not the one the head names".into());
         }
         Ok(report)

@@ -136,6 +136,7 @@ impl Node {
             event: AuditEvent { action: "Test".into(), ..AuditEvent::default() },
             now: self.clock.now(),
             expected: None,
+            remember: None,
         }
     }
 

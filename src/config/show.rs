@@ -1,0 +1,167 @@
+//! The configuration in effect as names and values, with the source of each. Secrets show as the
+//! references they are.
+
+use std::path::Path;
+use std::time::Duration;
+
+use polykey_hsm::MasterKeySource;
+
+use super::{Config, DataPlane, LogFormat};
+
+/// One setting in effect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Its name, with dots.
+    pub name: &'static str,
+    /// Its value.
+    pub value: String,
+    /// "default", or the file and line it stands in.
+    pub source: String,
+}
+
+fn path(path: &Path) -> String {
+    path.display().to_string()
+}
+
+fn time(duration: Duration) -> String {
+    match (duration.as_secs(), duration.subsec_millis()) {
+        (seconds, 0) => format!("{seconds}s"),
+        (_, _) => format!("{}ms", duration.as_millis()),
+    }
+}
+
+fn optional<T>(value: Option<T>, text: impl FnOnce(T) -> String) -> String {
+    value.map(text).unwrap_or_default()
+}
+
+/// Every setting, by name.
+#[must_use]
+pub fn entries(config: &Config) -> Vec<Entry> {
+    // Taken apart whole, so that a new section does not compile until it is shown.
+    let Config {
+        file,
+        written,
+        node,
+        listen,
+        storage,
+        master_key,
+        tokens,
+        login,
+        audit,
+        policies,
+        limits,
+        log,
+        ca,
+        runtime,
+    } = config;
+    let net = &listen.net;
+    let (key_setting, key_place) = match master_key {
+        MasterKeySource::File(file) => ("master_key.source", format!("file {}", file.display())),
+        MasterKeySource::Env(name) => ("master_key.source", format!("environment variable {name}")),
+        MasterKeySource::Credential(name) => ("master_key.source", format!("credential {name}")),
+        MasterKeySource::Passphrase { from, .. } => ("master_key.passphrase", from.to_string()),
+    };
+    let mut all = vec![
+        ("node.data_dir", path(&node.data_dir)),
+        ("listen.address", listen.address.to_string()),
+        ("listen.certificate", path(&listen.tls.certificate)),
+        ("listen.key", path(&listen.tls.key)),
+        ("listen.client_ca", path(&listen.tls.client_ca)),
+        ("listen.crl", optional(listen.tls.crl.as_deref(), path)),
+        ("listen.health", optional(listen.health, |health| health.to_string())),
+        ("listen.allow_common_name", listen.allow_common_name.to_string()),
+        ("listen.max_connections", net.max_connections.to_string()),
+        ("listen.max_handshakes", net.max_handshakes.to_string()),
+        (
+            "listen.max_connections_per_address",
+            optional(net.max_connections_per_address, |n| n.to_string()),
+        ),
+        ("listen.handshake_timeout", time(net.handshake_timeout)),
+        ("listen.max_in_flight", net.max_requests.to_string()),
+        ("listen.max_concurrent_streams", net.max_streams.to_string()),
+        ("listen.keepalive_interval", time(net.keepalive_interval)),
+        ("listen.keepalive_timeout", time(net.keepalive_timeout)),
+        ("listen.connection_age", time(net.max_age.unwrap_or_default())),
+        ("listen.connection_age_grace", time(net.max_age_grace)),
+        ("listen.drain_timeout", time(net.drain_timeout)),
+        ("storage.kind", "redb".to_owned()),
+        ("master_key.kind", "local".to_owned()),
+        ("storage.path", path(&storage.path)),
+        ("storage.cache_mib", storage.cache_mib.to_string()),
+        ("storage.changes", storage.changes.to_string()),
+        (key_setting, key_place),
+        ("tokens.access_ttl", time(tokens.access_ttl)),
+        ("tokens.refresh_ttl", time(tokens.refresh_ttl)),
+        ("login.address_burst", login.address_burst.to_string()),
+        ("login.address_interval", time(login.address_interval)),
+        ("login.client_burst", login.client_burst.to_string()),
+        ("login.client_interval", time(login.client_interval)),
+        (
+            "audit.data_plane",
+            match audit.data_plane {
+                DataPlane::Buffered => "buffered".to_owned(),
+                DataPlane::Durable => "durable".to_owned(),
+            },
+        ),
+        ("audit.checkpoint_interval", time(audit.checkpoint_interval)),
+        ("policies.files", policies.iter().map(|p| path(p)).collect::<Vec<_>>().join(", ")),
+        ("limits.key_cache", limits.key_cache.to_string()),
+        ("limits.directory_cache", limits.directory_cache.to_string()),
+        ("limits.decision_cache", limits.decision_cache.to_string()),
+        ("limits.key_generations", limits.key_generations.to_string()),
+        ("limits.key_generation_queue", limits.key_generation_queue.to_string()),
+        ("log.level", log.level.to_string()),
+        (
+            "log.format",
+            match log.format {
+                LogFormat::Json => "json".to_owned(),
+                LogFormat::Pretty => "pretty".to_owned(),
+            },
+        ),
+        ("ca.certificate", optional(ca.as_ref(), |ca| path(&ca.certificate))),
+        ("ca.key", optional(ca.as_ref(), |ca| path(&ca.key))),
+        ("runtime.lock_memory", runtime.lock_memory.to_string()),
+        ("runtime.threads", optional(net.workers, |n| n.to_string())),
+        ("runtime.blocking_threads", net.blocking_threads.to_string()),
+    ];
+    if let MasterKeySource::Passphrase { params, .. } = master_key {
+        let cost = format!(
+            "memory_kib = {}, passes = {}, lanes = {}",
+            params.memory_kib, params.passes, params.lanes
+        );
+        all.push(("master_key.argon2", cost));
+    }
+    all.sort_unstable_by_key(|(name, _)| *name);
+    let source = |name: &str| {
+        written
+            .get(name)
+            .map_or_else(|| "default".to_owned(), |line| format!("{}:{line}", file.display()))
+    };
+    all.into_iter().map(|(name, value)| Entry { name, value, source: source(name) }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = "[node]\ndata_dir = \"d\"\n\n[listen]\ncertificate = \"c\"\nkey = \"k\"\n\
+        client_ca = \"a\"\n\n[master_key]\nsource = { env = \"CANARY_NAME\" }\n\n[log]\n\
+        level = \"warn\"\n";
+
+    #[test]
+    fn each_setting_shows_its_value_and_where_it_stands() {
+        let config = Config::parse(Path::new("/x/p.toml"), TEXT).unwrap();
+        let entries = entries(&config);
+        let of = |name: &str| entries.iter().find(|e| e.name == name).unwrap();
+        assert_eq!(
+            (of("log.level").value.as_str(), of("log.level").source.as_str()),
+            ("warn", "/x/p.toml:13")
+        );
+        assert_eq!(of("log.format").source, "default");
+        assert_eq!(of("listen.certificate").value, "/x/c");
+        assert_eq!(of("master_key.source").value, "environment variable CANARY_NAME");
+        let shown: Vec<&str> = config.written.keys().map(String::as_str).collect();
+        assert!(shown.iter().all(|name| entries.iter().any(|e| e.name == *name)), "{shown:?}");
+        assert!(entries.is_sorted_by_key(|e| e.name));
+    }
+}

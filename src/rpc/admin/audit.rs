@@ -1,0 +1,220 @@
+//! The audit trail: reading, following and exporting it.
+
+use std::time::Duration;
+
+use futures::StreamExt;
+use polykey_proto::polykey::v2 as pb;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Status};
+
+use super::{AdminService, commands, parse};
+use crate::audit::{Checkpoint, Order, VerifyingKey, export};
+use crate::authz::Resource;
+use crate::custody::signing::{self, Purpose};
+use crate::error::Error;
+use crate::limits::Violations;
+use crate::rpc::admit::Admitted;
+use crate::rpc::convert::{audit_event, timestamp};
+use crate::rpc::key_service::Answers;
+
+/// Messages that wait for a slow reader.
+const AHEAD: usize = 4;
+/// Events in one message of a stream.
+const EVENTS: usize = 256;
+/// Leaves read at once, and bytes of leaves in one message.
+const LEAVES: usize = 16;
+const BYTES: usize = 1024 * 1024;
+/// How often a follower's authority is looked at while nothing happens.
+const RECHECK: Duration = Duration::from_secs(1);
+
+type Sender<T> = tokio::sync::mpsc::Sender<Result<T, Status>>;
+
+impl AdminService {
+    pub(super) async fn list_audit_events(
+        &self,
+        request: Request<pb::ListAuditEventsRequest>,
+    ) -> Result<pb::ListAuditEventsResponse, Error> {
+        let (_, cx, m) = self.admit(request)?;
+        let mut v = Violations::new();
+        let size = parse::page_size(&mut v, m.page_size);
+        let filter = parse::audit_filter(&mut v, m.filter.as_ref());
+        v.finish()?;
+        self.look(&cx, commands::ReadAudit, &[]).await?;
+        let order = if m.from_index.is_some() { Order::OldestFirst } else { Order::NewestFirst };
+        let from = m.from_index.unwrap_or(0);
+        let page = self.0.deps.trail.list(&filter, order, from, size, &m.page_token).await?;
+        Ok(pb::ListAuditEventsResponse {
+            events: page.events.iter().map(audit_event).collect(),
+            next_page_token: page.next,
+        })
+    }
+
+    /// Whether whoever opened a stream may still read on.
+    async fn may_read(&self, first: &Admitted) -> Result<(), Error> {
+        let deps = &self.0.deps;
+        let admitted = first.again(&deps.authenticator, &deps.clock).await?;
+        let cx = admitted.context(None, None)?;
+        self.authorize(&cx, Resource::Node, commands::ReadAudit).await.map(drop)
+    }
+
+    pub(super) async fn follow_audit(
+        &self,
+        request: Request<pb::FollowAuditRequest>,
+    ) -> Result<Answers<pb::FollowAuditResponse>, Error> {
+        let (admitted, cx, m) = self.admit(request)?;
+        let mut v = Violations::new();
+        let filter = parse::audit_filter(&mut v, m.filter.as_ref());
+        v.finish()?;
+        self.look(&cx, commands::ReadAudit, &[("what", "follow")]).await?;
+        let batches = self.0.deps.trail.follow(m.from_index, filter);
+        let service = self.clone();
+        let (answers, receiver) = tokio::sync::mpsc::channel(AHEAD);
+        tokio::spawn(async move {
+            let mut batches = std::pin::pin!(batches);
+            loop {
+                let batch = tokio::select! {
+                    batch = batches.next() => batch,
+                    () = answers.closed() => return,
+                    () = tokio::time::sleep(RECHECK) => {
+                        match service.may_read(&admitted).await {
+                            Ok(()) => continue,
+                            Err(error) => return refuse(&answers, error).await,
+                        }
+                    }
+                };
+                let batch = match batch {
+                    None => return,
+                    Some(Err(error)) => return refuse(&answers, error).await,
+                    Some(Ok(batch)) => batch,
+                };
+                let mut chunks = batch.events.chunks(EVENTS).peekable();
+                while let Some(chunk) = chunks.next() {
+                    if let Err(error) = service.may_read(&admitted).await {
+                        return refuse(&answers, error).await;
+                    }
+                    // Whoever goes on in the middle of a batch sees its first events again.
+                    let next = chunks.peek().and_then(|chunk| chunk.first());
+                    let next_index = next.map_or(batch.next_index, |entry| entry.index);
+                    let events = chunk.iter().map(audit_event).collect();
+                    let answer = pb::FollowAuditResponse { events, next_index };
+                    if answers.send(Ok(answer)).await.is_err() {
+                        return;
+                    }
+                }
+            }
+        });
+        Ok(Box::pin(ReceiverStream::new(receiver)))
+    }
+
+    pub(super) async fn get_audit_checkpoint(
+        &self,
+        request: Request<pb::GetAuditCheckpointRequest>,
+    ) -> Result<pb::GetAuditCheckpointResponse, Error> {
+        let (_, cx, _) = self.admit(request)?;
+        self.look(&cx, commands::ReadAudit, &[("what", "checkpoint")]).await?;
+        let checkpoint = self.0.deps.trail.checkpoint().await?;
+        let checkpoint = match checkpoint {
+            Some(checkpoint) => Some(self.shown_checkpoint(&checkpoint).await?),
+            None => None,
+        };
+        Ok(pb::GetAuditCheckpointResponse { checkpoint })
+    }
+
+    /// A checkpoint and the key of this node that verifies it.
+    async fn shown_checkpoint(&self, c: &Checkpoint) -> Result<pb::AuditCheckpoint, Error> {
+        let mut keys: Vec<VerifyingKey> = self.0.deps.trail.verifying_key().into_iter().collect();
+        let all = signing::list(self.directory().vault(), Purpose::Checkpoint).await?;
+        keys.extend(all.iter().map(|key| VerifyingKey(*key.public())));
+        let key = c.verify(&keys);
+        Ok(pb::AuditCheckpoint {
+            tree_size: c.size,
+            root_hash: c.root.to_vec().into(),
+            time: Some(timestamp(c.time)),
+            note: c.note.clone(),
+            public_key: key.map(|key| key.0.to_vec()).unwrap_or_default().into(),
+            origin: c.origin.clone(),
+        })
+    }
+
+    pub(super) async fn export_audit_log(
+        &self,
+        request: Request<pb::ExportAuditLogRequest>,
+    ) -> Result<Answers<pb::ExportAuditLogResponse>, Error> {
+        let (admitted, cx, m) = self.admit(request)?;
+        self.look(&cx, commands::ReadAudit, &[("what", "export")]).await?;
+        // Signed first: what is exported is what it covers.
+        let checkpoint = self.0.deps.trail.checkpoint().await?;
+        let size = checkpoint.as_ref().map_or(0, |c| c.size);
+        if m.from_index > size {
+            let text = format!("must be at most {size}, the size of the log");
+            return Err(Error::invalid("from_index", text));
+        }
+        let end = match m.max_leaves {
+            0 => size,
+            most => size.min(m.from_index.saturating_add(most)),
+        };
+        let service = self.clone();
+        let (answers, receiver) = tokio::sync::mpsc::channel(AHEAD);
+        tokio::spawn(async move {
+            let sent = service.send_leaves(&admitted, m.from_index, end, &answers).await;
+            let last = match (sent, &checkpoint) {
+                (Err(error), _) => Err(error),
+                (Ok(false), _) | (Ok(true), None) => return,
+                (Ok(true), Some(checkpoint)) => service.shown_checkpoint(checkpoint).await,
+            };
+            match last {
+                Err(error) => refuse(&answers, error).await,
+                Ok(checkpoint) => {
+                    let part = pb::export_audit_log_response::Part::Checkpoint(checkpoint);
+                    let answer = pb::ExportAuditLogResponse { part: Some(part) };
+                    // Whoever has gone away does not want it.
+                    answers.send(Ok(answer)).await.ok();
+                }
+            }
+        });
+        Ok(Box::pin(ReceiverStream::new(receiver)))
+    }
+
+    /// Whether the reader is still there.
+    async fn send_leaves(
+        &self,
+        admitted: &Admitted,
+        from: u64,
+        end: u64,
+        answers: &Sender<pb::ExportAuditLogResponse>,
+    ) -> Result<bool, Error> {
+        let mut next = from;
+        let mut part = pb::AuditLeaves { first_index: next, leaves: Vec::new() };
+        let mut bytes = 0;
+        while next < end {
+            let most = usize::try_from(end - next).unwrap_or(usize::MAX).min(LEAVES);
+            let leaves = export::leaves(self.directory().vault(), next, most).await?;
+            if leaves.is_empty() {
+                return Err(Error::data_loss(format!("audit leaf {next} is missing")));
+            }
+            for leaf in leaves {
+                next += 1;
+                bytes += leaf.len();
+                part.leaves.push(leaf.into());
+                if bytes >= BYTES || next == end {
+                    self.may_read(admitted).await?;
+                    let full = pb::AuditLeaves { first_index: next, leaves: Vec::new() };
+                    let full = std::mem::replace(&mut part, full);
+                    bytes = 0;
+                    let part = Some(pb::export_audit_log_response::Part::Leaves(full));
+                    let answer = pb::ExportAuditLogResponse { part };
+                    if answers.send(Ok(answer)).await.is_err() {
+                        return Ok(false);
+                    }
+                }
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// Ends a stream.
+async fn refuse<T>(answers: &Sender<T>, error: Error) {
+    // Whoever has gone away needs no reason.
+    answers.send(Err(Status::from(error))).await.ok();
+}

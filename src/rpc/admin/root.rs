@@ -1,0 +1,271 @@
+//! The root key and its slots.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use data_encoding::HEXLOWER;
+use polykey_hsm::{KeyWrapper, LocalWrapper, MasterKeySource, PassphraseParams, SecretSource};
+use polykey_proto::polykey::v2 as pb;
+use tonic::Request;
+
+use super::{AdminService, commands, event};
+use crate::authz::{Action, Resource};
+use crate::custody::{Rewrap, SlotSpec, SlotStatus, Status};
+use crate::error::{Error, Reason};
+use crate::limits::Violations;
+use crate::rpc::convert::timestamp;
+
+/// Bytes of a reference to a secret.
+const SOURCE: usize = 4096;
+const KINDS: [&str; 4] = ["local-file", "local-env", "local-credential", "local-passphrase"];
+
+impl AdminService {
+    pub(super) async fn get_root_status(
+        &self,
+        request: Request<pb::GetRootStatusRequest>,
+    ) -> Result<pb::GetRootStatusResponse, Error> {
+        let (_, cx, _) = self.admit(request)?;
+        self.look(&cx, commands::ReadNode, &[("what", "root")]).await?;
+        let custody = &self.0.admin.custody;
+        let status = custody.status().await?;
+        let Status { root_id, generation, slots, epochs, reseal, created_at, node_id: _ } = status;
+        let rows = custody.vault().head().rows;
+        let primary = epochs.iter().copied().max().unwrap_or(0);
+        let resealed = reseal.as_ref().map_or(0, |r| r.resealed);
+        let running = epochs.len() > 1;
+        let epoch = |epoch: &u32| {
+            let made = if *epoch == 1 {
+                Some(created_at)
+            } else {
+                reseal.filter(|r| r.target_epoch == *epoch).map(|r| r.started_at)
+            };
+            // What is left stands under the epoch before the primary one, or under older ones.
+            let last = epochs.iter().copied().filter(|e| *e != primary).max();
+            let left = if last == Some(*epoch) { rows.saturating_sub(resealed) } else { 0 };
+            pb::StorageEpoch {
+                epoch: *epoch,
+                primary: *epoch == primary,
+                created_at: made.map(timestamp),
+                records_remaining: left,
+            }
+        };
+        Ok(pb::GetRootStatusResponse {
+            root_id: HEXLOWER.encode(&root_id),
+            slots: slots.iter().map(slot).collect(),
+            epochs: epochs.iter().map(epoch).collect(),
+            reseal_running: running,
+            records_resealed: resealed,
+            records_total: if reseal.is_some() { rows } else { 0 },
+            // A node whose canary does not open does not start.
+            canary_ok: true,
+            rotated_at: Some(timestamp(reseal.map_or(created_at, |r| r.started_at))),
+            generation,
+        })
+    }
+
+    pub(super) async fn rotate_root(
+        &self,
+        request: Request<pb::RotateRootRequest>,
+    ) -> Result<pb::RotateRootResponse, Error> {
+        let (cx, m) = self.admit_plain(request)?;
+        let expected = if m.expected_root_id.is_empty() {
+            None
+        } else {
+            let id = data_encoding::HEXLOWER_PERMISSIVE.decode(m.expected_root_id.as_bytes()).ok();
+            let id: Option<[u8; 16]> = id.and_then(|id| id.try_into().ok());
+            let text = "must be 32 hexadecimal digits";
+            Some(id.ok_or_else(|| Error::invalid("expected_root_id", text))?)
+        };
+        let decision = self.authorize(&cx, Resource::Node, commands::RotateRoot).await?;
+        let event = event(&cx, Action::RotateRoot, decision, &[]);
+        let wrappers = self.wrappers();
+        let custody = &self.0.admin.custody;
+        let rotated = custody.rotate_root_from(expected, wrappers, event).await;
+        let (root_id, epoch, leaf) = rotated.map_err(Error::from)?;
+        let audit_index = leaf.unwrap_or(0);
+        Ok(pb::RotateRootResponse { root_id: HEXLOWER.encode(&root_id), epoch, audit_index })
+    }
+
+    fn wrappers(&self) -> Vec<Arc<dyn KeyWrapper>> {
+        self.0.wrappers.lock().iter().map(|(_, wrapper)| Arc::clone(wrapper)).collect()
+    }
+
+    pub(super) async fn rewrap_slot(
+        &self,
+        request: Request<pb::RewrapSlotRequest>,
+    ) -> Result<pb::RewrapSlotResponse, Error> {
+        let (cx, m) = self.admit_plain(request)?;
+        let mut v = Violations::new();
+        v.check(m.slot_id.len() <= 64, "slot_id", "must have at most 64 bytes");
+        let from = source(&mut v, &m.source);
+        let kind_ok = m.kind.is_empty() || KINDS.contains(&m.kind.as_str());
+        v.check(
+            kind_ok,
+            "kind",
+            "must be local-file, local-env, local-credential or local-passphrase",
+        );
+        let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+        let label_ok = m.label.len() <= 64 && m.label.bytes().all(allowed);
+        v.check(label_ok, "label", "must be 1 to 64 of a-z A-Z 0-9 . _ -");
+        v.finish()?;
+        let decision = self.authorize(&cx, Resource::Node, commands::RewrapRoot).await?;
+
+        let custody = &self.0.admin.custody;
+        let status = custody.status().await?;
+        let old = find(&status, &m.slot_id)?;
+        let source = self.master_key(from, &m.kind, old)?;
+        let opened = source.clone();
+        let wrapper = tokio::task::spawn_blocking(move || LocalWrapper::open(&opened)).await;
+        let wrapper = wrapper
+            .map_err(|e| Error::internal(format!("opening a master key: {e}")))?
+            .map_err(|e| Error::invalid("source", e.to_string()))?;
+        let wrapper: Arc<dyn KeyWrapper> = Arc::new(wrapper);
+        let spec = SlotSpec::local(old.label.clone(), &source);
+        let rewrap = Rewrap {
+            slot: HEXLOWER.encode(&old.id),
+            kind: spec.kind,
+            source: spec.source,
+            label: (!m.label.is_empty()).then(|| m.label.clone()),
+            expected: m.expected_generation,
+        };
+        let event = event(&cx, Action::RewrapRoot, decision, &[]);
+        let leaf = custody.rewrap_slot(rewrap, Arc::clone(&wrapper), event).await;
+        let leaf = leaf.map_err(Error::from)?;
+        {
+            let mut wrappers = self.0.wrappers.lock();
+            wrappers.retain(|(known, _)| *known != source);
+            wrappers.push((source, wrapper));
+        }
+        let status = custody.status().await?;
+        let now = status.slots.iter().find(|slot| slot.id == old.id);
+        Ok(pb::RewrapSlotResponse {
+            slot: now.map(slot),
+            generation: status.generation,
+            audit_index: leaf.unwrap_or(0),
+        })
+    }
+
+    /// Where the new master key is, and what it is.
+    fn master_key(
+        &self,
+        from: Option<SecretSource>,
+        kind: &str,
+        old: &SlotStatus,
+    ) -> Result<MasterKeySource, Error> {
+        let from = match from {
+            Some(from) => from,
+            // As before: found among the sources that this process knows.
+            None => {
+                let wrappers = self.0.wrappers.lock();
+                let known = wrappers.iter().map(|(source, _)| source).find(|source| {
+                    let spec = SlotSpec::local(old.label.clone(), source);
+                    (spec.kind == old.kind || !kind.is_empty()) && spec.source == old.source
+                });
+                match known {
+                    Some(MasterKeySource::File(path)) => SecretSource::File(path.clone()),
+                    Some(MasterKeySource::Env(name)) => SecretSource::Env(name.clone()),
+                    Some(MasterKeySource::Credential(name)) => {
+                        SecretSource::Credential(name.clone())
+                    }
+                    Some(MasterKeySource::Passphrase { from, .. }) => from.clone(),
+                    None => return Err(Error::State(Reason::NotConfigured)),
+                }
+            }
+        };
+        let passphrase = if kind.is_empty() {
+            old.kind == "local-passphrase"
+        } else {
+            kind == "local-passphrase"
+        };
+        if passphrase {
+            let params = match &self.0.admin.config.master_key {
+                MasterKeySource::Passphrase { params, .. } => *params,
+                _ => PassphraseParams::default(),
+            };
+            return Ok(MasterKeySource::Passphrase { from, params });
+        }
+        let (source, is) = match from {
+            SecretSource::File(path) => (MasterKeySource::File(path), "local-file"),
+            SecretSource::Env(name) => (MasterKeySource::Env(name), "local-env"),
+            SecretSource::Credential(name) => {
+                (MasterKeySource::Credential(name), "local-credential")
+            }
+        };
+        if !kind.is_empty() && kind != is {
+            let text = format!("must be {is} or local-passphrase for that source");
+            return Err(Error::invalid("kind", text));
+        }
+        Ok(source)
+    }
+}
+
+fn source(v: &mut Violations, text: &str) -> Option<SecretSource> {
+    if text.is_empty() {
+        return None;
+    }
+    let fit = text.len() <= SOURCE && !text.chars().any(char::is_control);
+    let parsed = match text.split_once(':') {
+        Some(("file", path)) if path.starts_with('/') => {
+            Some(SecretSource::File(PathBuf::from(path)))
+        }
+        Some(("env", name)) if !name.is_empty() && !name.contains('=') => {
+            Some(SecretSource::Env(name.to_owned()))
+        }
+        Some(("credential", name)) if !name.is_empty() && !name.contains('/') => {
+            Some(SecretSource::Credential(name.to_owned()))
+        }
+        _ => None,
+    };
+    let parsed = parsed.filter(|_| fit);
+    if parsed.is_none() {
+        v.add("source", "must be file:/ABSOLUTE/PATH, env:NAME or credential:NAME");
+    }
+    parsed
+}
+
+/// The slot of this id or label, or the only one.
+fn find<'s>(status: &'s Status, name: &str) -> Result<&'s SlotStatus, Error> {
+    match status.slots.as_slice() {
+        [only] if name.is_empty() => Ok(only),
+        _ if name.is_empty() => {
+            Err(Error::invalid("slot_id", "must be set: there are several slots"))
+        }
+        slots => slots
+            .iter()
+            .find(|slot| slot.label == name || HEXLOWER.encode(&slot.id) == name)
+            .ok_or(Error::NotFound),
+    }
+}
+
+fn slot(slot: &SlotStatus) -> pb::RootSlot {
+    pb::RootSlot {
+        slot_id: HEXLOWER.encode(&slot.id),
+        label: slot.label.clone(),
+        kind: slot.kind.clone(),
+        source: slot.source.clone(),
+        created_at: Some(timestamp(slot.created_at)),
+        in_use: slot.opened,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources_are_references_and_nothing_else() {
+        let read = |text: &str| {
+            let mut v = Violations::new();
+            let source = source(&mut v, text);
+            v.finish().map(|()| source)
+        };
+        assert_eq!(read("").unwrap(), None);
+        assert_eq!(read("file:/a/b").unwrap(), Some(SecretSource::File("/a/b".into())));
+        assert_eq!(read("env:K").unwrap(), Some(SecretSource::Env("K".into())));
+        assert_eq!(read("credential:k").unwrap(), Some(SecretSource::Credential("k".into())));
+        for bad in ["k", "file:", "file:a", "env:", "env:A=B", "credential:a/b", "raw:x", "env:a\0"]
+        {
+            assert!(read(bad).is_err(), "{bad:?}");
+        }
+    }
+}
