@@ -139,6 +139,8 @@ pub struct App {
     pub tls: Arc<TlsState>,
     /// The authority of `cert issue`, where there is one.
     pub authority: Option<Arc<Authority>>,
+    /// What opened the root key.
+    pub wrapper: Arc<dyn KeyWrapper>,
     /// Figures of requests.
     pub metrics: Arc<RequestMetrics>,
     /// Figures of the network, once there is one.
@@ -233,9 +235,9 @@ impl App {
         let custody = if found && store.status().revision == Revision::EMPTY {
             let slot = SlotSpec::local(FIRST_SLOT, &config.master_key);
             let event = event("InitialiseStore", clock.now());
-            Custody::init(store, wrapper, slot, event, caches, clock.clone()).await?
+            Custody::init(store, Arc::clone(&wrapper), slot, event, caches, clock.clone()).await?
         } else {
-            Custody::open(store, &[wrapper], caches, clock.clone()).await?
+            Custody::open(store, &[Arc::clone(&wrapper)], caches, clock.clone()).await?
         };
         let vault = Arc::clone(custody.vault());
 
@@ -276,6 +278,7 @@ impl App {
             jobs,
             tls,
             authority,
+            wrapper,
             metrics: Arc::default(),
             network: Arc::default(),
             connections: Arc::default(),
@@ -354,7 +357,15 @@ impl App {
             longest_call: LONGEST_CALL,
         });
         let health = HealthServer::new(HealthService(Arc::clone(&self.health)));
-        let service = rpc::service(deps, |routes| routes.add_service(health));
+        let admin = rpc::admin::AdminDeps {
+            custody: Arc::clone(&self.custody),
+            jobs: Arc::clone(&self.jobs),
+            authority: self.authority.clone(),
+            config: Arc::clone(&self.config),
+            loaded_at: self.started_at,
+            wrapper: Arc::clone(&self.wrapper),
+        };
+        let service = rpc::service(deps, admin, |routes| routes.add_service(health));
         let service = measured::Measured::new(service, Arc::clone(&self.metrics));
         let net = self.config.listen.net.clone();
         Ok(net::serve(listener, net, Arc::clone(&self.tls), service, drain)?)

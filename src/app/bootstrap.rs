@@ -49,7 +49,7 @@ pub async fn bootstrap(
     api_key_file: &Path,
 ) -> Result<Bootstrapped, AppError> {
     let now = app.clock.now();
-    let change = |action| Change { event: event(action, now), now, expected: None };
+    let change = |action| Change { event: event(action, now), now, expected: None, remember: None };
     let (key, done) = match app.directory.client(&admin.id).await? {
         None => {
             let new = NewClient {
