@@ -1,0 +1,75 @@
+//! What is shipped besides the binary: parsed as far as that can be done without running it.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use super::root;
+
+fn python() -> PathBuf {
+    let python = std::env::var_os("POLYKEY_PYTHON")
+        .map_or_else(|| root().join(".venv/bin/python"), PathBuf::from);
+    assert!(python.exists(), "{}: `make deps` makes it", python.display());
+    python
+}
+
+#[test]
+fn compose_dockerfile_unit_workflows_and_links_hold() {
+    let output = Command::new(python())
+        .arg(root().join("tests/python/packaging_check.py"))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn the_python_sample_parses() {
+    let script = "import ast, sys; ast.parse(open(sys.argv[1]).read())";
+    let output = Command::new(python())
+        .args(["-c", script])
+        .arg(root().join("examples/client.py"))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// systemd itself, where it is there, with the binary's path taken for granted.
+#[test]
+fn systemd_takes_the_unit() {
+    let Ok(output) = Command::new("systemd-analyze")
+        .arg("verify")
+        .arg(root().join("packaging/polykey.service"))
+        .output()
+    else {
+        skipped("systemd_takes_the_unit", "systemd-analyze is not here");
+        return;
+    };
+    let text = String::from_utf8_lossy(&output.stderr);
+    let complaints: Vec<&str> = text
+        .lines()
+        .filter(|line| line.contains("polykey.service"))
+        .filter(|line| !line.contains("/usr/bin/polykey is not executable"))
+        .collect();
+    assert!(complaints.is_empty(), "{complaints:#?}");
+}
+
+/// Tells `make test` of a test that cannot run here.
+fn skipped(name: &str, reason: &str) {
+    use std::io::Write;
+    if let Some(path) = std::env::var_os("POLYKEY_TEST_SKIPS") {
+        let mut file = std::fs::OpenOptions::new().append(true).create(true).open(path).unwrap();
+        writeln!(file, "{name}: {reason}").unwrap();
+    }
+}
+
+#[test]
+fn the_readme_begins_with_its_two_commands_and_has_a_tour() {
+    let text = std::fs::read_to_string(root().join("README.md")).unwrap();
+    let screen: String = text.lines().take(24).collect::<Vec<_>>().join("\n");
+    assert!(screen.contains("cargo run --release -- dev"), "{screen}");
+    assert!(screen.contains("make test"), "{screen}");
+    let (begin, end) = (text.find("<!-- tour -->").unwrap(), text.find("<!-- /tour -->").unwrap());
+    let tour = &text[begin..end];
+    for command in ["key create", "key get", "key rotate", "key revoke", "audit list"] {
+        assert!(tour.contains(&format!("$ polykey {command}")), "the tour has no {command}");
+    }
+}
