@@ -1,6 +1,5 @@
 //! `polykey serve`, and what `dev` shares with it: from an opened app to the end of the process.
 
-use std::future::Future;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -89,11 +88,9 @@ pub(super) async fn until_signalled(running: Running) -> Result<(), CliError> {
     }
 }
 
-fn either(a: &mut Signal, b: &mut Signal) -> impl Future<Output = ()> {
-    async move {
-        tokio::select! {
-            _ = a.recv() => {}
-            _ = b.recv() => {}
-        }
+async fn either(a: &mut Signal, b: &mut Signal) {
+    tokio::select! {
+        _ = a.recv() => {}
+        _ = b.recv() => {}
     }
 }
