@@ -31,6 +31,7 @@ pub use reseal::Pace;
 pub use slots::SlotSpec;
 
 use crate::error::Error;
+use crate::keyring::Remember;
 use crate::time::{Clock, Time};
 use crate::vault::space::{META, meta};
 use crate::vault::{Founding, Invalidate, Vault};
@@ -91,7 +92,7 @@ pub struct Status {
 }
 
 /// What a slot's wrapping becomes; see [`Custody::rewrap_slot`].
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Rewrap {
     /// The slot, by label or id.
     pub slot: String,
@@ -103,6 +104,8 @@ pub struct Rewrap {
     pub label: Option<String>,
     /// The generation that the slot table is believed to have.
     pub expected: Option<u64>,
+    /// What is written down with it for whoever repeats the request.
+    pub remember: Option<Remember>,
 }
 
 /// A root and ring that may or may not have become durable.
@@ -125,6 +128,8 @@ struct Change {
     root: Arc<RootKey>,
     ring: Ring,
     reseal: Option<ResealRecord>,
+    /// What is written down with it for whoever repeats the request.
+    remember: Option<Remember>,
 }
 
 /// An open store and its root key.
@@ -314,6 +319,7 @@ impl Custody {
             source: source.to_owned(),
             label: None,
             expected: None,
+            remember: None,
         };
         self.rewrap_slot(rewrap, wrapper, event).await.map(drop)
     }
@@ -332,7 +338,7 @@ impl Custody {
     ) -> Result<Option<u64>, ChangeError> {
         let this = Arc::clone(self);
         detached(async move {
-            let Rewrap { slot: name, kind, source, label, expected } = rewrap;
+            let Rewrap { slot: name, kind, source, label, expected, remember } = rewrap;
             let mut state = this.state.lock().await;
             let (mut table, at) = this.reconciled(&mut state).await?;
             if expected.is_some_and(|expected| expected != table.generation) {
@@ -354,7 +360,7 @@ impl Custody {
                 wrapped.map_err(|error| ChangeError::Wrap { slot: spec.clone(), error })?;
             let event = slots::describe(event, &spec);
             *slot = spec.record(id, wrapped, this.vault.clock().now());
-            this.apply_slots(&mut state, table, at, event).await
+            this.apply_slots(&mut state, table, at, event, remember).await
         })
         .await
     }
@@ -383,7 +389,7 @@ impl Custody {
                 wrapped.map_err(|error| ChangeError::Wrap { slot: spec.clone(), error })?;
             table.slots.push(spec.record(id, wrapped, this.vault.clock().now()));
             let event = slots::describe(event, &spec);
-            this.apply_slots(&mut state, table, at, event).await?;
+            this.apply_slots(&mut state, table, at, event, None).await?;
             Ok(id)
         })
         .await
@@ -409,7 +415,7 @@ impl Custody {
             }
             table.slots.retain(|other| other.slot_id != slot.slot_id);
             let event = slots::describe(event, &SlotSpec::of(&slot));
-            this.apply_slots(&mut state, table, at, event).await.map(drop)
+            this.apply_slots(&mut state, table, at, event, None).await.map(drop)
         })
         .await
     }
@@ -426,7 +432,7 @@ impl Custody {
         wrappers: Vec<Arc<dyn KeyWrapper>>,
         event: AuditEvent,
     ) -> Result<(), ChangeError> {
-        self.rotate_root_from(None, wrappers, event).await.map(drop)
+        self.rotate_root_from(None, wrappers, event, None).await.map(drop)
     }
 
     /// As [`Self::rotate_root`], if the root has the expected id. Returns the new id, the new epoch
@@ -439,6 +445,7 @@ impl Custody {
         expected: Option<[u8; 16]>,
         wrappers: Vec<Arc<dyn KeyWrapper>>,
         event: AuditEvent,
+        remember: Option<Remember>,
     ) -> Result<([u8; 16], u32, Option<u64>), ChangeError> {
         let this = Arc::clone(self);
         detached(async move {
@@ -468,7 +475,7 @@ impl Custody {
                 ..ResealRecord::default()
             };
             let root_id = root.id();
-            let change = Change { table, at, root, ring, reseal: Some(reseal) };
+            let change = Change { table, at, root, ring, reseal: Some(reseal), remember };
             let leaf = this.apply(&mut state, change, event).await?;
             this.wake.notify_one();
             Ok((root_id, epoch, leaf))
@@ -512,9 +519,10 @@ impl Custody {
         table: SlotTable,
         at: Revision,
         event: AuditEvent,
+        remember: Option<Remember>,
     ) -> Result<Option<u64>, ChangeError> {
         let (root, ring) = (Arc::clone(&state.root), Ring::clone(&self.vault.ring()));
-        let change = Change { table, at, root, ring, reseal: None };
+        let change = Change { table, at, root, ring, reseal: None, remember };
         Ok(self.apply(state, change, event).await?)
     }
 
@@ -526,7 +534,7 @@ impl Custody {
         change: Change,
         mut event: AuditEvent,
     ) -> Result<Option<u64>, Error> {
-        let Change { table, at, root, ring, reseal } = change;
+        let Change { table, at, root, ring, reseal, remember } = change;
         let sealed = Sealed::new(table, &root, &ring)?;
         event.details.insert("generation".into(), sealed.generation.to_string());
         // Resealing may rewrite the canary between reading and writing it here.
@@ -544,6 +552,9 @@ impl Custody {
             tx.replace_clear(META, meta::SLOTS.to_vec(), sealed.bytes.clone(), at);
             if let Some(reseal) = &reseal {
                 tx.set(meta::RESEAL, reseal)?;
+            }
+            if let Some(remember) = &remember {
+                remember.write(&mut tx).await?;
             }
             tx.event(event.clone());
             state.candidate = Some(Candidate {

@@ -169,7 +169,7 @@ impl Custody {
         event.details.insert("retired".into(), epochs.join(","));
         event.details.insert("resealed".into(), record.resealed.to_string());
         let root = Arc::clone(&state.root);
-        let change = Change { table, at, root, ring, reseal: Some(record) };
+        let change = Change { table, at, root, ring, reseal: Some(record), remember: None };
         self.apply(&mut state, change, event).await?;
         Ok(true)
     }

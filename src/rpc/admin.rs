@@ -88,15 +88,6 @@ impl AdminService {
         Ok((admitted, cx, request.into_inner()))
     }
 
-    /// A call that changes nothing, or cannot be repeated by an idempotency key.
-    fn admit_plain<M>(&self, request: Request<M>) -> Result<(Context, M), Error> {
-        let (admitted, cx, message) = self.admit(request)?;
-        if admitted.idempotency_key.is_some() {
-            return Err(Error::invalid("idempotency-key", "is not taken by this call"));
-        }
-        Ok((cx, message))
-    }
-
     async fn authorize<C: Command>(
         &self,
         cx: &Context,

@@ -13,6 +13,7 @@ use crate::authz::{Action, Resource};
 use crate::context::Context;
 use crate::directory::{Client, ClientState, ClientUpdate};
 use crate::error::{Error, Reason};
+use crate::keyring::Idempotency;
 use crate::pki::{self, Authority, Issued, PkiError, Validity};
 use crate::rpc::convert::timestamp;
 use crate::time::Time;
@@ -25,9 +26,10 @@ impl AdminService {
         &self,
         request: Request<pb::IssueCertificateRequest>,
     ) -> Result<pb::IssueCertificateResponse, Error> {
-        let (cx, m) = self.admit_plain(request)?;
+        let (admitted, cx, m) = self.admit(request)?;
+        let key = Self::idempotency(&admitted, "IssueCertificate", &m);
         let seconds = parse::certificate(&m)?;
-        settled!(None::<u64>, self.try_issue(&cx, &m, seconds))
+        settled!(None::<u64>, self.try_issue(&cx, &m, seconds, key.as_ref()))
     }
 
     async fn try_issue(
@@ -35,6 +37,7 @@ impl AdminService {
         cx: &Context,
         m: &pb::IssueCertificateRequest,
         seconds: u64,
+        key: Option<&Idempotency>,
     ) -> Result<pb::IssueCertificateResponse, Error> {
         let id = m.client_id.as_str();
         let subject = self.subject(id).await?;
@@ -46,6 +49,8 @@ impl AdminService {
         if client.state == ClientState::Removed {
             return Err(Error::State(Reason::ClientState));
         }
+        // A certificate whose answer was lost is nobody's: whoever repeats the request gets another.
+        let key = if self.repeated(cx, key).await? { None } else { key };
         let authority = self.0.admin.authority.as_deref();
         let authority = authority.ok_or(Error::State(Reason::NotConfigured))?;
         let identity = match name {
@@ -79,9 +84,15 @@ impl AdminService {
         ];
         let event = event(cx, Action::IssueCertificate, decision, &details);
         let audit_index = if name.is_some() {
-            self.0.deps.trail.record(event).await?
+            let vault = self.directory().vault();
+            let mut tx = vault.begin().await?;
+            if let Some(key) = key {
+                key.noted(vault, cx, id).write(&mut tx).await?;
+            }
+            tx.event(event);
+            tx.commit().await?.leaf.unwrap_or(0)
         } else {
-            let change = self.change(cx, event, client.revision, None, id);
+            let change = self.change(cx, event, client.revision, key, id);
             let identities_to_add = vec![identity];
             let update = ClientUpdate { identities_to_add, ..ClientUpdate::default() };
             let changed = self.directory().update_client(id, &update, &change).await?;

@@ -67,7 +67,8 @@ impl AdminService {
         &self,
         request: Request<pb::RotateRootRequest>,
     ) -> Result<pb::RotateRootResponse, Error> {
-        let (cx, m) = self.admit_plain(request)?;
+        let (admitted, cx, m) = self.admit(request)?;
+        let key = Self::idempotency(&admitted, "RotateRoot", &m);
         let expected = if m.expected_root_id.is_empty() {
             None
         } else {
@@ -77,10 +78,17 @@ impl AdminService {
             Some(id.ok_or_else(|| Error::invalid("expected_root_id", text))?)
         };
         let decision = self.authorize(&cx, Resource::Node, commands::RotateRoot).await?;
+        let custody = &self.0.admin.custody;
+        if self.repeated(&cx, key.as_ref()).await? {
+            let status = custody.status().await?;
+            let epoch = status.epochs.iter().copied().max().unwrap_or(0);
+            let root_id = HEXLOWER.encode(&status.root_id);
+            return Ok(pb::RotateRootResponse { root_id, epoch, audit_index: 0 });
+        }
         let event = event(&cx, Action::RotateRoot, decision, &[]);
         let wrappers = self.wrappers();
-        let custody = &self.0.admin.custody;
-        let rotated = custody.rotate_root_from(expected, wrappers, event).await;
+        let remember = key.map(|key| key.noted(custody.vault(), &cx, "root"));
+        let rotated = custody.rotate_root_from(expected, wrappers, event, remember).await;
         let (root_id, epoch, leaf) = rotated.map_err(Error::from)?;
         let audit_index = leaf.unwrap_or(0);
         Ok(pb::RotateRootResponse { root_id: HEXLOWER.encode(&root_id), epoch, audit_index })
@@ -94,7 +102,8 @@ impl AdminService {
         &self,
         request: Request<pb::RewrapSlotRequest>,
     ) -> Result<pb::RewrapSlotResponse, Error> {
-        let (cx, m) = self.admit_plain(request)?;
+        let (admitted, cx, m) = self.admit(request)?;
+        let key = Self::idempotency(&admitted, "RewrapSlot", &m);
         let mut v = Violations::new();
         v.check(m.slot_id.len() <= 64, "slot_id", "must have at most 64 bytes");
         let from = source(&mut v, &m.source);
@@ -112,6 +121,14 @@ impl AdminService {
 
         let custody = &self.0.admin.custody;
         let status = custody.status().await?;
+        if let Some(key) = &key
+            && let Some(done) = key.recorded(custody.vault(), &cx).await?
+        {
+            // It may have another label by now.
+            let now = status.slots.iter().find(|slot| HEXLOWER.encode(&slot.id) == done.text);
+            let (slot, generation) = (now.map(slot), status.generation);
+            return Ok(pb::RewrapSlotResponse { slot, generation, audit_index: 0 });
+        }
         let old = find(&status, &m.slot_id)?;
         let source = self.master_key(from, &m.kind, old)?;
         let opened = source.clone();
@@ -127,6 +144,7 @@ impl AdminService {
             source: spec.source,
             label: (!m.label.is_empty()).then(|| m.label.clone()),
             expected: m.expected_generation,
+            remember: key.map(|key| key.noted(custody.vault(), &cx, &HEXLOWER.encode(&old.id))),
         };
         let event = event(&cx, Action::RewrapRoot, decision, &[]);
         let leaf = custody.rewrap_slot(rewrap, Arc::clone(&wrapper), event).await;
