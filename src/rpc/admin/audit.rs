@@ -12,6 +12,7 @@ use crate::audit::{Checkpoint, Order, VerifyingKey, export};
 use crate::authz::Resource;
 use crate::custody::signing::{self, Purpose};
 use crate::error::Error;
+use crate::key::{KeyId, KeyName};
 use crate::limits::Violations;
 use crate::rpc::admit::Admitted;
 use crate::rpc::convert::{audit_event, timestamp};
@@ -37,9 +38,10 @@ impl AdminService {
         let (_, cx, m) = self.admit(request)?;
         let mut v = Violations::new();
         let size = parse::page_size(&mut v, m.page_size);
-        let filter = parse::audit_filter(&mut v, m.filter.as_ref());
+        let (mut filter, key) = parse::audit_filter(&mut v, m.filter.as_ref());
         v.finish()?;
         self.look(&cx, commands::ReadAudit, &[]).await?;
+        filter.key = self.named(key).await?;
         let order = if m.from_index.is_some() { Order::OldestFirst } else { Order::NewestFirst };
         let from = m.from_index.unwrap_or(0);
         let page = self.0.deps.trail.list(&filter, order, from, size, &m.page_token).await?;
@@ -47,6 +49,14 @@ impl AdminService {
             events: page.events.iter().map(audit_event).collect(),
             next_page_token: page.next,
         })
+    }
+
+    /// The key that a filter names, by id or alias.
+    async fn named(&self, key: Option<KeyName>) -> Result<Option<KeyId>, Error> {
+        match key {
+            None => Ok(None),
+            Some(name) => self.0.deps.keyring.resolve(&name).await.map(Some),
+        }
     }
 
     /// Whether whoever opened a stream may still read on.
@@ -63,9 +73,10 @@ impl AdminService {
     ) -> Result<Answers<pb::FollowAuditResponse>, Error> {
         let (admitted, cx, m) = self.admit(request)?;
         let mut v = Violations::new();
-        let filter = parse::audit_filter(&mut v, m.filter.as_ref());
+        let (mut filter, key) = parse::audit_filter(&mut v, m.filter.as_ref());
         v.finish()?;
         self.look(&cx, commands::ReadAudit, &[("what", "follow")]).await?;
+        filter.key = self.named(key).await?;
         let batches = self.0.deps.trail.follow(m.from_index, filter);
         let service = self.clone();
         let (answers, receiver) = tokio::sync::mpsc::channel(AHEAD);

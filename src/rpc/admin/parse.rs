@@ -13,7 +13,7 @@ use crate::directory::{
 };
 use crate::error::Error;
 use crate::limits::{self, Violations};
-use crate::rpc::parse::{future, time};
+use crate::rpc::parse::{future, key_name, time};
 use crate::time::Time;
 
 const NAME: usize = 256;
@@ -217,21 +217,20 @@ pub(super) fn page_size(v: &mut Violations, size: i32) -> usize {
     (if size == 0 { limits::PAGE_DEFAULT } else { size.min(limits::PAGE) }) as usize
 }
 
-/// Which audit events.
+/// Which audit events, and the key they must be of, which is still to be resolved.
 pub(super) fn audit_filter(
     v: &mut Violations,
     filter: Option<&pb::AuditFilter>,
-) -> crate::audit::Filter {
+) -> (crate::audit::Filter, Option<crate::key::KeyName>) {
     use crate::audit::{Filter, Outcome};
-    let Some(m) = filter else { return Filter::default() };
+    let Some(m) = filter else { return (Filter::default(), None) };
     let since = time(v, "filter.since", m.since.as_ref());
     let until = time(v, "filter.until", m.until.as_ref());
     v.check(m.client_id.len() <= 256, "filter.client_id", "must have at most 256 bytes");
     v.check(m.action.len() <= 128, "filter.action", "must have at most 128 bytes");
     let star = m.action.strip_suffix('*').unwrap_or(&m.action);
     v.check(!star.contains('*'), "filter.action", "may have `*` at its end only");
-    let key = crate::key::KeyId::parse(&m.key_id);
-    v.check(m.key_id.is_empty() || key.is_some(), "filter.key_id", "must be a UUID");
+    let key = (!m.key_id.is_empty()).then(|| key_name(v, "filter.key_id", &m.key_id));
     let outcome = match pb::AuditOutcome::try_from(m.outcome) {
         Ok(pb::AuditOutcome::Unspecified) => None,
         Ok(pb::AuditOutcome::Success) => Some(Outcome::Success),
@@ -242,7 +241,8 @@ pub(super) fn audit_filter(
             None
         }
     };
-    Filter { since, until, client: m.client_id.clone(), action: m.action.clone(), key, outcome }
+    let (client, action) = (m.client_id.clone(), m.action.clone());
+    (Filter { since, until, client, action, key: None, outcome }, key)
 }
 
 #[cfg(test)]
