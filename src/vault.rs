@@ -23,7 +23,7 @@ use arc_swap::ArcSwap;
 use polykey_hsm::{MacPurpose, Ring, Sealer};
 use polykey_proto::polykey::record::v1::{AuditEvent, CanaryRecord, HeadRecord};
 use polykey_storage::{
-    Commit, Direction, Entry, KeyRange, Revision, RowKey, Snapshot, Space, Store,
+    Commit, Direction, Entry, Health, KeyRange, ReadError, Revision, RowKey, Snapshot, Space, Store,
 };
 
 use crate::error::Error;
@@ -240,6 +240,7 @@ impl Vault {
             fence: Arc::clone(&fence),
             metrics: Arc::clone(&metrics),
             clock: clock.clone(),
+            nudged: Arc::default(),
         })
         .map_err(|e| Error::internal(format!("starting the writer thread: {e}")))?;
         Ok(Self {
@@ -329,18 +330,31 @@ impl Vault {
         self.ring.load().mac(MacPurpose::RowName, &[kind.as_bytes(), name.as_bytes()])
     }
 
+    /// What was read. A failure that only reopening mends is brought before the writer.
+    fn read<T>(&self, result: Result<T, ReadError>) -> Result<T, Error> {
+        result.map_err(|error| {
+            let closed = matches!(self.store.status().health, Health::NeedsReopen(_));
+            if closed && self.writable.load(Ordering::Acquire) {
+                self.sequencer.nudge();
+            }
+            error.into()
+        })
+    }
+
     /// Reads one record.
     ///
     /// # Errors
     /// [`Error::Unavailable`] if the store cannot be read, [`Error::DataLoss`] if the row fails
     /// authentication.
     pub async fn get<R: Record>(&self, key: &[u8]) -> Result<Option<Loaded<R>>, Error> {
-        let Some(mut entry) = self.store.get(R::SPACE, key).await? else { return Ok(None) };
+        let read = self.store.get(R::SPACE, key).await;
+        let Some(mut entry) = self.read(read)? else { return Ok(None) };
         // After the row: an epoch is in force before anything is sealed under it.
         let mut sealer = self.ring.load().sealer();
         if !seal::known(&sealer, R::SPACE, &entry.value) {
             // Unless its epoch was retired in between, which the row as it is now has survived.
-            let Some(again) = self.store.get(R::SPACE, key).await? else { return Ok(None) };
+            let read = self.store.get(R::SPACE, key).await;
+            let Some(again) = self.read(read)? else { return Ok(None) };
             entry = again;
             sealer = self.ring.load().sealer();
         }
@@ -352,7 +366,7 @@ impl Vault {
     pub(crate) async fn steady(&self) -> Result<(Box<dyn Snapshot>, Arc<Ring>), Error> {
         loop {
             let before = self.ring.load_full();
-            let snapshot = self.store.snapshot().await?;
+            let snapshot = self.read(self.store.snapshot().await)?;
             // A row is sealed under an epoch of the ring in force, and an epoch is retired from it
             // when no row is left: while the ring stays, it fits.
             if Arc::ptr_eq(&before, &self.ring.load()) {
@@ -370,7 +384,7 @@ impl Vault {
         space: Space,
         key: &[u8],
     ) -> Result<Option<(Vec<u8>, Revision)>, Error> {
-        let entry = self.store.get(space, key).await?;
+        let entry = self.read(self.store.get(space, key).await)?;
         Ok(entry.map(|e| (e.value.to_vec(), e.revision)))
     }
 
@@ -386,7 +400,7 @@ impl Vault {
     ) -> Result<Vec<(Vec<u8>, Loaded<R>)>, Error> {
         let (snapshot, ring) = self.steady().await?;
         let sealer = ring.sealer();
-        let entries = snapshot.scan(R::SPACE, range, direction, limit).await?;
+        let entries = self.read(snapshot.scan(R::SPACE, range, direction, limit).await)?;
         drop(snapshot);
         let open = |entry: Entry| {
             let (record, _) = seal::open::<R>(&sealer, &entry.key, &entry.value)?;
@@ -405,7 +419,7 @@ impl Vault {
         range: KeyRange,
         limit: usize,
     ) -> Result<Vec<Vec<u8>>, Error> {
-        let entries = self.store.scan(space, range, Direction::Forward, limit).await?;
+        let entries = self.read(self.store.scan(space, range, Direction::Forward, limit).await)?;
         Ok(entries.into_iter().map(|entry| entry.key).collect())
     }
 

@@ -24,6 +24,10 @@ const QUEUE: usize = 4 * GROUP;
 /// A group stops growing here, in bytes, far below what the store takes.
 const GROUP_BYTES: usize = 8 * 1024 * 1024;
 
+/// The largest single commit, in bytes: together with a group that has just not stopped growing it
+/// stays below what the store takes, so that it cannot take others with it.
+const COMMIT_BYTES: usize = 48 * 1024 * 1024;
+
 /// A change that waits for its group.
 pub(crate) struct Proposal {
     pub(crate) commit: Commit,
@@ -49,6 +53,7 @@ pub struct Receipt {
 #[derive(Clone)]
 pub(crate) struct Sequencer {
     queue: mpsc::Sender<Proposal>,
+    nudged: Arc<AtomicBool>,
 }
 
 pub(crate) struct Writer {
@@ -64,6 +69,8 @@ pub(crate) struct Writer {
     pub(crate) fence: Arc<AtomicU32>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) clock: Clock,
+    /// Whether a proposal of [`Sequencer::nudge`] waits.
+    pub(crate) nudged: Arc<AtomicBool>,
 }
 
 impl Sequencer {
@@ -71,10 +78,25 @@ impl Sequencer {
     /// what is queued.
     pub(crate) fn start(writer: Writer) -> std::io::Result<(Self, std::thread::JoinHandle<()>)> {
         let (queue, receiver) = mpsc::channel(QUEUE);
+        let nudged = Arc::clone(&writer.nudged);
         let thread = std::thread::Builder::new()
             .name("polykey-writer".into())
             .spawn(move || writer.run(receiver))?;
-        Ok((Self { queue }, thread))
+        Ok((Self { queue, nudged }, thread))
+    }
+
+    /// Has the writer find out whether the store must be reopened. Only the writer reopens it, and
+    /// after a failed read nothing else would reach it, where every change begins with a read.
+    pub(crate) fn nudge(&self) {
+        if self.nudged.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let (reply, _) = oneshot::channel();
+        let commit = Commit::new();
+        let empty = Proposal { commit, events: vec![], enabled: 0, oldest_epoch: u32::MAX, reply };
+        if self.queue.try_send(empty).is_err() {
+            self.nudged.store(false, Ordering::Release);
+        }
     }
 
     pub(crate) async fn submit(
@@ -85,7 +107,10 @@ impl Sequencer {
         oldest_epoch: u32,
     ) -> Result<Receipt, Error> {
         // A commit over the store's limits would take its group with it.
-        commit.size().map_err(|e| Error::invalid("request", e.to_string()))?;
+        let size = commit.size().map_err(|e| Error::invalid("request", e.to_string()))?;
+        if size > COMMIT_BYTES {
+            return Err(Error::invalid("request", "changes more than 48 MiB at once"));
+        }
         let (reply, answer) = oneshot::channel();
         self.queue.try_send(Proposal { commit, events, enabled, oldest_epoch, reply }).map_err(
             |e| match e {
@@ -113,6 +138,7 @@ impl Writer {
                 bytes = bytes.saturating_add(next.commit.size().unwrap_or(0));
                 group.push(next);
             }
+            self.nudged.store(false, Ordering::Release);
             self.commit(group);
             if !self.writable.load(Ordering::Acquire) {
                 self.recover(&mut queue);

@@ -272,3 +272,84 @@ async fn every_flipped_bit_of_a_record_is_found_out() {
     overwrite(&*store, space::AUDIT, &key, leaf).await;
     assert_eq!(findings(&reopen(&store, &ring).await.unwrap()).await, Vec::<String>::new());
 }
+
+/// A store whose reads fail until it is reopened, once told so.
+struct Blind {
+    inner: Arc<dyn Store>,
+    blind: AtomicBool,
+}
+
+impl Store for Blind {
+    fn snapshot(&self) -> futures::future::BoxFuture<'_, Result<Box<dyn Snapshot>, ReadError>> {
+        Box::pin(async {
+            if self.blind.load(Ordering::SeqCst) {
+                return Err(ReadError::NeedsReopen);
+            }
+            self.inner.snapshot().await
+        })
+    }
+    fn commit<'a>(
+        &'a self,
+        group: Vec<Commit>,
+        finish: &'a mut dyn polykey_storage::Finish,
+    ) -> futures::future::BoxFuture<
+        'a,
+        Result<polykey_storage::Committed, polykey_storage::CommitError>,
+    > {
+        Box::pin(async {
+            if self.blind.load(Ordering::SeqCst) {
+                return Err(polykey_storage::CommitError::ReadOnly);
+            }
+            self.inner.commit(group, finish).await
+        })
+    }
+    fn changes(
+        &self,
+        after: Revision,
+        limit: usize,
+    ) -> futures::future::BoxFuture<
+        '_,
+        Result<polykey_storage::Changes, polykey_storage::ChangesError>,
+    > {
+        self.inner.changes(after, limit)
+    }
+    fn reopen(
+        &self,
+    ) -> futures::future::BoxFuture<'_, Result<Revision, polykey_storage::ReopenError>> {
+        Box::pin(async {
+            self.blind.store(false, Ordering::SeqCst);
+            self.inner.reopen().await
+        })
+    }
+    fn status(&self) -> polykey_storage::StoreStatus {
+        let mut status = self.inner.status();
+        if self.blind.load(Ordering::SeqCst) {
+            let cause = polykey_storage::StoreError::Other("injected".into());
+            status.health = Health::NeedsReopen(cause);
+        }
+        status
+    }
+}
+
+#[tokio::test]
+async fn a_store_whose_reads_failed_is_reopened_though_nobody_commits() {
+    let inner: Arc<dyn Store> = Arc::new(Memory::new().unwrap());
+    let store = Arc::new(Blind { inner, blind: AtomicBool::new(false) });
+    let (vault, _) = create(Arc::clone(&store) as _).await;
+    write(&vault, b"row", "0").await.unwrap();
+    for read in [true, false] {
+        store.blind.store(true, Ordering::SeqCst);
+        let failed = match read {
+            true => vault.get::<AliasRecord>(b"row").await.is_err(),
+            false => vault.begin().await.is_err(),
+        };
+        assert!(failed);
+        let reopened = async {
+            while store.blind.load(Ordering::SeqCst) || !vault.writable() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(30), reopened).await.unwrap();
+        write(&vault, b"row", "1").await.unwrap();
+    }
+}
