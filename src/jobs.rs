@@ -138,8 +138,8 @@ impl Guard {
             self.held = true;
             tracing::error!(
                 clock = %now, %expected,
-                "the clock has jumped ahead: destruction, trimming and the end of grace periods \
-                 wait until an operator confirms it"
+                "the clock has jumped ahead: destruction, scheduled revocations and the end of \
+                 grace periods wait until an operator confirms it (use is refused meanwhile)"
             );
         }
         self.held
@@ -164,7 +164,7 @@ fn since_boot() -> Duration {
 
 /// What cannot be undone.
 fn irreversible(job: &JobRecord) -> bool {
-    matches!(job.kind(), Kind::Destroy | Kind::EndGrace)
+    matches!(job.kind(), Kind::Destroy | Kind::EndGrace | Kind::Revoke)
 }
 
 impl Runner {
@@ -218,11 +218,13 @@ impl Runner {
 
     /// One turn: carries out what is due, and gives how long there is nothing to do.
     async fn turn(&self) -> Result<Duration, Error> {
-        self.run_due(self.vault.clock().now()).await?;
-        let now = self.vault.clock().now();
-        let after = u64::try_from(now.micros()).unwrap_or(0).saturating_add(1);
+        let begun = self.vault.clock().now();
+        self.run_due(begun).await?;
+        // What came due meanwhile is next.
+        let after = u64::try_from(begun.micros()).unwrap_or(0).saturating_add(1);
         let range = polykey_storage::from(after.to_be_bytes());
         let next = self.scan(range, 1).await?;
+        let now = self.vault.clock().now();
         let next = next.first().map(|job| job.at().since(now));
         Ok(next.unwrap_or(NAP).min(NAP))
     }

@@ -84,8 +84,8 @@ async fn a_failing_job_stops_nothing_and_keeps_its_due_time() {
     let alarm = Arc::new(Alarm::default());
     let vault = vault(&alarm).await;
     let now = vault.clock().now();
-    put(&vault, &[job(Kind::Revoke, now, 1), job(Kind::Revoke, now, 666)]).await;
-    put(&vault, &[job(Kind::Revoke, now, 3)]).await;
+    put(&vault, &[job(Kind::Promote, now, 1), job(Kind::Promote, now, 666)]).await;
+    put(&vault, &[job(Kind::Promote, now, 3)]).await;
     let (handler, _) = noting(|version| version == 1);
     let runner = Runner::new(Arc::clone(&vault), alarm, handler);
     let report = runner.run_due(now).await.unwrap();
@@ -169,4 +169,32 @@ async fn the_runner_wakes_for_an_earlier_job_and_finishes_what_it_began() {
     running.await.unwrap();
     assert_eq!(count.load(Ordering::SeqCst), 1);
     assert_eq!(runner.list(10).await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn what_comes_due_during_a_turn_does_not_wait_for_a_nap() {
+    let alarm = Arc::new(Alarm::default());
+    let vault = vault(&alarm).await;
+    let now = vault.clock().now();
+    put(&vault, &[job(Kind::Rotate, now, 1), job(Kind::Rotate, now.plus_seconds(5), 2)]).await;
+    let clock = vault.clock().clone();
+    let slow: Handler = Arc::new(move |_| {
+        clock.advance(Duration::from_secs(10));
+        Box::pin(async { Ok(()) })
+    });
+    let runner = Runner::new(vault, alarm, slow);
+    assert_eq!(runner.turn().await.unwrap(), Duration::ZERO);
+}
+
+#[tokio::test]
+async fn a_scheduled_revocation_is_not_made_final_by_a_clock_in_doubt() {
+    let alarm = Arc::new(Alarm::default());
+    let vault = vault(&alarm).await;
+    let now = vault.clock().now();
+    put(&vault, &[job(Kind::Revoke, now, 1)]).await;
+    let (handler, seen) = noting(|_| false);
+    let runner = Runner::new(vault, alarm, handler);
+    let report = runner.run_due_at(now.plus(2 * HOUR), since_boot()).await.unwrap();
+    assert_eq!(report, Report { held: 1, ..Report::default() });
+    assert!(seen.lock().is_empty());
 }
