@@ -22,6 +22,10 @@ use crate::key::{KeyId, Version, version_row};
 use crate::time::Time;
 use crate::vault::Tx;
 
+/// Where material came from, as records say it.
+pub(super) const GENERATED: u32 = 1;
+pub(super) const IMPORTED: u32 = 2;
+
 /// Errors of policies as violations of the field that carried them.
 pub(super) fn policy_violations(field: &str, errors: &PolicyErrors) -> Error {
     let violation = |e: &crate::authz::PolicyError| FieldViolation {
@@ -73,7 +77,7 @@ impl Keyring {
             exportable: exportable.unwrap_or(*algorithm == Algorithm::ApiKey),
             read_after_expiry: *read_after_expiry,
             storage_profile: 1,
-            origin: if value.is_some() { 2 } else { 1 },
+            origin: if value.is_some() { IMPORTED } else { GENERATED },
             aliases: alias.iter().cloned().collect(),
             primary_version: 1,
             latest_version: 1,
@@ -152,6 +156,7 @@ impl Keyring {
         let key = Key::new(record)?;
         tx.insert(&id.bytes(), &key.record)?;
         write_list_rows(tx, None, &key.record, id)?;
+        let made = (made, key.record.origin);
         let version = self.new_version_at(tx, &key, Version::FIRST, made, cx.now)?;
         let event = cx.origin().event(
             action,
@@ -178,7 +183,7 @@ impl Keyring {
         tx: &mut Tx<'_>,
         key: &Key,
         version: Version,
-        made: &Generated,
+        (made, origin): (&Generated, u32),
         now: Time,
     ) -> Result<KeyVersion, Error> {
         let failed = |e: polykey_hsm::CryptoFailure| Error::internal(e.to_string());
@@ -194,7 +199,7 @@ impl Keyring {
             public_key: made.public.as_ref().map(|p| p.spki_der.clone().into()).unwrap_or_default(),
             algorithm: u32::from(key.algorithm.code()),
             checksum: key_checksum(&blob_key, &made.material).map_err(failed)?,
-            origin: key.record.origin,
+            origin,
             ..VersionRecord::default()
         };
         tx.insert(&version_row(key.id, version), &record)?;

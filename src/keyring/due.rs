@@ -8,6 +8,7 @@ use polykey_proto::polykey::record::v1::{
 };
 use polykey_storage::Direction;
 
+use super::create::GENERATED;
 use super::rows::{release_alias, schedule, unschedule, write_list_rows};
 use super::{Key, Keyring};
 use crate::error::Error;
@@ -19,15 +20,22 @@ use crate::vault::Tx;
 const ERASE: usize = 256;
 
 impl Keyring {
-    /// Does what a job of the schedule says, and removes its row, in one transaction. What has
-    /// been overtaken by events is removed without effect.
+    /// Does what a job of the schedule says, and removes its row, in one transaction (erasing many
+    /// versions takes several; the last one removes the row). What has been overtaken by events is
+    /// removed without effect.
     ///
     /// # Errors
     /// The schedule tries again later.
     pub async fn run_job(&self, job: &JobRecord, row: &[u8], now: Time) -> Result<(), Error> {
+        while self.job_step(job, row, now).await? {}
+        Ok(())
+    }
+
+    /// One transaction of a job; whether it leaves more of it to do.
+    async fn job_step(&self, job: &JobRecord, row: &[u8], now: Time) -> Result<bool, Error> {
         let mut tx = self.vault.begin().await?;
         if tx.get::<JobRecord>(row).await?.is_none() {
-            return Ok(());
+            return Ok(false);
         }
         let id = KeyId::from_slice(&job.key_id)
             .ok_or_else(|| Error::data_loss("a job without a key"))?;
@@ -56,13 +64,9 @@ impl Keyring {
         if !more {
             tx.delete::<JobRecord>(row);
         }
-        match tx.commit().await {
-            Ok(receipt) => {
-                tracing::debug!(?receipt, kind = ?job.kind(), key = %id, "a due job is done");
-                if more { Err(Error::unavailable("more versions to erase")) } else { Ok(()) }
-            }
-            Err(error) => Err(error),
-        }
+        let receipt = tx.commit().await?;
+        tracing::debug!(?receipt, kind = ?job.kind(), key = %id, more, "a due job is done");
+        Ok(more)
     }
 
     fn due_change(
@@ -115,7 +119,7 @@ impl Keyring {
         let made = self.forge.make(key.algorithm, params).await?;
         let version = Version::new(key.record.latest_version.saturating_add(1))
             .ok_or_else(|| Error::internal("out of versions"))?;
-        self.new_version_at(tx, key, version, &made, now)?;
+        self.new_version_at(tx, key, version, (&made, GENERATED), now)?;
         after.latest_version = version.get();
         after.primary_version = version.get();
         unschedule(tx, Kind::Promote, key.record.staged_promote_at, key.id, 0);
@@ -139,6 +143,7 @@ impl Keyring {
             return Ok(None);
         }
         if key::may_seal(&key.record, now).is_err() {
+            // It keeps its time, and is put back on the schedule when the key is usable again.
             return Ok(None);
         }
         let mut after = key.record.clone();

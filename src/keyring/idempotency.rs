@@ -10,7 +10,7 @@ use crate::authz::Command;
 use crate::command::{Mutation, part};
 use crate::context::Context;
 use crate::error::Error;
-use crate::key::{KeyId, KeyName, Version, version_row};
+use crate::key::{self, KeyId, KeyName, Version, version_row};
 use crate::time::Time;
 use crate::vault::{Tx, Vault};
 use std::sync::Arc;
@@ -62,6 +62,14 @@ fn row(vault: &Vault, cx: &Context, key: &Idempotency, day: i64) -> Vec<u8> {
     row
 }
 
+/// The days under which a record that is less than a day old may stand, the present one first. A
+/// request that takes long is written under the day on which it began, which may be the one before
+/// or (seen from that request) after that of its repetition.
+fn days(cx: &Context) -> [i64; 3] {
+    let today = cx.now.seconds() / DAY;
+    [today, today - 1, today + 1]
+}
+
 fn request_mac(vault: &Vault, key: &Idempotency) -> [u8; 32] {
     vault.ring().mac(MacPurpose::Idempotency, &[b"request", key.method.as_bytes(), &key.request])
 }
@@ -89,8 +97,7 @@ impl Idempotency {
         vault: &Vault,
         cx: &Context,
     ) -> Result<Option<IdempotencyRecord>, Error> {
-        let today = cx.now.seconds() / DAY;
-        for day in [today, today - 1] {
+        for day in days(cx) {
             let row = row(vault, cx, self, day);
             let Some(found) = vault.get::<IdempotencyRecord>(&row).await? else { continue };
             let record = found.record;
@@ -115,13 +122,20 @@ impl Idempotency {
         cx: &Context,
         done: &Done,
     ) -> Result<(), Error> {
-        let day = cx.now.seconds() / DAY;
-        let row = row(tx.vault(), cx, self, day);
-        if let Some(found) = tx.get::<IdempotencyRecord>(&row).await?
-            && Time::from_micros(found.record.created_at).plus_seconds(DAY) > cx.now
-        {
-            return Err(Error::Conflict);
+        let [today, ..] = days(cx);
+        for day in days(cx) {
+            let row = row(tx.vault(), cx, self, day);
+            if let Some(found) = tx.get::<IdempotencyRecord>(&row).await?
+                && Time::from_micros(found.record.created_at).plus_seconds(DAY) > cx.now
+            {
+                return Err(Error::Conflict);
+            }
+            // Of the same request on both sides of midnight only one is carried out.
+            if day != today {
+                tx.pin::<IdempotencyRecord>(&row);
+            }
         }
+        let row = row(tx.vault(), cx, self, today);
         let record = IdempotencyRecord {
             request: request_mac(tx.vault(), self).to_vec().into(),
             method: self.method.to_owned(),
@@ -159,8 +173,16 @@ impl Keyring {
                 let loaded: crate::vault::Loaded<
                     polykey_proto::polykey::record::v1::VersionRecord,
                 > = loaded.ok_or(Error::State(crate::error::Reason::VersionTrimmed))?;
-                let opened = self.open_material(&found, &loaded.record)?;
-                let blob = wrapped_blob(&found, record.version, &opened)?;
+                // What is revoked by now is not given out again, on this path either.
+                let opens = key::may_open(&found.record, cx.now)
+                    .and_then(|()| key::version_opens(&found.record, &loaded.record, cx.now));
+                let blob = match opens {
+                    Err(_) => Vec::new(),
+                    Ok(()) => {
+                        let opened = self.open_material(&found, &loaded.record)?;
+                        wrapped_blob(&found, record.version, &opened)?
+                    }
+                };
                 Some(Arc::new(KeyVersion { record: loaded.record, blob: blob.into() }))
             }
         };

@@ -207,6 +207,7 @@ impl Keyring {
                 let mut after = key.record.clone();
                 key::enable(&mut after, now).map_err(Error::State)?;
                 self.reschedule_rotation(tx, &key, &mut after, now)?;
+                resume_promotion(tx, &after, key.id)?;
                 self.changed(cx, tx, &key, after, &permit).await
             }
             Mutation::Disable(command) => {
@@ -418,6 +419,15 @@ pub(super) fn next_rotation(id: KeyId, record: &KeyRecord, now: Time) -> Time {
     now.plus_seconds(period - spread)
 }
 
+/// Puts the promotion of a staged version back on the schedule: its time may have come while the
+/// key could not be used, and then it is due at once.
+fn resume_promotion(tx: &mut Tx<'_>, after: &KeyRecord, id: KeyId) -> Result<(), Error> {
+    match Time::optional(after.staged_promote_at) {
+        Some(at) if after.staged_version != 0 => schedule(tx, Kind::Promote, at, id, 0),
+        _ => Ok(()),
+    }
+}
+
 fn expect(key: &Key, revision: Option<u64>) -> Result<(), Error> {
     match revision {
         Some(expected) if expected != key.record.revision => Err(Error::Conflict),
@@ -500,8 +510,21 @@ fn update(tx: &mut Tx<'_>, key: &Key, command: &UpdateKey, now: Time) -> Result<
     if let Some(classification) = classification {
         after.data_classification.clone_from(classification);
     }
+    if expires_at.is_some() && after.state() == State::Enabled {
+        // What came due while the key was expired was left out.
+        resume_promotion(tx, &after, key.id)?;
+        if after.rotation_period_seconds > 0 && after.next_rotation_at == 0 {
+            let due = next_rotation(key.id, &after, now);
+            after.next_rotation_at = due.micros();
+            schedule(tx, Kind::Rotate, due, key.id, 0)?;
+        }
+    }
     if let Some(period) = rotation_period {
+        if *period > 0 {
+            super::rotate::rotates_itself(&after, "rotation_period_seconds")?;
+        }
         after.rotation_period_seconds = *period;
+        unschedule(tx, Kind::Rotate, after.next_rotation_at, key.id, 0);
         unschedule(tx, Kind::Rotate, key.record.next_rotation_at, key.id, 0);
         after.next_rotation_at = 0;
         if *period > 0 && after.state() == State::Enabled {

@@ -6,7 +6,7 @@ use polykey_hsm::MacPurpose;
 use polykey_hsm::{ExportInfo, HpkeExport, export_hpke};
 use polykey_proto::polykey::record::v1::audit_event::Outcome;
 use polykey_proto::polykey::record::v1::{
-    AliasRecord, HistoryEntry, KeyRecord, UsageRecord, VersionRecord,
+    AliasRecord, HistoryEntry, KeyRecord, UsageRecord, VersionRecord, key_record::State,
 };
 use polykey_storage::Direction;
 use prost::Message;
@@ -19,6 +19,7 @@ use crate::command::{Export, GetKey, GetMetadata, part};
 use crate::context::Context;
 use crate::error::{Error, Reason};
 use crate::key::{self, KeyName, Version};
+use crate::time::Time;
 
 /// How often a read begins again because keys were changing under it.
 const ATTEMPTS: usize = 8;
@@ -218,14 +219,15 @@ impl Keyring {
         let version = key::pick_version(&key.record, asked).map_err(Error::State)?;
         match self.load_version(key, version).await {
             Err(Error::State(Reason::VersionNotFound))
-                if key.record.state()
-                    == polykey_proto::polykey::record::v1::key_record::State::Destroyed =>
+                if matches!(key.record.state(), State::Destroyed | State::PendingDestruction) =>
             {
+                // Many versions go in several steps, between which the key is still pending.
+                let gone = Time::optional(key.record.destroyed_at);
                 let record = VersionRecord {
                     key_id: key.id.bytes().to_vec().into(),
                     version: version.get(),
                     algorithm: u32::from(key.algorithm.code()),
-                    revoked_at: key.record.destroyed_at,
+                    revoked_at: gone.map_or(key.record.destroy_at, Time::micros),
                     ..VersionRecord::default()
                 };
                 Ok(Arc::new(KeyVersion { record, blob: bytes::Bytes::new() }))

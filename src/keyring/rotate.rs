@@ -5,7 +5,7 @@ use std::sync::Arc;
 use polykey_hsm::GenerationParams;
 use polykey_proto::polykey::record::v1::{KeyRecord, VersionRecord, job_record::Kind};
 
-use super::create::supplied;
+use super::create::{GENERATED, IMPORTED, supplied};
 use super::plan::{Done, Planned, Prepared};
 use super::rows::{schedule, unschedule};
 use super::{Key, Keyring};
@@ -25,6 +25,45 @@ fn makes_version(record: &KeyRecord, strategy: Strategy) -> bool {
         Strategy::Staged { .. } => record.staged_version == 0,
         Strategy::Scheduled { .. } => false,
     }
+}
+
+/// Refuses a schedule for a key whose material came from outside: a generated value would take the
+/// place of a credential that somebody else knows.
+pub(super) fn rotates_itself(record: &KeyRecord, field: &str) -> Result<(), Error> {
+    if record.origin == IMPORTED {
+        return Err(Error::invalid(
+            field,
+            "a supplied value cannot be rotated by the server itself",
+        ));
+    }
+    Ok(())
+}
+
+/// What a rotation says that the key as it stands cannot honour.
+fn check(record: &KeyRecord, command: &RotateKey) -> Result<(), Error> {
+    match command.strategy {
+        // A call that only promotes would drop these in silence.
+        Strategy::Staged { at } if record.staged_version != 0 => {
+            let staged = "a version is staged already; promote it first, by a call without this";
+            if at.is_some() {
+                return Err(Error::invalid("effective_at", staged));
+            }
+            if command.value.is_some() {
+                return Err(Error::invalid("value", staged));
+            }
+        }
+        Strategy::Scheduled { .. } => {
+            rotates_itself(record, "generation_params[rotation_period_seconds]")?;
+        }
+        Strategy::Hot | Strategy::Staged { .. } => {}
+    }
+    if command.value.is_some() && record.rotation_period_seconds > 0 {
+        return Err(Error::invalid(
+            "value",
+            "the key rotates by itself, which would replace it; end its schedule first",
+        ));
+    }
+    Ok(())
 }
 
 impl Keyring {
@@ -65,6 +104,7 @@ impl Keyring {
     ) -> Result<Planned, Error> {
         let command = *permit.command();
         key::may_seal(&key.record, cx.now).map_err(Error::State)?;
+        check(&key.record, command)?;
         let mut after = key.record.clone();
         if command.clear_policies {
             after.access_policies.clear();
@@ -84,7 +124,8 @@ impl Keyring {
             let version = number.and_then(Version::new).filter(|v| v.get() <= i32::MAX as u32);
             let version = version.ok_or(Error::State(Reason::BoundsInvalid))?;
             after.latest_version = version.get();
-            Some(self.new_version_at(tx, &key, version, made, cx.now)?)
+            let origin = if command.value.is_some() { IMPORTED } else { GENERATED };
+            Some(self.new_version_at(tx, &key, version, (made, origin), cx.now)?)
         } else {
             None
         };

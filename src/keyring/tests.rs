@@ -23,6 +23,8 @@ use crate::command::{
 use crate::context::Caller;
 use crate::time::Clock;
 
+mod edges;
+
 const START: Time = Time::from_seconds(1_800_000_000);
 
 struct Node {
@@ -585,24 +587,4 @@ async fn the_number_of_enabled_keys_is_true() {
     assert_eq!(node.keyring.vault.head().keys, 3);
     let report = node.keyring.vault.verify(true, |_| {}).await.unwrap();
     assert!(report.findings.is_empty(), "{report:?}");
-}
-
-#[tokio::test]
-async fn a_job_that_was_overtaken_does_nothing() {
-    let node = Node::new().await;
-    let cx = node.cx("a", "user");
-    let id = node.key(&cx).await;
-    node.do_it(&cx, revoke(id, Some(START.plus_seconds(10)))).await.unwrap();
-    let row = crate::jobs::row(&JobRecord {
-        kind: Kind::Revoke.into(),
-        due: START.plus_seconds(10).micros(),
-        key_id: id.bytes().to_vec().into(),
-        ..JobRecord::default()
-    });
-    assert!(node.keyring.vault.get::<JobRecord>(&row).await.unwrap().is_some());
-    node.do_it(&cx, revoke(id, Some(START.plus_seconds(99)))).await.unwrap();
-    assert!(node.keyring.vault.get::<JobRecord>(&row).await.unwrap().is_none());
-    node.clock.advance(Duration::from_secs(20));
-    node.run_due().await;
-    assert!(node.get(&node.cx("a", "user"), id, 0).await.is_ok());
 }
