@@ -6,6 +6,7 @@ use polykey_hsm::Algorithm;
 use zeroize::Zeroizing;
 
 use crate::authz::{Action, ActionSet, Command};
+use crate::error::Error;
 use crate::key::KeyName;
 use crate::time::Time;
 
@@ -277,6 +278,30 @@ impl Mutation {
             Self::SetBounds(c) => Some(c.key.clone()),
             Self::Trim(c) => Some(c.key.clone()),
         }
+    }
+
+    /// Whether the times it names are still to come. Parsing has asked that already, except of a
+    /// request that may be the repetition of an earlier one.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if one is past.
+    pub(crate) fn check_times(&self, now: Time) -> Result<(), Error> {
+        let (field, at) = match self {
+            Self::Create(c) => ("expires_at", c.expires_at),
+            Self::Rotate(RotateKey { strategy: Strategy::Staged { at }, .. }) => {
+                ("effective_at", *at)
+            }
+            Self::Revoke(c) => ("effective_at", c.at),
+            Self::Update(c) => match c.expires_at {
+                Some(Expiry::At(at)) => ("expires_at", Some(at)),
+                Some(Expiry::Never) | None => return Ok(()),
+            },
+            _ => return Ok(()),
+        };
+        if at.is_some_and(|at| at <= now) {
+            return Err(Error::invalid(field, "must be in the future"));
+        }
+        Ok(())
     }
 
     /// The revision the key must have.

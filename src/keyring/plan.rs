@@ -88,6 +88,9 @@ impl Keyring {
         if let Some(done) = self.recall_all(cx, mutations, idempotency).await? {
             return Ok(done);
         }
+        for (i, mutation) in mutations.iter().enumerate() {
+            mutation.check_times(cx.now).map_err(|e| (i, e))?;
+        }
         let mut prepared = Vec::with_capacity(mutations.len());
         for (i, mutation) in mutations.iter().enumerate() {
             prepared.push(self.prepare(cx, mutation).await.map_err(|e| (i, e))?);

@@ -43,6 +43,15 @@ impl Admitted {
         })
     }
 
+    /// The time by which times in a request must be in the future. A repeated request may name one
+    /// that has come since; the keyring checks it where the first result is not found.
+    pub(crate) fn times_from(&self) -> Time {
+        match self.idempotency_key {
+            Some(_) => Time::default(),
+            None => self.now,
+        }
+    }
+
     /// The context of one request message. The claims are compared here.
     pub(crate) fn context(
         &self,

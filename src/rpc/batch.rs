@@ -335,7 +335,7 @@ pub(super) async fn create_keys(
     let indexes: Vec<i32> = (0..m.keys.len()).map(|i| i32::try_from(i).unwrap_or(0)).collect();
     let item = |k: pb::CreateKeyItem| {
         let bytes = k.encode_to_vec();
-        let parsed = parse::create(unary_create(k), cx.now);
+        let parsed = parse::create(unary_create(k), admitted.times_from());
         (parsed.map(|c| Mutation::Create(Box::new(c))), bytes)
     };
     let items = m.keys.into_iter().map(item).collect();
@@ -368,7 +368,7 @@ pub(super) async fn rotate_keys(
     let ids: Vec<String> = m.keys.iter().map(|k| k.key_id.clone()).collect();
     let item = |k: pb::RotateKeyItem| {
         let bytes = k.encode_to_vec();
-        (parse::rotate(unary_rotate(k), cx.now).map(Mutation::Rotate), bytes)
+        (parse::rotate(unary_rotate(k), admitted.times_from()).map(Mutation::Rotate), bytes)
     };
     let items = m.keys.into_iter().map(item).collect();
     let items = service.change_all(&cx, &admitted, mode, "BatchRotateKeys", items).await;
@@ -400,7 +400,7 @@ pub(super) async fn revoke_keys(
     let ids: Vec<String> = m.keys.iter().map(|k| k.key_id.clone()).collect();
     let item = |k: pb::RevokeKeyItem| {
         let bytes = k.encode_to_vec();
-        (parse::revoke(unary_revoke(k), cx.now).map(Mutation::Revoke), bytes)
+        (parse::revoke(unary_revoke(k), admitted.times_from()).map(Mutation::Revoke), bytes)
     };
     let items = m.keys.into_iter().map(item).collect();
     let items = service.change_all(&cx, &admitted, mode, "BatchRevokeKeys", items).await;
@@ -432,7 +432,7 @@ pub(super) async fn update_metadata(
     let ids: Vec<String> = m.keys.iter().map(|k| k.key_id.clone()).collect();
     let item = |k: pb::UpdateKeyMetadataItem| {
         let bytes = k.encode_to_vec();
-        let parsed = parse::update(unary_update(k), cx.now);
+        let parsed = parse::update(unary_update(k), admitted.times_from());
         (parsed.map(|c| Mutation::Update(Box::new(c))), bytes)
     };
     let items = m.keys.into_iter().map(item).collect();

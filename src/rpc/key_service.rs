@@ -138,7 +138,7 @@ impl pb::polykey_service_server::PolykeyService for KeyService {
         let cx = admitted.context(m.requester_context.as_ref(), None)?;
         parse::create_twins(&mut m, &metadata)?;
         let bytes = encoded(&m, |m| m.requester_context = None);
-        let mutation = Mutation::Create(Box::new(parse::create(m, cx.now)?));
+        let mutation = Mutation::Create(Box::new(parse::create(m, admitted.times_from())?));
         let (done, view) = self.change(&cx, &admitted, &mutation, "CreateKey", bytes).await?;
         Ok(with_revision(convert::create_response(&done, &view, cx.now), &view))
     }
@@ -152,7 +152,7 @@ impl pb::polykey_service_server::PolykeyService for KeyService {
         let cx = admitted.context(m.requester_context.as_ref(), None)?;
         parse::rotate_twins(&mut m, &metadata)?;
         let bytes = encoded(&m, |m| m.requester_context = None);
-        let mutation = Mutation::Rotate(parse::rotate(m, cx.now)?);
+        let mutation = Mutation::Rotate(parse::rotate(m, admitted.times_from())?);
         let (done, view) = self.change(&cx, &admitted, &mutation, "RotateKey", bytes).await?;
         Ok(with_revision(convert::rotate_response(&done, &view), &view))
     }
@@ -166,7 +166,7 @@ impl pb::polykey_service_server::PolykeyService for KeyService {
         let cx = admitted.context(m.requester_context.as_ref(), None)?;
         parse::revision_twin(&mut m.expected_revision, &metadata)?;
         let bytes = encoded(&m, |m| m.requester_context = None);
-        let mutation = Mutation::Revoke(parse::revoke(m, cx.now)?);
+        let mutation = Mutation::Revoke(parse::revoke(m, admitted.times_from())?);
         let (_, view) = self.change(&cx, &admitted, &mutation, "RevokeKey", bytes).await?;
         Ok(with_revision((), &view))
     }
@@ -180,7 +180,7 @@ impl pb::polykey_service_server::PolykeyService for KeyService {
         let cx = admitted.context(m.requester_context.as_ref(), None)?;
         parse::revision_twin(&mut m.expected_revision, &metadata)?;
         let bytes = encoded(&m, |m| m.requester_context = None);
-        let mutation = Mutation::Update(Box::new(parse::update(m, cx.now)?));
+        let mutation = Mutation::Update(Box::new(parse::update(m, admitted.times_from())?));
         let (_, view) = self.change(&cx, &admitted, &mutation, "UpdateKeyMetadata", bytes).await?;
         Ok(with_revision((), &view))
     }

@@ -91,7 +91,7 @@ async fn change(
 ) -> Item<Changed> {
     let attempt = async {
         let cx = admitted.context(requester, None)?;
-        let mutation = parsed(cx.now)?;
+        let mutation = parsed(admitted.times_from())?;
         let key = admitted.idempotency_key.as_ref().map(|key| Idempotency {
             key: key.clone(),
             method,

@@ -206,3 +206,23 @@ async fn a_job_that_was_overtaken_does_nothing() {
     node.run_due().await;
     assert!(node.get(&node.cx("a", "user"), id, 0).await.is_ok());
 }
+
+#[tokio::test]
+async fn a_call_that_named_a_time_is_repeated_after_that_time() {
+    let node = Node::new().await;
+    let cx = node.cx("a", "user");
+    let id = node.key(&cx).await;
+    let later = revoke(id, Some(START.plus_seconds(10)));
+    let key = Idempotency { method: "RevokeKey", ..idempotency() };
+    node.keyring.mutate(&cx, &later, Some(&key)).await.unwrap();
+    node.clock.advance(Duration::from_secs(20));
+    let cx = node.cx("a", "user");
+    let again = node.keyring.mutate(&cx, &later, Some(&key)).await.unwrap();
+    assert_eq!((again.key.id, again.at), (id, START));
+    // One that was not carried out then is not carried out now.
+    let other = node.key(&cx).await;
+    let late = revoke(other, Some(START.plus_seconds(10)));
+    let key = Idempotency { key: "other".into(), ..key };
+    let late = node.keyring.mutate(&cx, &late, Some(&key)).await;
+    assert!(matches!(late, Err(Error::Invalid(_))), "{late:?}");
+}
