@@ -11,6 +11,20 @@ pub struct FieldViolation {
     pub description: String,
 }
 
+impl FieldViolation {
+    /// Of texts that are cut where they are too long for an answer: 256 and 512 bytes.
+    #[must_use]
+    pub fn new(mut field: String, mut description: String) -> Self {
+        for (text, most) in [(&mut field, 256), (&mut description, 512)] {
+            if text.len() > most {
+                text.truncate(text.floor_char_boundary(most - '…'.len_utf8()));
+                text.push('…');
+            }
+        }
+        Self { field, description }
+    }
+}
+
 /// Why the state of a key, version, client or node forbids what was asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
@@ -158,7 +172,9 @@ pub enum Error {
         internal: String,
     },
     /// The request's deadline passed, or it was given up.
-    #[error("deadline exceeded")]
+    #[error(
+        "deadline exceeded; a change may have been made: repeat it with the same idempotency key"
+    )]
     DeadlineExceeded,
     /// A stored record failed authentication.
     #[error("stored data failed authentication")]
@@ -177,7 +193,7 @@ pub enum Error {
 impl Error {
     /// One malformed field.
     pub fn invalid(field: impl Into<String>, description: impl Into<String>) -> Self {
-        Self::Invalid(vec![FieldViolation { field: field.into(), description: description.into() }])
+        Self::Invalid(vec![FieldViolation::new(field.into(), description.into())])
     }
 
     /// A bug of ours, described for the log.
@@ -209,8 +225,15 @@ impl Error {
 }
 
 fn describe(violations: &[FieldViolation]) -> String {
+    /// What is left out stands in the details as far as it fits there.
+    const LONGEST: usize = 1024;
     let mut text = String::from("invalid argument");
     for (i, violation) in violations.iter().enumerate() {
+        let more = violation.field.len() + violation.description.len();
+        if i > 0 && text.len() + more > LONGEST {
+            text.push_str("; and more");
+            break;
+        }
         text.push_str(if i == 0 { ": " } else { "; " });
         text.push_str(&violation.field);
         text.push_str(": ");

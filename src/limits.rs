@@ -64,7 +64,7 @@ impl Violations {
     pub fn add(&mut self, field: impl Into<String>, description: impl Into<String>) {
         // A stranger's request must not make an answer of any size.
         if self.0.len() < 32 {
-            self.0.push(FieldViolation { field: field.into(), description: description.into() });
+            self.0.push(FieldViolation::new(field.into(), description.into()));
         }
     }
 

@@ -28,9 +28,8 @@ pub(super) const IMPORTED: u32 = 2;
 
 /// Errors of policies as violations of the field that carried them.
 pub(super) fn policy_violations(field: &str, errors: &PolicyErrors) -> Error {
-    let violation = |e: &crate::authz::PolicyError| FieldViolation {
-        field: format!("{field}[{}]", crate::limits::shown(&e.name)),
-        description: e.to_string(),
+    let violation = |e: &crate::authz::PolicyError| {
+        FieldViolation::new(format!("{field}[{}]", crate::limits::shown(&e.name)), e.to_string())
     };
     Error::Invalid(errors.0.iter().take(16).map(violation).collect())
 }

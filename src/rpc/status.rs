@@ -11,6 +11,8 @@ use tonic::{Code, Status};
 use crate::error::{Error, Reason};
 
 const DOMAIN: &str = "polykey";
+/// Bytes of violations in one answer. They travel in headers, in base64, twice; clients take 8 KiB.
+const DETAILS: usize = 2048;
 
 /// The code of an error. No `_`: a new error does not compile until somebody has chosen its code.
 #[must_use]
@@ -79,7 +81,16 @@ fn details(error: &Error) -> Vec<prost_types::Any> {
                 description: v.description.clone(),
                 ..Default::default()
             };
-            let field_violations = violations.iter().map(violation).collect();
+            let mut room = DETAILS;
+            let field_violations = violations
+                .iter()
+                .map(violation)
+                .take_while(|v| {
+                    let left = room.checked_sub(v.encoded_len());
+                    room = left.unwrap_or(0);
+                    left.is_some()
+                })
+                .collect();
             vec![any("BadRequest", &BadRequest { field_violations })]
         }
         Error::State(_) | Error::Conflict | Error::OutcomeUnknown { .. } => {
@@ -133,6 +144,43 @@ mod tests {
         let status = status(&error);
         assert_eq!(status.code(), Code::DataLoss);
         assert!(!status.message().contains("17") && status.details().is_empty());
+    }
+
+    #[tokio::test]
+    async fn what_does_not_decode_is_the_senders_mistake_and_no_type_is_named() {
+        use polykey_proto::polykey::v2::CreateKeyRequest;
+        use tonic::codec::{Codec as _, Streaming};
+        let mut codec = polykey_proto::Codec::<(), CreateKeyRequest>::default();
+        // One uncompressed message of three bytes: a map entry that ends too soon.
+        let bytes = bytes::Bytes::from_static(&[0, 0, 0, 0, 3, 0x22, 0x7f, 0]);
+        let body = http_body_util::Full::new(bytes);
+        let mut stream = Streaming::new_request(codec.decoder(), body, None, None);
+        let status = stream.message().await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument);
+        assert!(!status.message().contains("CreateKey") && !status.details().is_empty());
+    }
+
+    #[test]
+    fn whoever_is_not_known_is_told_the_same_at_either_layer() {
+        let status = status(&Error::Unauthenticated);
+        assert_eq!(status.message(), crate::net::UNAUTHENTICATED_TEXT);
+    }
+
+    #[test]
+    fn many_violations_fit_into_the_headers_of_every_client() {
+        // gRPC's C core refuses more than 8 KiB of metadata, names and overhead counted.
+        let mut v = crate::limits::Violations::new();
+        for i in 0..64 {
+            let name = "\u{7f}%\u{202e}".repeat(40);
+            v.add(format!("tags[{}]", crate::limits::shown(&name)), format!("{i} ").repeat(900));
+        }
+        let error = v.finish().unwrap_err();
+        let headers = status(&error).into_http::<String>();
+        let size: usize = headers.headers().values().map(|v| v.len()).sum();
+        assert!(size < 7 * 1024, "{size}");
+        let details = RpcStatus::decode(status(&error).details()).unwrap();
+        let bad = BadRequest::decode(details.details[0].value.as_slice()).unwrap();
+        assert!(!bad.field_violations.is_empty());
     }
 
     #[test]
