@@ -23,7 +23,7 @@ use super::metrics::{NetMetrics, decrement, increment};
 use super::tls::TlsState;
 
 /// The one text for a missing, bad or expired token or certificate.
-pub const UNAUTHENTICATED_TEXT: &str = "authentication failed";
+pub const UNAUTHENTICATED_TEXT: &str = "authentication required or failed";
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("polykey-request-id");
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");

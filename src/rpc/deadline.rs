@@ -5,12 +5,14 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http::{HeaderMap, Request, Response};
+use http::{HeaderMap, HeaderValue, Request, Response};
 use tonic::body::Body;
 use tower::Service;
 
 use super::{methods, status};
+use crate::authn::layer::REQUEST_ID;
 use crate::error::Error;
+use crate::net::RequestId;
 
 /// Ends what takes longer than it may.
 #[derive(Clone, Debug)]
@@ -62,22 +64,48 @@ where
             (true, asked) => asked,
             (false, asked) => Some(asked.map_or(self.longest, |a| a.min(self.longest))),
         };
+        let id = request.extensions().get::<RequestId>().cloned();
         let response = self.inner.call(request);
         Box::pin(async move {
             match limit {
                 None => response.await,
                 Some(limit) => match tokio::time::timeout(limit, response).await {
                     Ok(response) => response,
-                    Err(_) => Ok(status::status(&Error::DeadlineExceeded).into_http()),
+                    Err(_) => Ok(exceeded(id.as_ref())),
                 },
             }
         })
     }
 }
 
+/// This stands outside of what names the request in other answers.
+fn exceeded(id: Option<&RequestId>) -> Response<Body> {
+    let mut response: Response<Body> = status::status(&Error::DeadlineExceeded).into_http();
+    if let Some(id) = id.and_then(|id| HeaderValue::from_str(id.as_str()).ok()) {
+        response.headers_mut().insert(REQUEST_ID, id);
+    }
+    response
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_call_that_took_too_long_names_its_request_and_says_what_is_not_known() {
+        let never = tower::service_fn(|_: Request<()>| {
+            std::future::pending::<Result<Response<Body>, Infallible>>()
+        });
+        let mut service = WithDeadline { inner: never, longest: Duration::from_millis(1) };
+        let mut request = Request::new(());
+        let id = RequestId::of(&HeaderMap::new());
+        request.extensions_mut().insert(id.clone());
+        let response = service.call(request).await.unwrap();
+        assert_eq!(response.headers()["grpc-status"], "4");
+        assert_eq!(response.headers()[REQUEST_ID], id.as_str());
+        let text = response.headers()["grpc-message"].to_str().unwrap();
+        assert!(text.contains("idempotency"), "{text}");
+    }
 
     #[test]
     fn timeouts_parse_as_grpc_writes_them() {

@@ -27,7 +27,7 @@ async fn the_channel_of_the_command_line_gets_through() {
     let peers: Vec<_> = server.seen.peers.lock().values().cloned().collect();
     assert_eq!(peers[0].certificate().spiffe_id(), Some("spiffe://polykey.local/client/alice"));
     assert!(peers[0].peer().ip().is_loopback());
-    assert_eq!(UNAUTHENTICATED_TEXT, "authentication failed");
+    assert_eq!(UNAUTHENTICATED_TEXT, "authentication required or failed");
 }
 
 #[tokio::test]
