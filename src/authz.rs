@@ -211,6 +211,8 @@ impl Authorizer {
                 if policies.compiled.volatile.contains(action));
         let remembered = match resource {
             Resource::Node => Some(None),
+            // Another state may be committed under the revision that this one would get.
+            Resource::Key { facts, .. } if facts.revision == 0 => None,
             Resource::Key { facts, .. } => Some(Some((facts.id, facts.revision))),
             // Nothing numbers the revisions of these.
             Resource::NewKey(_) | Resource::Client(_) | Resource::Role(_) => None,

@@ -304,6 +304,27 @@ impl Mutation {
         Ok(())
     }
 
+    /// The right it takes first.
+    #[must_use]
+    pub fn action(&self) -> Action {
+        match self {
+            Self::Create(c) if c.value.is_some() => Action::ImportKey,
+            Self::Create(_) => Action::CreateKey,
+            Self::Rotate(_) => Action::RotateKey,
+            Self::Revoke(_) => Action::RevokeKey,
+            Self::Update(c) if c.shares() && !c.describes() => Action::ShareKey,
+            Self::Update(_) => Action::UpdateKeyMetadata,
+            Self::Enable(_) => Action::EnableKey,
+            Self::Disable(_) => Action::DisableKey,
+            Self::Destroy(_) => Action::ScheduleKeyDestruction,
+            Self::CancelDestroy(_) => Action::CancelKeyDestruction,
+            Self::SetAlias(_) => Action::SetAlias,
+            Self::DeleteAlias(_) => Action::DeleteAlias,
+            Self::SetBounds(_) => Action::SetVersionBounds,
+            Self::Trim(_) => Action::TrimVersions,
+        }
+    }
+
     /// The revision the key must have.
     #[must_use]
     pub fn expected(&self) -> Option<u64> {
@@ -446,6 +467,15 @@ impl Command for &UpdateKey {
     }
 }
 
+impl Command for &GetKey {
+    const ACTION: Action = Action::GetKey;
+
+    fn also(&self) -> ActionSet {
+        let set = ActionSet::EMPTY;
+        if self.export == Export::None { set } else { set.with(Action::ExportKey) }
+    }
+}
+
 commands! {
     RevokeKey => RevokeKey,
     ScheduleDestruction => ScheduleKeyDestruction,
@@ -453,7 +483,6 @@ commands! {
     DeleteAlias => DeleteAlias,
     SetBounds => SetVersionBounds,
     TrimVersions => TrimVersions,
-    GetKey => GetKey,
     GetMetadata => GetKeyMetadata,
     ListKeys => ListKeys,
 }

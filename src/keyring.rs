@@ -28,7 +28,7 @@ use uuid::Uuid;
 
 use crate::audit::Trail;
 use crate::authz::{
-    Authorized, Authorizer, Command, Denied, KeyFacts, KeyPolicies, Permission, Resource,
+    Action, Authorized, Authorizer, Command, Denied, KeyFacts, KeyPolicies, Permission, Resource,
 };
 use crate::cache::Cache;
 use crate::context::Context;
@@ -281,6 +281,35 @@ impl Keyring {
         command: C,
     ) -> Result<(), Error> {
         self.authorize(cx, resource, command).await.map(drop)
+    }
+
+    /// Loads a key by name for an action. That there is none is recorded as a refusal to see one
+    /// is: neither the answer nor the work for it tells the two apart.
+    pub(crate) async fn find(
+        &self,
+        cx: &Context,
+        action: Action,
+        name: &KeyName,
+    ) -> Result<Arc<Key>, Error> {
+        let found = async { self.load(self.resolve(name).await?).await };
+        self.or_missing(cx, action, name, found.await).await
+    }
+
+    /// Records [`Error::NotFound`] of a name as [`Self::authorize`] records a key that is hidden.
+    pub(crate) async fn or_missing<T>(
+        &self,
+        cx: &Context,
+        action: Action,
+        name: &KeyName,
+        found: Result<T, Error>,
+    ) -> Result<T, Error> {
+        if matches!(found, Err(Error::NotFound)) {
+            let decision = cx.facts().decision_id.to_string();
+            // The name is no key of ours: nothing is kept of it but this event.
+            let event = cx.origin().event(action.name(), None, Outcome::Denied, 5, &decision);
+            self.trail.denied(event.detail("key", name.to_string())).await?;
+        }
+        found
     }
 
     /// Loads a key through the cache.

@@ -32,7 +32,8 @@ pub struct PrincipalFacts {
 pub struct KeyFacts {
     /// Its id.
     pub id: Uuid,
-    /// The revision of its record; access policies are part of the record.
+    /// The revision of its record; access policies are part of the record. 0 = a state that is not
+    /// committed and may never be: what is decided on it is not remembered.
     pub revision: u64,
     /// The client that created it.
     pub creator: String,

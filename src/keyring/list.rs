@@ -23,6 +23,9 @@ const STEP: usize = 512;
 /// Bytes of rows that one page looks at before it returns short.
 const PAGE_BYTES: usize = 2 * 1024 * 1024;
 
+/// Bytes of keys that one page gives before it returns short: many clients take 4 MiB at most.
+const ANSWER_BYTES: usize = 2 * 1024 * 1024;
+
 /// A page of keys.
 #[derive(Debug)]
 pub struct Page {
@@ -120,16 +123,22 @@ impl Keyring {
             }
         };
         let (ids, last) = self.page(&prefix, start, &filter, size, cx.now).await?;
+        let mut last = last;
+        let mut keys = Vec::with_capacity(ids.len());
+        let (count, mut bytes) = (ids.len(), 0);
+        for (i, id) in ids.into_iter().enumerate() {
+            let Some(view) = self.listed(cx, id).await? else { continue };
+            bytes += view.key.record.encoded_len();
+            keys.push(view);
+            if bytes >= ANSWER_BYTES && i + 1 < count {
+                last = Some(id);
+                break;
+            }
+        }
         let next = match last {
             Some(last) => Cursor { last, total, filtered }.seal(&self.vault.ring(), &digest),
             None => String::new(),
         };
-        let mut keys = Vec::with_capacity(ids.len());
-        for id in ids {
-            if let Some(view) = self.listed(cx, id).await? {
-                keys.push(view);
-            }
-        }
         let decision = permit.decision_id().to_string();
         let event = cx.origin().event("ListKeys", None, Outcome::Success, 0, &decision);
         self.trail.used(event).await?;

@@ -12,7 +12,7 @@ use polykey_proto::polykey::record::v1::{
 use super::idempotency::Idempotency;
 use super::rows::{claim_alias, release_alias, schedule, unschedule, write_list_rows};
 use super::{Key, KeyVersion, Keyring};
-use crate::authz::{Authorized, Command};
+use crate::authz::{Action, Authorized, Command};
 use crate::command::{
     DeleteAlias, Expiry, Mutation, RevokeKey, ScheduleDestruction, SetAlias, SetBounds,
     TrimVersions, UpdateKey, part,
@@ -91,6 +91,23 @@ impl Keyring {
         for (i, mutation) in mutations.iter().enumerate() {
             mutation.check_times(cx.now).map_err(|e| (i, e))?;
         }
+        match self.carry_out(cx, mutations, idempotency).await {
+            Ok(done) => Ok(done),
+            // The same request may have come twice at once, and this one have met the other's work.
+            Err(refused) => match self.recall_all(cx, mutations, idempotency).await {
+                Ok(Some(done)) => Ok(done),
+                Err((index, error @ Error::Invalid(_))) => Err((index, error)),
+                _ => Err(refused),
+            },
+        }
+    }
+
+    async fn carry_out(
+        &self,
+        cx: &Context,
+        mutations: &[Mutation],
+        idempotency: &[Option<&Idempotency>],
+    ) -> Result<Vec<Done>, (usize, Error)> {
         let mut prepared = Vec::with_capacity(mutations.len());
         for (i, mutation) in mutations.iter().enumerate() {
             prepared.push(self.prepare(cx, mutation).await.map_err(|e| (i, e))?);
@@ -176,7 +193,8 @@ impl Keyring {
             return self.plan_create(cx, tx, command, prepared).await;
         }
         let name = mutation.key().ok_or_else(|| Error::internal("a change of no key"))?;
-        let key = self.load_in(tx, &name).await?;
+        let found = self.load_in(tx, &name).await;
+        let key = self.or_missing(cx, mutation.action(), &name, found).await?;
         let now = cx.now;
         match mutation {
             Mutation::Create(_) => Err(Error::internal("planned twice")),
@@ -279,7 +297,11 @@ impl Keyring {
             }
         };
         let loaded = tx.get::<KeyRecord>(&id.bytes()).await?.ok_or(Error::NotFound)?;
-        Key::new(loaded.record)
+        let mut key = Key::new(loaded.record)?;
+        if tx.is_pending::<KeyRecord>(&id.bytes()) {
+            key.facts.revision = 0;
+        }
+        Ok(key)
     }
 
     /// Writes a changed key with the rows that follow from it, and makes its event.
@@ -338,14 +360,21 @@ impl Keyring {
         let SetAlias { alias, moves, from, .. } = permit.command();
         let mut after = key.record.clone();
         if *moves {
-            let old = self.load_in(tx, &KeyName::Alias(alias.clone())).await?;
+            let name = KeyName::Alias(alias.clone());
+            let found = self.load_in(tx, &name).await;
+            let old = self.or_missing(cx, Action::DeleteAlias, &name, found).await?;
             // Taking the name away from the old key is a change of that key too.
             let gone = DeleteAlias { alias: alias.clone() };
             self.require(cx, old.resource(), &gone).await?;
-            if let Some(from) = from
-                && self.load_in(tx, from).await?.id != old.id
-            {
-                return Err(Error::Conflict);
+            if let Some(from) = from {
+                // Compared without being loaded: whether another key exists is nobody's business.
+                let is_old = match from {
+                    KeyName::Id(id) => *id == old.id,
+                    KeyName::Alias(name) => old.record.aliases.contains(name),
+                };
+                if !is_old {
+                    return Err(Error::Conflict);
+                }
             }
             if old.id == key.id {
                 return self.changed(cx, tx, &key, after, &permit).await;

@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 
 use super::{Key, KeyVersion, Keyring, Shown};
 use crate::audit::Access;
-use crate::authz::{Authorized, Command, DecisionId};
+use crate::authz::{Action, Authorized, Command, DecisionId};
 use crate::command::{Export, GetKey, GetMetadata, part};
 use crate::context::Context;
 use crate::error::{Error, Reason};
@@ -78,7 +78,7 @@ impl Keyring {
     pub async fn get(&self, cx: &Context, command: &GetKey) -> Result<Got, Error> {
         for _ in 0..ATTEMPTS {
             let epoch = self.epoch();
-            let key = self.load(self.resolve(&command.key).await?).await?;
+            let key = self.find(cx, Action::GetKey, &command.key).await?;
             let permit = self.authorize(cx, key.resource(), command).await?;
             key::may_open(&key.record, cx.now).map_err(Error::State)?;
             let version = key::pick_version(&key.record, command.version).map_err(Error::State)?;
@@ -245,17 +245,21 @@ impl Keyring {
         cx: &Context,
         command: &GetMetadata,
     ) -> Result<MetadataView, Error> {
-        let key = self.load(self.resolve(&command.key).await?).await?;
+        let key = self.find(cx, Action::GetKeyMetadata, &command.key).await?;
         let permit = self.authorize(cx, key.resource(), command).await?;
+        if command.history {
+            self.require(cx, key.resource(), part::ReadHistory(&command.key)).await?;
+        }
+        if command.policies {
+            self.require(cx, key.resource(), part::ReadPolicies(&command.key)).await?;
+        }
         let version = self.shown_version(&key, command.version).await?;
         let mut view = self.view(cx, &key, &version).await?;
         if command.history {
-            self.require(cx, key.resource(), part::ReadHistory(&command.key)).await?;
             let usage: UsageRecord = self.trail.usage(&key.id).await?;
             view.history = usage.recent.into_iter().rev().collect();
         }
         if command.policies {
-            self.require(cx, key.resource(), part::ReadPolicies(&command.key)).await?;
             view.policies = self.authorizer().policy_details(key.facts(), key.policies());
         }
         let event = self.read_event(cx, &key, version.record.version, &permit);
@@ -273,7 +277,7 @@ impl Keyring {
         cx: &Context,
         command: &GetKey,
     ) -> Result<Vec<u32>, Error> {
-        let key = self.load(self.resolve(&command.key).await?).await?;
+        let key = self.find(cx, Action::GetKey, &command.key).await?;
         self.require(cx, key.resource(), command).await?;
         key::may_open(&key.record, cx.now).map_err(Error::State)?;
         let mut readable = Vec::new();
@@ -302,7 +306,7 @@ impl Keyring {
         from: u32,
         limit: usize,
     ) -> Result<(Arc<Key>, Vec<VersionRecord>), Error> {
-        let key = self.load(self.resolve(name).await?).await?;
+        let key = self.find(cx, Action::GetKeyMetadata, name).await?;
         let permit = self.authorize(cx, key.resource(), part::Describe(name)).await?;
         let mut start = key.id.bytes().to_vec();
         start.extend_from_slice(&from.to_be_bytes());
@@ -320,7 +324,7 @@ impl Keyring {
     /// # Errors
     /// Whatever forbids it.
     pub async fn for_history(&self, cx: &Context, name: &KeyName) -> Result<Arc<Key>, Error> {
-        let key = self.load(self.resolve(name).await?).await?;
+        let key = self.find(cx, Action::ReadKeyHistory, name).await?;
         self.require(cx, key.resource(), part::ReadHistory(name)).await?;
         Ok(key)
     }
@@ -330,7 +334,7 @@ impl Keyring {
     /// # Errors
     /// Whatever forbids it.
     pub async fn describe(&self, cx: &Context, name: &KeyName) -> Result<Arc<Key>, Error> {
-        let key = self.load(self.resolve(name).await?).await?;
+        let key = self.find(cx, Action::GetKeyMetadata, name).await?;
         self.require(cx, key.resource(), part::Describe(name)).await?;
         Ok(key)
     }

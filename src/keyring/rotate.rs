@@ -9,7 +9,7 @@ use super::create::{GENERATED, IMPORTED, supplied};
 use super::plan::{Done, Planned, Prepared};
 use super::rows::{schedule, unschedule};
 use super::{Key, Keyring};
-use crate::authz::Authorized;
+use crate::authz::{Action, Authorized};
 use crate::command::{RotateKey, Strategy};
 use crate::context::Context;
 use crate::error::{Error, Reason};
@@ -73,7 +73,7 @@ impl Keyring {
         command: &RotateKey,
     ) -> Result<Prepared, Error> {
         // Nobody makes this node generate an RSA key for nothing.
-        let key = self.load(self.resolve(&command.key).await?).await?;
+        let key = self.find(cx, Action::RotateKey, &command.key).await?;
         self.require(cx, key.resource(), command).await?;
         key::may_seal(&key.record, cx.now).map_err(Error::State)?;
         if !makes_version(&key.record, command.strategy) {

@@ -24,6 +24,7 @@ use crate::context::Caller;
 use crate::time::Clock;
 
 mod edges;
+mod hostile;
 
 const START: Time = Time::from_seconds(1_800_000_000);
 

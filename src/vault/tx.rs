@@ -83,6 +83,12 @@ impl<'v> Tx<'v> {
         Ok(Some(Loaded { record, revision: entry.revision }))
     }
 
+    /// Whether the row is written here, so that what [`Self::get`] gives may never come to be.
+    #[must_use]
+    pub fn is_pending<R: Record>(&self, key: &[u8]) -> bool {
+        self.pending.contains_key(&RowKey::new(R::SPACE, key))
+    }
+
     /// Reads at most `limit` records of a range as they were when the transaction began; its own
     /// writes are not seen.
     ///
