@@ -12,6 +12,7 @@ pub(crate) mod parse;
 pub mod status;
 mod stream;
 mod trailers;
+mod twins;
 
 use std::convert::Infallible;
 use std::sync::Arc;

@@ -7,6 +7,8 @@ use http::Extensions;
 use polykey_proto::polykey::v2 as pb;
 use tonic::metadata::MetadataMap;
 
+use crate::audit::event::CLAIMED;
+use crate::audit::{Outcome, Trail};
 use crate::authn::layer::Peer;
 use crate::authn::session::{Authenticator, Session};
 use crate::authz::Claimed;
@@ -24,6 +26,8 @@ pub(crate) struct Admitted {
     pub(crate) request_id: Arc<str>,
     pub(crate) now: Time,
     pub(crate) idempotency_key: Option<String>,
+    /// Where claims that contradict what was verified are written down.
+    pub(crate) trail: Option<Arc<Trail>>,
 }
 
 impl Admitted {
@@ -40,6 +44,7 @@ impl Admitted {
             request_id,
             now: clock.now(),
             idempotency_key: idempotency_key(metadata)?,
+            trail: None,
         })
     }
 
@@ -69,9 +74,25 @@ impl Admitted {
             caller,
         };
         if let Some(requester) = requester {
-            compare(&cx, requester)?;
+            self.compare(&cx, requester)?;
         }
         Ok(cx)
+    }
+
+    /// Claims that contradict what was verified are refused, and that is recorded.
+    fn compare(&self, cx: &Context, requester: &pb::RequesterContext) -> Result<(), Error> {
+        if agrees(cx, requester) {
+            return Ok(());
+        }
+        let decision_id = cx.facts().decision_id.to_string();
+        if let Some(trail) = &self.trail {
+            let event = cx
+                .origin()
+                .event("ClaimIdentity", None, Outcome::Denied, 7, &decision_id)
+                .detail(CLAIMED, &requester.client_identity);
+            trail.data_plane(event)?;
+        }
+        Err(Error::Denied { decision_id })
     }
 
     /// The same call a message later: the clock is read again and the token looked at again.
@@ -124,8 +145,8 @@ pub(crate) fn claimed(
     }
 }
 
-/// Claims that contradict what was verified are refused.
-fn compare(cx: &Context, requester: &pb::RequesterContext) -> Result<(), Error> {
+/// Whether the claims agree with what was verified.
+fn agrees(cx: &Context, requester: &pb::RequesterContext) -> bool {
     let pb::RequesterContext {
         client_identity,
         certificate_fingerprint,
@@ -139,10 +160,9 @@ fn compare(cx: &Context, requester: &pb::RequesterContext) -> Result<(), Error> 
         .map(|c| c.to_ascii_lowercase())
         .collect();
     let fingerprint = fingerprint.strip_prefix("sha256").unwrap_or(&fingerprint);
-    let agree = (client_identity.is_empty() || client_identity == cx.caller.client_id())
+    (client_identity.is_empty() || client_identity == cx.caller.client_id())
         && (fingerprint.is_empty() || fingerprint == cx.caller.certificate.thumbprint_hex())
-        && (*client_tier == 0 || *client_tier == cx.caller.tier);
-    if agree { Ok(()) } else { Err(Error::Denied { decision_id: String::new() }) }
+        && (*client_tier == 0 || *client_tier == cx.caller.tier)
 }
 
 /// One value of a metadata twin, text.

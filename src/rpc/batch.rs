@@ -6,15 +6,15 @@ use prost::Message;
 use tonic::{Request, Response};
 
 use super::admit::Admitted;
-use super::key_service::KeyService;
-use super::{convert, parse, status};
+use super::key_service::{KeyService, after_commit};
+use super::{convert, parse, status, twins};
 use crate::command::Mutation;
 use crate::context::Context;
 use crate::error::{Error, FieldViolation};
 use crate::keyring::{Done, Idempotency, MetadataView};
-use crate::limits::BATCH;
+use crate::limits::{BATCH, Violations};
 
-/// Items of one batch that are worked on at the same time; they meet again in commit groups.
+/// Items of a batch worked on at the same time; they meet again in commit groups.
 const PARALLEL: usize = 64;
 
 /// How a batch goes on after a failure.
@@ -152,7 +152,7 @@ impl KeyService {
         key: Option<&Idempotency>,
     ) -> Result<Changed, Error> {
         let done = Box::pin(self.0.keyring.mutate(cx, &mutation?, key)).await?;
-        let view = self.0.keyring.view_done(cx, &done).await?;
+        let view = self.0.keyring.view_done(cx, &done).await.map_err(after_commit)?;
         Ok((done, view))
     }
 
@@ -188,7 +188,7 @@ impl KeyService {
                 for done in all {
                     results.push(match self.0.keyring.view_done(cx, &done).await {
                         Ok(view) => Item::Done((done, view)),
-                        Err(error) => Item::Failed(error),
+                        Err(error) => Item::Failed(after_commit(error)),
                     });
                 }
                 results
@@ -328,8 +328,14 @@ pub(super) async fn create_keys(
     request: Request<pb::BatchCreateKeysRequest>,
 ) -> Result<Response<pb::BatchCreateKeysResponse>, Error> {
     let admitted = service.admit(&request)?;
-    let m = request.into_inner();
+    let (metadata, _, mut m) = request.into_parts();
     let cx = admitted.context(m.requester_context.as_ref(), None)?;
+    twins::refuse_twins(&metadata, &[&twins::OF_ONE_KEY, &twins::OF_EXPORTS])?;
+    let mut v = Violations::new();
+    if let Some(exportable) = twins::exportable_twin(&mut v, &metadata) {
+        m.keys.iter_mut().for_each(|key| key.exportable = Some(exportable));
+    }
+    v.finish()?;
     let mode = mode(m.atomic, m.continue_on_error)?;
     check_count(m.keys.len())?;
     let indexes: Vec<i32> = (0..m.keys.len()).map(|i| i32::try_from(i).unwrap_or(0)).collect();
@@ -361,8 +367,9 @@ pub(super) async fn rotate_keys(
     request: Request<pb::BatchRotateKeysRequest>,
 ) -> Result<Response<pb::BatchRotateKeysResponse>, Error> {
     let admitted = service.admit(&request)?;
-    let m = request.into_inner();
+    let (metadata, _, m) = request.into_parts();
     let cx = admitted.context(m.requester_context.as_ref(), None)?;
+    twins::refuse_twins(&metadata, &[&twins::OF_ONE_KEY, &twins::OF_EXPORTS])?;
     let mode = mode(m.atomic, m.continue_on_error)?;
     check_count(m.keys.len())?;
     let ids: Vec<String> = m.keys.iter().map(|k| k.key_id.clone()).collect();
@@ -393,8 +400,9 @@ pub(super) async fn revoke_keys(
     request: Request<pb::BatchRevokeKeysRequest>,
 ) -> Result<Response<pb::BatchRevokeKeysResponse>, Error> {
     let admitted = service.admit(&request)?;
-    let m = request.into_inner();
+    let (metadata, _, m) = request.into_parts();
     let cx = admitted.context(m.requester_context.as_ref(), None)?;
+    twins::refuse_twins(&metadata, &[&twins::OF_ONE_KEY, &twins::OF_EXPORTS])?;
     let mode = mode(m.atomic, m.continue_on_error)?;
     check_count(m.keys.len())?;
     let ids: Vec<String> = m.keys.iter().map(|k| k.key_id.clone()).collect();
@@ -425,8 +433,9 @@ pub(super) async fn update_metadata(
     request: Request<pb::BatchUpdateKeyMetadataRequest>,
 ) -> Result<Response<pb::BatchUpdateKeyMetadataResponse>, Error> {
     let admitted = service.admit(&request)?;
-    let m = request.into_inner();
+    let (metadata, _, m) = request.into_parts();
     let cx = admitted.context(m.requester_context.as_ref(), None)?;
+    twins::refuse_twins(&metadata, &[&twins::OF_ONE_KEY, &twins::OF_EXPORTS])?;
     let mode = mode(m.atomic, m.continue_on_error)?;
     check_count(m.keys.len())?;
     let ids: Vec<String> = m.keys.iter().map(|k| k.key_id.clone()).collect();

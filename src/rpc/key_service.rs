@@ -39,7 +39,8 @@ type Changed = (Done, MetadataView);
 
 impl KeyService {
     pub(crate) fn admit<T>(&self, request: &Request<T>) -> Result<Admitted, Error> {
-        Admitted::of(request.extensions(), request.metadata(), &self.0.clock)
+        let admitted = Admitted::of(request.extensions(), request.metadata(), &self.0.clock)?;
+        Ok(Admitted { trail: Some(Arc::clone(&self.0.trail)), ..admitted })
     }
 
     /// One change, as every single call does it.
@@ -58,8 +59,15 @@ impl KeyService {
             request: encoded.into(),
         });
         let done = self.0.keyring.mutate(cx, mutation, idempotency.as_ref()).await?;
-        let view = self.0.keyring.view_done(cx, &done).await?;
+        let view = self.0.keyring.view_done(cx, &done).await.map_err(after_commit)?;
         Ok((done, view))
+    }
+}
+
+/// A failure to show what has been done must not look as if it had not been.
+pub(crate) fn after_commit(error: Error) -> Error {
+    Error::OutcomeUnknown {
+        internal: format!("done, and then: {error}: {:?}", error.internal_text()),
     }
 }
 

@@ -8,6 +8,7 @@ use tonic::metadata::MetadataMap;
 use zeroize::Zeroizing;
 
 use super::admit::{binary, text};
+use super::twins::exportable_twin;
 use crate::command::{
     CreateKey, Expiry, Export, GetKey, GetMetadata, ListKeys, ListStatus, Profile, RevokeKey,
     RotateKey, Strategy, UpdateKey, Value,
@@ -136,12 +137,8 @@ pub(crate) fn create_twins(
     metadata: &MetadataMap,
 ) -> Result<(), Error> {
     let mut v = Violations::new();
-    if let Some(text) = text(&mut v, metadata, "polykey-exportable") {
-        match text {
-            "true" => request.exportable = Some(true),
-            "false" => request.exportable = Some(false),
-            _ => v.add("polykey-exportable", "must be true or false"),
-        }
+    if let Some(exportable) = exportable_twin(&mut v, metadata) {
+        request.exportable = Some(exportable);
     }
     if let Some(bytes) = binary(&mut v, metadata, "polykey-value-bin") {
         request.value = bytes.into();
@@ -253,6 +250,10 @@ pub(crate) fn create(request: pb::CreateKeyRequest, now: Time) -> Result<CreateK
         PERIOD,
         "a supplied value cannot be rotated by the server itself",
     );
+    let alias = match alias.strip_prefix("alias/") {
+        Some(name) => name.to_owned(),
+        None => alias,
+    };
     if !alias.is_empty() {
         limits::alias(&mut v, "alias", &alias);
     }

@@ -8,8 +8,8 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::admit::Admitted;
 use super::batch::Item;
-use super::key_service::{Answers, KeyService};
-use super::{convert, parse};
+use super::key_service::{Answers, KeyService, after_commit};
+use super::{convert, parse, twins};
 use crate::command::Mutation;
 use crate::error::Error;
 use crate::keyring::{Done, Idempotency, MetadataView};
@@ -44,6 +44,8 @@ pub(super) fn run<O: Operation>(
     request: Request<Streaming<O::Ask>>,
 ) -> Result<Response<Answers<O::Answer>>, Error> {
     let first = service.admit(&request)?;
+    let twins: [&[&str]; 3] = [&twins::OF_ONE_KEY, &twins::OF_EXPORTS, &[twins::EXPORTABLE]];
+    twins::refuse_twins(request.metadata(), &twins)?;
     let mut incoming = request.into_inner();
     let service = service.clone();
     let (answers, receiver) = tokio::sync::mpsc::channel(AHEAD);
@@ -99,7 +101,7 @@ async fn change(
             request: request.into(),
         });
         let done = Box::pin(service.0.keyring.mutate(&cx, &mutation, key.as_ref())).await?;
-        let view = service.0.keyring.view_done(&cx, &done).await?;
+        let view = service.0.keyring.view_done(&cx, &done).await.map_err(after_commit)?;
         Ok::<_, Error>((done, view))
     };
     match attempt.await {
