@@ -58,7 +58,8 @@ where
         // What nobody has entered into the table, nobody has decided who may call.
         let Some(method) = methods::find(request.uri().path()) else {
             let unknown = tonic::Status::unimplemented("there is no such method");
-            return Box::pin(async move { Ok(unknown.into_http()) });
+            let id = request.extensions().get::<RequestId>().cloned();
+            return Box::pin(async move { Ok(named(unknown, id.as_ref())) });
         };
         let limit = match (method.lasts, asked) {
             (true, asked) => asked,
@@ -71,16 +72,16 @@ where
                 None => response.await,
                 Some(limit) => match tokio::time::timeout(limit, response).await {
                     Ok(response) => response,
-                    Err(_) => Ok(exceeded(id.as_ref())),
+                    Err(_) => Ok(named(status::status(&Error::DeadlineExceeded), id.as_ref())),
                 },
             }
         })
     }
 }
 
-/// This stands outside of what names the request in other answers.
-fn exceeded(id: Option<&RequestId>) -> Response<Body> {
-    let mut response: Response<Body> = status::status(&Error::DeadlineExceeded).into_http();
+/// An answer with the request id: this stands outside of what puts it into the others.
+fn named(status: tonic::Status, id: Option<&RequestId>) -> Response<Body> {
+    let mut response: Response<Body> = status.into_http();
     if let Some(id) = id.and_then(|id| HeaderValue::from_str(id.as_str()).ok()) {
         response.headers_mut().insert(REQUEST_ID, id);
     }
@@ -98,6 +99,7 @@ mod tests {
         });
         let mut service = WithDeadline { inner: never, longest: Duration::from_millis(1) };
         let mut request = Request::new(());
+        *request.uri_mut() = "/polykey.v2.PolykeyService/GetKey".parse().unwrap();
         let id = RequestId::of(&HeaderMap::new());
         request.extensions_mut().insert(id.clone());
         let response = service.call(request).await.unwrap();
