@@ -56,6 +56,15 @@ pub struct Deps {
     pub longest_call: Duration,
 }
 
+impl Deps {
+    /// The time of a request: the clock, but never before what has been seen already, so that
+    /// nothing that has ended begins again when the clock is set back.
+    #[must_use]
+    pub fn now(&self) -> Time {
+        self.authenticator.directory().time(self.clock.now())
+    }
+}
+
 /// Every service behind authentication, deadline and trailers, ready for the listener.
 pub fn service(
     deps: Arc<Deps>,

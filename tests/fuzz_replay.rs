@@ -4,6 +4,7 @@
 //! `POLYKEY_FUZZ_SEED` and `POLYKEY_FUZZ_MUTATIONS` choose others. What a fuzzer finds goes into
 //! `tests/fuzz/corpus/TARGET/` and is replayed here from then on.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(clippy::print_stdout, reason = "a failing run is repeated from its seed")]
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -82,8 +82,7 @@ impl AdminService {
     }
 
     fn admit<M>(&self, request: Request<M>) -> Result<(Admitted, Context, M), Error> {
-        let clock = &self.0.deps.clock;
-        let admitted = Admitted::of(request.extensions(), request.metadata(), clock)?;
+        let admitted = Admitted::of(request.extensions(), request.metadata(), &self.0.deps)?;
         let cx = admitted.context(None, None)?;
         Ok((admitted, cx, request.into_inner()))
     }

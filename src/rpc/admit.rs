@@ -9,14 +9,15 @@ use tonic::metadata::MetadataMap;
 
 use crate::audit::event::CLAIMED;
 use crate::audit::{Outcome, Trail};
+use super::Deps;
 use crate::authn::layer::Peer;
-use crate::authn::session::{Authenticator, Session};
+use crate::authn::session::Session;
 use crate::authz::Claimed;
 use crate::context::Context;
 use crate::error::Error;
 use crate::limits::{IDEMPOTENCY_KEY, Violations};
 use crate::net::RequestId;
-use crate::time::{Clock, Time};
+use crate::time::Time;
 
 /// What the layers in front have put into a request.
 #[derive(Clone)]
@@ -34,7 +35,7 @@ impl Admitted {
     pub(crate) fn of(
         extensions: &Extensions,
         metadata: &MetadataMap,
-        clock: &Clock,
+        deps: &Deps,
     ) -> Result<Self, Error> {
         let peer = extensions.get::<Peer>().cloned().ok_or(Error::Unauthenticated)?;
         let request_id = extensions.get::<RequestId>().map_or("-", RequestId::as_str).into();
@@ -42,7 +43,7 @@ impl Admitted {
             session: extensions.get::<Session>().cloned(),
             peer,
             request_id,
-            now: clock.now(),
+            now: deps.now(),
             idempotency_key: idempotency_key(metadata)?,
             trail: None,
         })
@@ -98,13 +99,12 @@ impl Admitted {
     /// The same call a message later: the clock is read again and the token looked at again.
     pub(crate) async fn again(
         &self,
-        authenticator: &Authenticator,
-        clock: &Clock,
+        deps: &Deps,
     ) -> Result<Self, Error> {
-        let now = clock.now();
+        let now = deps.now();
         let mut next = Self { now, ..self.clone() };
         if let Some(session) = &mut next.session {
-            session.caller = authenticator.recheck(session, now).await?;
+            session.caller = deps.authenticator.recheck(session, now).await?;
         }
         Ok(next)
     }

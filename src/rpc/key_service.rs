@@ -39,7 +39,7 @@ type Changed = (Done, MetadataView);
 
 impl KeyService {
     pub(crate) fn admit<T>(&self, request: &Request<T>) -> Result<Admitted, Error> {
-        let admitted = Admitted::of(request.extensions(), request.metadata(), &self.0.clock)?;
+        let admitted = Admitted::of(request.extensions(), request.metadata(), &self.0)?;
         Ok(Admitted { trail: Some(Arc::clone(&self.0.trail)), ..admitted })
     }
 

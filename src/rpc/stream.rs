@@ -62,7 +62,7 @@ pub(super) fn run<O: Operation>(
                 Some(Err(status)) => Err(status),
                 Some(Ok(ask)) => {
                     sequence += 1;
-                    match first.again(&service.0.authenticator, &service.0.clock).await {
+                    match first.again(&service.0).await {
                         Err(error) => Err(Status::from(error)),
                         Ok(admitted) => {
                             let acted = O::act(&service, &admitted, ask, sequence).await;
@@ -283,7 +283,7 @@ pub(super) async fn get_keys(
             let (requester, attributes) = (m.requester_context.clone(), m.attributes.clone());
             let key_id = m.key_id.clone();
             async move {
-                let admitted = first.again(&service.0.authenticator, &service.0.clock).await?;
+                let admitted = first.again(&service.0).await?;
                 let cx = admitted.context(requester.as_ref(), attributes.as_ref())?;
                 let command = crate::command::GetKey { version, ..command };
                 let result = service.0.keyring.get(&cx, &command).await;

@@ -62,7 +62,7 @@ impl AdminService {
     /// Whether whoever opened a stream may still read on.
     async fn may_read(&self, first: &Admitted) -> Result<(), Error> {
         let deps = &self.0.deps;
-        let admitted = first.again(&deps.authenticator, &deps.clock).await?;
+        let admitted = first.again(deps).await?;
         let cx = admitted.context(None, None)?;
         self.authorize(&cx, Resource::Node, commands::ReadAudit).await.map(drop)
     }

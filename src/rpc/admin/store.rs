@@ -174,7 +174,7 @@ impl AdminService {
                 Ok(()) = progress.changed() => {
                     let Progress { rows, expected } = *progress.borrow_and_update();
                     let deps = &self.0.deps;
-                    let now = admitted.again(&deps.authenticator, &deps.clock).await?;
+                    let now = admitted.again(deps).await?;
                     let cx = now.context(None, None)?;
                     self.authorize(&cx, Resource::Node, commands::VerifyStore).await?;
                     let part = pb::verify_store_response::Part::Progress(pb::VerifyStoreProgress {
