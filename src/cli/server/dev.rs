@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::super::error::CliError;
 use super::super::output::write_out;
-use super::run::{announce, prepare_process, until_signalled};
+use super::run::{Signals, announce, prepare_process, until_signalled};
 use super::runtime;
 use crate::app::{Admin, App, AppError, Bootstrapped, Running, bootstrap};
 use crate::hardening;
@@ -41,11 +41,12 @@ pub fn dev(args: DevArgs) -> Result<(), CliError> {
         .map_err(AppError::from)?;
     prepare_process(&prepared.config)?;
     runtime()?.block_on(Box::pin(async {
+        let signals = Signals::install()?;
         let first = !prepared.directory.profile().exists();
         let running = start(&prepared).await?;
         announce(&running);
         write_out(greeting(&args.dir, running.address(), first).as_bytes())?;
-        until_signalled(running).await
+        until_signalled(running, signals).await
     }))
 }
 

@@ -35,9 +35,10 @@ pub fn serve(args: ServeArgs) -> Result<(), CliError> {
     let config = Config::load(&args.config).map_err(AppError::from)?;
     prepare_process(&config)?;
     super::runtime()?.block_on(Box::pin(async {
+        let signals = Signals::install()?;
         let running = App::open(config, Clock::System).await?.spawn().await?;
         announce(&running);
-        until_signalled(running).await
+        until_signalled(running, signals).await
     }))
 }
 
@@ -59,11 +60,32 @@ pub(super) fn announce(running: &Running) {
     }
 }
 
+/// The signals that steer a node. Installed before it says that it listens: whoever reads that may
+/// signal at once, and must not meet the default action.
+pub(super) struct Signals {
+    hangup: Signal,
+    term: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    /// Takes the signals from their default actions.
+    ///
+    /// # Errors
+    /// [`AppError::Process`].
+    pub(super) fn install() -> Result<Self, AppError> {
+        let on = |kind| signal(kind).map_err(AppError::Process);
+        Ok(Self {
+            hangup: on(SignalKind::hangup())?,
+            term: on(SignalKind::terminate())?,
+            interrupt: on(SignalKind::interrupt())?,
+        })
+    }
+}
+
 /// Reloads on HUP; drains and stops on TERM or INT, and ends at once on a second one.
-pub(super) async fn until_signalled(running: Running) -> Result<(), CliError> {
-    let on = |kind| signal(kind).map_err(AppError::Process);
-    let (mut hangup, mut term, mut interrupt) =
-        (on(SignalKind::hangup())?, on(SignalKind::terminate())?, on(SignalKind::interrupt())?);
+pub(super) async fn until_signalled(running: Running, signals: Signals) -> Result<(), CliError> {
+    let Signals { mut hangup, mut term, mut interrupt } = signals;
     loop {
         tokio::select! {
             _ = hangup.recv() => {
