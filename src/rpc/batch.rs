@@ -109,25 +109,23 @@ impl KeyService {
                 request: request.into(),
             })
         };
-        let parsed = items
-            .into_iter()
-            .enumerate()
-            .map(|(i, (item, bytes))| (item.map_err(|e| in_item(e, i)), key(i, bytes)));
+        let parsed = items.into_iter().enumerate().map(|(i, (item, bytes))| (item, key(i, bytes)));
         match mode {
             Mode::Atomic => self.change_atomically(cx, parsed.collect()).await,
             Mode::Continue => {
-                let run = |(item, key): (Result<Mutation, Error>, Option<Idempotency>)| async move {
+                type One = (usize, (Result<Mutation, Error>, Option<Idempotency>));
+                let run = |(i, (item, key)): One| async move {
                     match self.change_one(cx, item, key.as_ref()).await {
                         Ok(changed) => Item::Done(changed),
-                        Err(error) => Item::Failed(error),
+                        Err(error) => Item::Failed(in_item(error, i)),
                     }
                 };
-                stream::iter(parsed.map(run)).buffered(PARALLEL).collect().await
+                stream::iter(parsed.enumerate().map(run)).buffered(PARALLEL).collect().await
             }
             Mode::Stop => {
                 let mut results = Vec::new();
                 let mut stopped = false;
-                for (item, key) in parsed {
+                for (i, (item, key)) in parsed.enumerate() {
                     if stopped {
                         results.push(Item::NotTried);
                         continue;
@@ -136,7 +134,7 @@ impl KeyService {
                         Ok(changed) => Item::Done(changed),
                         Err(error) => {
                             stopped = true;
-                            Item::Failed(error)
+                            Item::Failed(in_item(error, i))
                         }
                     });
                 }
@@ -166,7 +164,7 @@ impl KeyService {
             let mut error = Some(error);
             (0..count)
                 .map(|i| match error.take_if(|_| i == index) {
-                    Some(error) => Item::Failed(error),
+                    Some(error) => Item::Failed(in_item(error, i)),
                     None => Item::NotTried,
                 })
                 .collect()
