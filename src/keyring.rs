@@ -195,6 +195,7 @@ pub struct Keyring {
     authorizer: Arc<ArcSwap<Authorizer>>,
     trail: Arc<Trail>,
     forge: Forge,
+    turns: plan::Turns,
 }
 
 impl std::fmt::Debug for Keyring {
@@ -213,7 +214,7 @@ impl Keyring {
         trail: Arc<Trail>,
         forge: Forge,
     ) -> Self {
-        Self { vault, caches, authorizer, trail, forge }
+        Self { vault, caches, authorizer, trail, forge, turns: plan::Turns::default() }
     }
 
     /// The vault underneath.

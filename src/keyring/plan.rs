@@ -1,6 +1,8 @@
 //! How a change is carried out: authorize, plan into one transaction, commit, and again if
 //! somebody else was faster.
 
+use std::collections::BTreeSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use polykey_hsm::Generated;
@@ -8,6 +10,7 @@ use polykey_proto::polykey::record::v1::audit_event::Outcome;
 use polykey_proto::polykey::record::v1::{
     AliasRecord, AuditEvent, KeyRecord, VersionRecord, job_record::Kind, key_record::State,
 };
+use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::idempotency::Idempotency;
 use super::rows::{claim_alias, release_alias, schedule, unschedule, write_list_rows};
@@ -55,6 +58,35 @@ pub(super) enum Prepared {
 pub(super) struct Planned {
     pub(super) done: Done,
     pub(super) event: AuditEvent,
+}
+
+/// Whoever lost a race for a key waits for its turn, so that any number of callers get theirs in the
+/// end. The first attempt needs none: most keys have one writer at a time.
+#[derive(Debug)]
+pub(super) struct Turns(Box<[Arc<Mutex<()>>]>);
+
+impl Default for Turns {
+    fn default() -> Self {
+        Self((0..256).map(|_| Arc::default()).collect())
+    }
+}
+
+impl Turns {
+    /// The turns of all keys that are named, always in the same order.
+    async fn take(&self, mutations: &[Mutation]) -> Vec<OwnedMutexGuard<()>> {
+        let place = |key: KeyName| {
+            let mut hasher = DefaultHasher::new();
+            key.hash(&mut hasher);
+            usize::try_from(hasher.finish() % self.0.len() as u64).unwrap_or(0)
+        };
+        let places: BTreeSet<usize> =
+            mutations.iter().filter_map(Mutation::key).map(place).collect();
+        let mut turns = Vec::with_capacity(places.len());
+        for lock in places.into_iter().filter_map(|place| self.0.get(place)) {
+            turns.push(Arc::clone(lock).lock_owned().await);
+        }
+        turns
+    }
 }
 
 impl Keyring {
@@ -113,6 +145,7 @@ impl Keyring {
             prepared.push(self.prepare(cx, mutation).await.map_err(|e| (i, e))?);
         }
         let mut last = 0;
+        let mut turn = Vec::new();
         for _ in 0..ATTEMPTS {
             let mut tx = self.vault.begin().await.map_err(|e| (0, e))?;
             let mut planned = Vec::with_capacity(mutations.len());
@@ -134,6 +167,9 @@ impl Keyring {
                     // Somebody changed a row of ours, or the same request came twice at once.
                     if let Some(done) = self.recall_all(cx, mutations, idempotency).await? {
                         return Ok(done);
+                    }
+                    if turn.is_empty() {
+                        turn = self.turns.take(mutations).await;
                     }
                 }
                 Err(error) => return Err((last, error)),
