@@ -7,7 +7,7 @@ use polykey_proto::polykey::record::v1::{KeyRecord, ListRow};
 use polykey_storage::Direction;
 use prost::Message;
 
-use super::rows::{EVERYONE, list_prefix, tag_hash};
+use super::rows::{EVERYONE, list_prefix, tag_hashes};
 use super::{Keyring, MetadataView};
 use crate::authz::Resource;
 use crate::command::{ListKeys, ListStatus};
@@ -149,7 +149,15 @@ impl Keyring {
         Filter {
             algorithms: query.algorithms.iter().map(|a| u32::from(a.code())).collect(),
             statuses: query.statuses.clone(),
-            tags: query.tags.iter().map(|(k, v)| tag_hash(&self.vault, k, v)).collect(),
+            tags: query
+                .tags
+                .iter()
+                .map(|(k, v)| {
+                    let [tag, name] = tag_hashes(&self.vault, k, v);
+                    // An empty value asks for any value.
+                    if v.is_empty() { name } else { tag }
+                })
+                .collect(),
             after: query.created_after.map(Time::micros),
             before: query.created_before.map(Time::micros),
         }

@@ -32,9 +32,16 @@ fn list_row(vault: &Vault, principal: &str, id: KeyId) -> Vec<u8> {
 }
 
 /// The short form of a tag in list rows: filters compare these.
-pub(super) fn tag_hash(vault: &Vault, key: &str, value: &str) -> u64 {
+fn tag_hash(vault: &Vault, key: &str, value: &str) -> u64 {
     let mac = vault.ring().mac(MacPurpose::RowName, &[b"tag", key.as_bytes(), value.as_bytes()]);
     u64::from_be_bytes(*mac.first_chunk::<8>().unwrap_or(&[0; 8]))
+}
+
+/// What a list row holds of a tag: one hash for the tag with its value, one for its name with any.
+pub(super) fn tag_hashes(vault: &Vault, key: &str, value: &str) -> [u64; 2] {
+    let mac = vault.ring().mac(MacPurpose::RowName, &[b"tag-name", key.as_bytes()]);
+    let name = u64::from_be_bytes(*mac.first_chunk::<8>().unwrap_or(&[0; 8]));
+    [tag_hash(vault, key, value), name]
 }
 
 fn grantees(record: &KeyRecord) -> BTreeSet<&str> {
@@ -73,7 +80,7 @@ fn narrow(vault: &Vault, record: &KeyRecord) -> ListRow {
         algorithm: record.algorithm,
         state: record.state,
         created_at: record.created_at,
-        tags: record.tags.iter().map(|(k, v)| tag_hash(vault, k, v)).collect(),
+        tags: record.tags.iter().flat_map(|(k, v)| tag_hashes(vault, k, v)).collect(),
         rotating: record.staged_version != 0,
         expires_at: record.expires_at,
         revoke_at: record.revoke_at,
