@@ -40,7 +40,7 @@ pub use facts::{
     Claimed, ClientFacts, ContextFacts, DecisionId, KeyFacts, PrincipalFacts, Resource, ResourceId,
     RoleFacts, visible,
 };
-pub use keypolicies::{KeyPolicies, MAX_KEY_BYTES, MAX_POLICIES, MAX_POLICY_BYTES};
+pub use keypolicies::{KeyPolicies, MAX_KEY_BYTES, MAX_POLICIES, MAX_POLICY_BYTES, is_policy_name};
 pub use language::{LanguageError, SCHEMA};
 pub use policies::{
     DEFAULTS, MAX_OPERATOR_BYTES, MAX_OPERATOR_POLICIES, PolicyError, PolicyErrors, PolicyFile,

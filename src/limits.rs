@@ -36,6 +36,12 @@ pub const ALIASES: usize = 50;
 pub const VALUE: usize = 4096;
 /// Entries of `generation_params`, and bytes of a value there.
 pub const PARAMS: usize = 16;
+/// Bytes of a claim about the caller, and entries of a list or map of them.
+pub const CLAIM: usize = 256;
+/// See [`CLAIM`].
+pub const CLAIMS: usize = 50;
+/// Bytes of the caller's own id of a request.
+pub const CORRELATION_ID: usize = 128;
 /// Shortest and longest rotation period, in seconds: one hour to ten years.
 pub const ROTATION_PERIOD: std::ops::RangeInclusive<i64> = 3600..=315_576_000;
 /// Longest grace period, in seconds: ten years.
@@ -173,6 +179,12 @@ pub fn shown(text: &str) -> String {
         end -= 1;
     }
     text.get(..end).unwrap_or_default().escape_debug().to_string()
+}
+
+/// A text of several lines as it may be shown in an answer: bounded, otherwise as it is.
+#[must_use]
+pub fn shown_text(text: &str) -> String {
+    text.chars().take(1024).collect()
 }
 
 #[cfg(test)]

@@ -90,6 +90,13 @@ fn mac(ring: &Ring, client_id: &str, text: &str) -> [u8; 32] {
     ring.mac(MacPurpose::ApiKey, &[client_id.as_bytes(), text.as_bytes()])
 }
 
+/// What is written down of a text that should have been a client id: one that begins like an API key
+/// was put into the wrong field, and must not stand in the audit trail.
+#[must_use]
+pub fn claimed_id(text: &str) -> &str {
+    if text.trim_start().starts_with(PREFIX) { "(an API key)" } else { text }
+}
+
 /// Whether `presented` is one of the keys with these MACs. Every MAC is compared, in constant time;
 /// a text that is no API key at all costs the same as a wrong one.
 #[must_use]

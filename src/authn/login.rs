@@ -119,7 +119,7 @@ impl Authenticator {
         let mut event = event("Authenticate", attempt);
         event.details.insert("grant_type".into(), grant.name().into());
         if is_client_id(credentials.client_id) {
-            event.details.insert(CLAIMED.into(), credentials.client_id.into());
+            event.details.insert(CLAIMED.into(), api_key::claimed_id(credentials.client_id).into());
         }
         if let Err(retry_after) = self.logins_by_address.check(&source, now) {
             return self.refuse(event, Error::Exhausted { retry_after }).await;

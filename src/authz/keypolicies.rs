@@ -81,7 +81,7 @@ impl KeyPolicies {
 
     fn add(&mut self, name: &str, text: &str) -> Result<(), Vec<PolicyError>> {
         let wrong = |message: String, remedy: &str| vec![PolicyError::whole(name, message, remedy)];
-        if !is_name(name) {
+        if !is_policy_name(name) {
             return Err(wrong(
                 "not a name for a policy".to_owned(),
                 "names match ^[a-zA-Z][a-zA-Z0-9_-]{0,63}$",
@@ -182,7 +182,9 @@ fn is_own(scope: &Value) -> bool {
         || *scope == json!({"op": "is", "entity_type": "Key"})
 }
 
-fn is_name(name: &str) -> bool {
+/// Whether a key's policy may have this name: `^[a-zA-Z][a-zA-Z0-9_-]{0,63}$`.
+#[must_use]
+pub fn is_policy_name(name: &str) -> bool {
     let bytes = name.as_bytes();
     bytes.len() <= 64
         && bytes.first().is_some_and(u8::is_ascii_alphabetic)

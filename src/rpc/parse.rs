@@ -20,6 +20,24 @@ use crate::time::Time;
 
 const PERIOD: &str = "rotation_period_seconds";
 const PREFIX: &str = "prefix";
+const POLICY_NAME: &str = "must match ^[a-zA-Z][a-zA-Z0-9_-]{0,63}$";
+
+/// Checks policies that a change sets, one by one: what they come to with those that the key has
+/// already is checked once the key may be seen. An empty text removes a policy.
+fn policies(v: &mut Violations, field: &str, texts: &BTreeMap<String, String>) {
+    use crate::authz::KeyPolicies;
+    for (name, text) in texts.iter().take(limits::POLICIES) {
+        let field = format!("{field}[{}]", limits::shown(name));
+        if text.is_empty() {
+            v.check(crate::authz::is_policy_name(name), &field, POLICY_NAME);
+            continue;
+        }
+        let one = BTreeMap::from([(name.clone(), text.clone())]);
+        if let Err(errors) = KeyPolicies::compile(uuid::Uuid::nil(), &one) {
+            v.add(field, limits::shown_text(&errors.to_string()));
+        }
+    }
+}
 
 /// A time, if it is one that can be kept.
 pub(crate) fn time(
@@ -29,7 +47,7 @@ pub(crate) fn time(
 ) -> Option<Time> {
     let value = value?;
     let ok =
-        (0..1_000_000_000).contains(&value.nanos) && (0..=253_402_207_199).contains(&value.seconds);
+        (0..1_000_000_000).contains(&value.nanos) && (0..=253_402_300_799).contains(&value.seconds);
     if !ok {
         v.add(field, "must be a time between 1970 and 9999");
         return None;
@@ -414,7 +432,10 @@ pub(crate) fn update(request: pb::UpdateKeyMetadataRequest, now: Time) -> Result
         "policies_to_remove",
         "must have at most 50 entries",
     );
+    policies(&mut v, "policies_to_update", &policies_to_update);
     for (i, name) in policies_to_remove.iter().enumerate().take(limits::POLICIES) {
+        let field = format!("policies_to_remove[{i}]");
+        v.check(crate::authz::is_policy_name(name), &field, POLICY_NAME);
         let both = policies_to_update.contains_key(name);
         v.check(!both, &format!("policies_to_remove[{i}]"), "is in policies_to_update as well");
     }

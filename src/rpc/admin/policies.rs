@@ -17,7 +17,7 @@ use crate::context::Context;
 use crate::error::Error;
 use crate::keyring::Key;
 use crate::limits::Violations;
-use crate::rpc::admit::claimed;
+use crate::rpc::admit::{check_attributes, claimed};
 use crate::rpc::parse::key_name;
 
 impl AdminService {
@@ -104,6 +104,9 @@ impl AdminService {
             v.check(on_key && !makes, "key_id", "must be empty: the action concerns no key");
             Some(key_name(&mut v, "key_id", &m.key_id))
         };
+        if let Some(attributes) = &m.attributes {
+            check_attributes(&mut v, attributes);
+        }
         v.finish()?;
         let action = action.ok_or_else(|| Error::invalid("action", "is unknown"))?;
         let details = [("client", m.client_id.as_str()), ("about", action.name())];
