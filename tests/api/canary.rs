@@ -1,0 +1,245 @@
+//! Secrets planted everywhere, the whole suite of calls at TRACE level, and then a search for them in all that is left.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::Path;
+
+use serde_json::json;
+
+use crate::common::client::{message, pool};
+use crate::common::{Options, Server};
+
+/// What a secret looks like where it must not be: raw, hexadecimal, base64 at each of its three alignments.
+fn shapes(secret: &[u8]) -> Vec<Vec<u8>> {
+    use data_encoding::{BASE64_NOPAD, BASE64URL_NOPAD, HEXLOWER, HEXUPPER};
+    let mut shapes = vec![
+        secret.to_vec(),
+        HEXLOWER.encode(secret).into_bytes(),
+        HEXUPPER.encode(secret).into_bytes(),
+        format!("{secret:?}").trim_matches(['[', ']']).as_bytes().to_vec(),
+    ];
+    for skip in 0..3 {
+        // Whole groups of three only: their text does not depend on what stands around them.
+        let aligned = &secret[skip..];
+        let aligned = &aligned[..aligned.len() / 3 * 3];
+        shapes.push(BASE64_NOPAD.encode(aligned).into_bytes());
+        shapes.push(BASE64URL_NOPAD.encode(aligned).into_bytes());
+    }
+    shapes
+}
+
+/// Where secrets are in `hay`, in one pass: by their first eight bytes, then by all of them.
+fn hits(hay: &[u8], secrets: &[(&str, Vec<u8>)]) -> BTreeSet<String> {
+    let mut heads: HashMap<[u8; 8], Vec<(String, Vec<u8>)>> = HashMap::new();
+    for (name, secret) in secrets {
+        for (i, shape) in shapes(secret).into_iter().enumerate() {
+            let head = shape[..8].try_into().unwrap();
+            heads.entry(head).or_default().push((format!("{name} (shape {i})"), shape));
+        }
+    }
+    let mut found = BTreeSet::new();
+    for (at, window) in hay.windows(8).enumerate() {
+        for (name, shape) in heads.get(window).into_iter().flatten() {
+            if hay[at..].starts_with(shape) {
+                found.insert(name.clone());
+            }
+        }
+    }
+    found
+}
+
+fn files(directory: &Path, all: &mut Vec<std::path::PathBuf>) {
+    for entry in std::fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { files(&path, all) } else { all.push(path) }
+    }
+}
+
+#[test]
+fn the_search_finds_what_it_is_for() {
+    let secret = b"a canary of thirty-two bytes!!!!".to_vec();
+    let secrets = [("canary", secret.clone())];
+    for around in 0..4 {
+        let mut text = vec![b'.'; around];
+        text.extend(&secret);
+        text.extend(b"...");
+        assert!(!hits(&text, &secrets).is_empty());
+        assert!(!hits(data_encoding::BASE64.encode(&text).as_bytes(), &secrets).is_empty());
+        assert!(!hits(data_encoding::HEXLOWER.encode(&text).as_bytes(), &secrets).is_empty());
+        assert!(!hits(format!("{text:?}").as_bytes(), &secrets).is_empty());
+    }
+    assert!(hits(b"nothing of the sort", &secrets).is_empty());
+}
+
+#[tokio::test]
+async fn planted_secrets_are_in_no_log_no_error_no_audit_row_and_no_store() {
+    let trace = Options {
+        env: vec![("POLYKEY_LOG".into(), "trace".into()), ("RUST_LOG".into(), "trace".into())],
+        ..Options::default()
+    };
+    let (status, mut logs, directory) = Server::dev_with(&trace).stop();
+    assert!(status.success());
+    let directory = directory.unwrap();
+    let state = directory.path().join("state");
+    let config = state.join("polykey.toml");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let text = text.replace("format = \"pretty\"", "format = \"json\"\nlevel = \"trace\"");
+    assert!(text.contains("json"));
+    std::fs::write(&config, text).unwrap();
+    let server = Server::dev_in(&state, &trace, None);
+    let admin = server.admin().await;
+    let a = server.client(&admin, "user-a", &["user"]).await;
+
+    let planted = b"sk_live_CANARY-51H8vExAmPlE+/0123456789-plant".to_vec();
+    let rotated = b"sk_live_CANARY-rotated-77c1d4f0aa52-plant-two".to_vec();
+    let refused = b"sk_live_CANARY-refused-9913bb7710cd-plant-333".to_vec();
+    let mut secrets: Vec<(&str, Vec<u8>)> = vec![
+        ("value", planted.clone()),
+        ("rotated value", rotated.clone()),
+        ("refused value", refused.clone()),
+        ("admin's API key", admin.api_key.clone().into_bytes()),
+        ("user's API key", a.api_key.clone().into_bytes()),
+    ];
+    let mut errors = String::new();
+    let base64 = |bytes: &[u8]| data_encoding::BASE64.encode(bytes);
+
+    // Supplied material, by field and by metadata twin, in calls that succeed and calls that do not.
+    let made = a
+        .call("CreateKey", json!({"key_type": "KEY_TYPE_API_KEY", "value": base64(&planted)}))
+        .await
+        .unwrap();
+    let key = made["key_id"].as_str().unwrap().to_owned();
+    let twin: &[(&str, &[u8])] = &[("polykey-value-bin", &planted)];
+    a.call_with("CreateKey", json!({"key_type": "KEY_TYPE_API_KEY"}), twin).await.unwrap();
+    a.call("RotateKey", json!({"key_id": key, "value": base64(&rotated)})).await.unwrap();
+    let batch = json!({"keys": [{"key_type": "KEY_TYPE_API_KEY", "value": base64(&planted)}, {"key_type": "KEY_TYPE_AES_256", "value": base64(&refused)}]});
+    errors += &a.call("BatchCreateKeys", batch).await.unwrap()["results"][1]["error"].to_string();
+    for body in [
+        json!({"key_type": "KEY_TYPE_AES_256", "value": base64(&refused)}),
+        json!({"key_type": "KEY_TYPE_API_KEY", "value": base64(&refused), "data_classification": "?"}),
+        json!({"key_type": "KEY_TYPE_API_KEY", "value": base64(&refused.repeat(100))}),
+    ] {
+        errors += &format!("{:?}", a.call("CreateKey", body).await.unwrap_err());
+    }
+    let twin: &[(&str, &[u8])] = &[("polykey-value-bin", &refused)];
+    errors += &format!(
+        "{:?}",
+        a.call_with("CreateKey", json!({"key_type": "KEY_TYPE_AES_256"}), twin).await.unwrap_err()
+    );
+
+    // Generated material, taken out so that it can be looked for.
+    let generated = admin.create(json!({"key_type": "KEY_TYPE_AES_256", "exportable": true})).await;
+    let out = admin
+        .call("ExportKey", json!({"key_id": generated, "mode": "EXPORT_MODE_PLAIN"}))
+        .await
+        .unwrap();
+    let plain = out["key_material"]["plaintext"].as_str().unwrap();
+    secrets.push(("generated AES key", data_encoding::BASE64.decode(plain.as_bytes()).unwrap()));
+    let pair = admin.create(json!({"key_type": "KEY_TYPE_ECDSA_P384", "exportable": true})).await;
+    let out = admin
+        .call("ExportKey", json!({"key_id": pair, "mode": "EXPORT_MODE_PLAIN"}))
+        .await
+        .unwrap();
+    let plain = data_encoding::BASE64
+        .decode(out["key_material"]["plaintext"].as_str().unwrap().as_bytes())
+        .unwrap();
+    // The private scalar of the PKCS #8 structure, not the public half that follows it.
+    let at = plain.windows(2).position(|w| w == [0x04, 0x30]).unwrap();
+    secrets.push(("generated private key", plain[at + 2..at + 50].to_vec()));
+    let out = a
+        .call_with("GetKey", json!({"key_id": key}), &[("polykey-export", b"plain")])
+        .await
+        .unwrap();
+    assert_eq!(out.header_bin("polykey-plaintext-bin").unwrap(), rotated);
+
+    // Tokens and logins, good and bad.
+    secrets.push(("access token", a.token.clone().into_bytes()));
+    secrets.push(("refresh token", a.refresh.clone().into_bytes()));
+    let again =
+        a.with_token("").call("RefreshToken", json!({"refresh_token": a.refresh})).await.unwrap();
+    secrets.push((
+        "second refresh token",
+        again["refresh_token"].as_str().unwrap().as_bytes().to_vec(),
+    ));
+    for body in [
+        json!({"client_id": "admin", "api_key": a.api_key}),
+        json!({"client_id": a.api_key, "api_key": "x"}),
+        json!({"client_id": "user-a", "api_key": format!("{}x", a.api_key)}),
+        json!({"client_id": "user-a", "api_key": "x", "grant_type": a.api_key}),
+    ] {
+        errors += &format!("{:?}", a.with_token("").call("Authenticate", body).await.unwrap_err());
+    }
+    errors +=
+        &format!("{:?}", admin.with_token(&a.token).call("ListKeys", json!({})).await.unwrap_err());
+    errors += &format!(
+        "{:?}",
+        a.with_token("").call("RefreshToken", json!({"refresh_token": a.token})).await.unwrap_err()
+    );
+
+    // Every method once more, with little in it.
+    for service in pool().services().filter(|s| s.full_name().starts_with("polykey.v2.")) {
+        for method in service.methods() {
+            if matches!(method.name(), "FollowAudit") {
+                continue;
+            }
+            let mut body = json!({});
+            if method.input().get_field_by_name("key_id").is_some() {
+                body["key_id"] = key.clone().into();
+            }
+            if method.input().get_field_by_name("keys").is_some() {
+                body["keys"] = if method.name() == "BatchCreateKeys" {
+                    json!([{"key_type": "KEY_TYPE_AES_256"}])
+                } else {
+                    json!([{"key_id": key}])
+                };
+            }
+            if method.input().get_field_by_name("request").is_some() {
+                body["request"] = if method.name() == "StreamCreateKeys" {
+                    json!({"key_type": "KEY_TYPE_AES_256"})
+                } else {
+                    json!({"key_id": key})
+                };
+            }
+            let body = message(method.input(), &body);
+            if let Err(fail) = admin.send(&method, vec![body], &[]).await {
+                errors += &format!("{fail:?}");
+            }
+        }
+    }
+    let (code, audit, err) = server.cli(&["audit", "list", "-o", "json"]);
+    assert_eq!(code, 0, "{err}");
+    assert!(audit.contains("CreateKey"), "{audit}");
+    let (status, output, _) = server.stop();
+    assert!(status.success(), "{output}");
+    logs += &output;
+    assert!(logs.contains("TRACE") || logs.contains("trace"), "the logs are not at TRACE level");
+    let json_lines = output.lines().filter(|l| l.starts_with('{')).count();
+    assert!(json_lines > 50, "only {json_lines} lines of JSON:\n{output}");
+
+    let master = std::fs::read(state.join("master.key")).unwrap();
+    let master = String::from_utf8(master).unwrap().trim().to_owned();
+    secrets.push((
+        "master key",
+        data_encoding::HEXLOWER_PERMISSIVE
+            .decode(master.as_bytes())
+            .unwrap_or_else(|_| master.into_bytes()),
+    ));
+    let mut found = Vec::new();
+    for (place, text) in
+        [("logs", logs.as_bytes()), ("errors", errors.as_bytes()), ("audit", audit.as_bytes())]
+    {
+        found.extend(hits(text, &secrets).into_iter().map(|hit| format!("{place}: {hit}")));
+    }
+    let mut all = Vec::new();
+    files(&state, &mut all);
+    assert!(all.iter().any(|f| f.ends_with("polykey.redb")), "{all:?}");
+    for file in all {
+        let name = file.file_name().unwrap().to_string_lossy().into_owned();
+        // The files that are there to hold a secret.
+        if matches!(name.as_str(), "master.key" | "admin.api-key" | "token.json") {
+            continue;
+        }
+        let bytes = std::fs::read(&file).unwrap();
+        found.extend(hits(&bytes, &secrets).into_iter().map(|hit| format!("{name}: {hit}")));
+    }
+    assert!(found.is_empty(), "{found:#?}");
+}

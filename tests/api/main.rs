@@ -1,0 +1,23 @@
+//! The real binary, driven over the wire.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::large_futures,
+    reason = "tests"
+)]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod canary;
+mod fields;
+mod go_batch;
+mod go_lifecycle;
+mod go_node;
+mod limits;
+mod rights;
+mod stubs;
+mod tokens;
+mod tour;

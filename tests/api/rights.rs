@@ -1,0 +1,276 @@
+//! Every method of the contract: refused without a token, and allowed to exactly the roles in the golden matrix.
+
+use std::collections::BTreeMap;
+
+use prost_reflect::MethodDescriptor;
+use serde_json::{Value, json};
+use tonic::Code;
+
+use crate::common::Server;
+use crate::common::client::{message, path, pool};
+
+/// The methods that answer without a token, and nothing else may.
+const WITHOUT_TOKEN: [&str; 5] = [
+    "/polykey.v2.PolykeyService/HealthCheck",
+    "/polykey.v2.PolykeyService/Authenticate",
+    "/polykey.v2.PolykeyService/RefreshToken",
+    "/grpc.health.v1.Health/Check",
+    "/grpc.health.v1.Health/Watch",
+];
+
+/// Per method: admin, operator, user, auditor, a client without roles, each against a key of the
+/// administrator's (or the node): `+` allowed, `-` PERMISSION_DENIED, `?` NOT_FOUND.
+const MATRIX: &str = "
+GetKey                  + + ? - ?
+GetKeyMetadata          + + ? + ?
+RotateKey               + + ? - ?
+RevokeKey               + + ? - ?
+UpdateKeyMetadata       + + ? - ?
+CreateKey               + + + - -
+ListKeys                + + + + -
+BatchGetKeys            + + ? - ?
+BatchCreateKeys         + + + - -
+BatchRotateKeys         + + ? - ?
+BatchRevokeKeys         + + ? - ?
+BatchUpdateKeyMetadata  + + ? - ?
+BatchGetKeyMetadata     + + ? + ?
+StreamGetKeys           + + ? - ?
+StreamCreateKeys        + + + - -
+StreamRotateKeys        + + ? - ?
+StreamRevokeKeys        + + ? - ?
+StreamUpdateKeyMetadata + + ? - ?
+StreamGetKeyMetadata    + + ? + ?
+RevokeToken             + + + + +
+EnableKey               + + ? - ?
+DisableKey              + + ? - ?
+ScheduleKeyDestruction  + + ? - ?
+CancelKeyDestruction    + + ? - ?
+ExportKey               + - ? - ?
+CreateAlias             + + ? - ?
+UpdateAlias             + + ? - ?
+DeleteAlias             + + ? - ?
+ListAliases             + + ? + ?
+ListKeyVersions         + + ? + ?
+UpdateKeyVersionBounds  + + ? - ?
+TrimKeyVersions         + + ? - ?
+GetKeyHistory           + - ? + ?
+WhoAmI                  + + + + +
+CreateClient            + - - - -
+GetClient               + + - - -
+ListClients             + + - - -
+UpdateClient            + - - - -
+DisableClient           + - - - -
+EnableClient            + - - - -
+RemoveClient            + - - - -
+RotateClientApiKey      + - - - -
+RevokeClientTokens      + + - - -
+ListRoles               + + - + -
+PutRole                 + - - - -
+DeleteRole              + - - - -
+IssueCertificate        + - - - -
+GetRootStatus           + + - - -
+RotateRoot              + - - - -
+RewrapSlot              + - - - -
+ListPolicies            + + - + -
+ValidatePolicy          + + - + -
+ExplainAuthorization    + + - + -
+ListAuditEvents         + - - + -
+FollowAudit             + - - + -
+GetAuditCheckpoint      + - - + -
+ExportAuditLog          + - - + -
+GetStoreStatus          + + - - -
+VerifyStore             + - - - -
+ListJobs                + + - - -
+GetConfiguration        + + - - -
+";
+
+fn methods() -> Vec<MethodDescriptor> {
+    pool()
+        .services()
+        .filter(|s| !s.full_name().starts_with("google."))
+        .flat_map(|s| s.methods().collect::<Vec<_>>())
+        .collect()
+}
+
+#[tokio::test]
+async fn every_method_but_five_needs_a_token() {
+    let server = Server::dev();
+    let admin = server.admin().await;
+    let anonymous = admin.with_token("");
+    let mut wrong = Vec::new();
+    let all = methods();
+    assert!(all.len() > 60);
+    for method in all {
+        if method.name() == "Watch" {
+            continue; // Answers without end; that it answers is tested beside Check.
+        }
+        let empty = message(method.input(), &json!({}));
+        let result = anonymous.send(&method, vec![empty], &[]).await;
+        let refused = matches!(&result, Err(fail) if fail.code == Code::Unauthenticated);
+        let open = WITHOUT_TOKEN.contains(&path(&method).as_str());
+        // An empty login is a failed login: it gets its answer from the method itself.
+        let login = matches!(method.name(), "Authenticate" | "RefreshToken");
+        if !login && refused == open {
+            wrong.push(format!("{}: {result:?}", path(&method)));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    let body = json!({"client_id": admin.id, "api_key": admin.api_key});
+    let login = anonymous.call("Authenticate", body).await.unwrap();
+    let refresh = json!({"refresh_token": login["refresh_token"]});
+    anonymous.call("RefreshToken", refresh).await.unwrap();
+}
+
+/// A request in order for a method, about `key`, `alias` and `client`, which are there for this call alone.
+fn request(method: &str, key: &str, alias: &str, client: &str, token: &str, n: usize) -> Value {
+    let create = json!({"key_type": "KEY_TYPE_AES_256"});
+    let with = |fields: Value| {
+        let mut request = fields;
+        request["key_id"] = key.into();
+        request
+    };
+    let item = match method {
+        m if m.contains("CreateKey") => create,
+        m if m.contains("UpdateKeyMetadata") => with(json!({"description": "x"})),
+        _ => with(json!({})),
+    };
+    let identity =
+        json!([{"kind": "CERTIFICATE_IDENTITY_KIND_DNS", "value": format!("c{n}.example.org")}]);
+    match method {
+        m if m.starts_with("Batch") => json!({"keys": [item]}),
+        "StreamGetKeys" => item,
+        m if m.starts_with("Stream") => json!({"request": item}),
+        "CreateKey" | "GetKey" | "RotateKey" | "RevokeKey" | "UpdateKeyMetadata"
+        | "GetKeyMetadata" => item,
+        "RevokeToken" => json!({"access_token": token}),
+        "ExportKey" => with(json!({"mode": "EXPORT_MODE_PLAIN"})),
+        "CreateAlias" => with(json!({"alias": format!("new-{n}")})),
+        "UpdateAlias" => with(json!({"alias": alias})),
+        "DeleteAlias" => json!({"alias": alias}),
+        "UpdateKeyVersionBounds" => with(json!({"min_decryption_version": 1})),
+        "TrimKeyVersions" => with(json!({"min_available_version": 1})),
+        "CreateClient" => {
+            json!({"client_id": format!("new-{n}"), "name": "n", "identities": identity})
+        }
+        "UpdateClient" => json!({"client_id": client, "name": "renamed"}),
+        "GetClient" | "DisableClient" | "EnableClient" | "RemoveClient" | "RotateClientApiKey"
+        | "RevokeClientTokens" | "IssueCertificate" => json!({"client_id": client}),
+        "PutRole" => json!({"name": format!("role-{n}"), "permissions": ["keys:read"]}),
+        "DeleteRole" => json!({"name": format!("none-{n}")}),
+        "ValidatePolicy" => json!({"text": "permit (principal, action, resource);"}),
+        "ExplainAuthorization" => {
+            json!({"client_id": client, "action": "keys:read", "key_id": key})
+        }
+        "ExportAuditLog" => json!({"max_leaves": 1}),
+        _ if crate::common::client::method(method)
+            .input()
+            .get_field_by_name("key_id")
+            .is_some()
+            && method != "ListJobs" =>
+        {
+            item
+        }
+        _ => json!({}),
+    }
+}
+
+#[tokio::test]
+async fn every_method_is_in_the_golden_matrix_and_obeys_it() {
+    let matrix: BTreeMap<&str, Vec<&str>> = MATRIX
+        .lines()
+        .filter_map(|line| {
+            let mut words = line.split_whitespace();
+            Some((words.next()?, words.collect()))
+        })
+        .collect();
+    let server = Server::dev();
+    let admin = server.admin().await;
+    let roles = ["admin", "operator", "user", "auditor", "none"];
+    let mut clients = vec![admin.clone()];
+    for role in &roles[1..] {
+        let own: &[&str] = if *role == "none" { &[] } else { std::slice::from_ref(role) };
+        clients.push(server.client(&admin, role, own).await);
+    }
+    let (mut wrong, mut n) = (Vec::new(), 0);
+    for method in methods() {
+        let name = method.name().to_owned();
+        if WITHOUT_TOKEN.contains(&path(&method).as_str()) {
+            continue;
+        }
+        let Some(row) = matrix.get(name.as_str()) else {
+            wrong.push(format!("{name} is not in the matrix"));
+            continue;
+        };
+        for (role, (client, expected)) in roles.iter().zip(clients.iter().zip(row)) {
+            n += 1;
+            let (alias, id) = (format!("alias-{n}"), format!("client-{n}"));
+            let fields = json!({"key_type": "KEY_TYPE_API_KEY", "alias": alias});
+            let key = admin.create(fields).await;
+            match name.as_str() {
+                "EnableKey" => {
+                    drop(admin.call("DisableKey", json!({"key_id": key})).await.unwrap())
+                }
+                "CancelKeyDestruction" => drop(
+                    admin.call("ScheduleKeyDestruction", json!({"key_id": key})).await.unwrap(),
+                ),
+                "GetClient"
+                | "UpdateClient"
+                | "DisableClient"
+                | "EnableClient"
+                | "RemoveClient"
+                | "RotateClientApiKey"
+                | "RevokeClientTokens"
+                | "IssueCertificate"
+                | "ExplainAuthorization" => {
+                    let identity = json!([{"kind": "CERTIFICATE_IDENTITY_KIND_DNS", "value": format!("x{n}.example.org")}]);
+                    let add = json!({"client_id": id, "name": "n", "identities": identity, "roles": ["user"]});
+                    admin.call("CreateClient", add).await.unwrap();
+                    if name == "EnableClient" {
+                        admin.call("DisableClient", json!({"client_id": id})).await.unwrap();
+                    }
+                }
+                _ => {}
+            }
+            let mut own = client.clone();
+            if name == "RevokeToken" {
+                own.login().await.unwrap();
+            }
+            let body = request(&name, &key, &alias, &id, &own.token, n);
+            let request = message(method.input(), &body);
+            let call = own.send(&method, vec![request], &[]);
+            // What follows for ever is allowed when it does not refuse.
+            let result = if name == "FollowAudit" {
+                match tokio::time::timeout(std::time::Duration::from_secs(2), call).await {
+                    Err(_) => Ok(json!({})),
+                    Ok(result) => result.map(|r| r.body),
+                }
+            } else {
+                call.await.map(|r| r.body)
+            };
+            let code = match &result {
+                Err(fail) => fail.code,
+                Ok(body) => {
+                    let first = body.get("results").unwrap_or(body).get(0);
+                    let code = first.and_then(|f| f["error_code"].as_i64()).unwrap_or(0);
+                    Code::from(i32::try_from(code).unwrap())
+                }
+            };
+            let got = match code {
+                Code::PermissionDenied => "-",
+                // The administrator of a role that is not there.
+                Code::NotFound if name == "DeleteRole" => "+",
+                Code::NotFound => "?",
+                Code::Ok | Code::FailedPrecondition => "+",
+                _ => "!",
+            };
+            if got != *expected {
+                wrong.push(format!(
+                    "{name} by {role}: {got}, not {expected}: {code:?} {:?}",
+                    result.err().map(|f| f.text)
+                ));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{} differences:\n{}", wrong.len(), wrong.join("\n"));
+    assert_eq!(matrix.len() + WITHOUT_TOKEN.len(), methods().len());
+}

@@ -1,0 +1,297 @@
+//! Starts the real binary on a directory of its own, waits until it says that it listens, and ends it by its pid.
+
+pub(crate) mod client;
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use polykey::net::client::ClientFiles;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use client::Client;
+
+/// Longer than anything here takes on a loaded machine; a test that waits this long has failed.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The binary under test.
+pub(crate) const POLYKEY: &str = env!("CARGO_BIN_EXE_polykey");
+
+/// How to start it.
+#[derive(Default, Clone)]
+pub(crate) struct Options {
+    /// Further arguments.
+    pub(crate) args: Vec<String>,
+    /// Further environment.
+    pub(crate) env: Vec<(String, String)>,
+}
+
+/// A running `polykey`.
+pub(crate) struct Server {
+    child: Mutex<Child>,
+    output: Arc<Mutex<String>>,
+    /// `127.0.0.1:PORT`.
+    pub(crate) address: String,
+    /// Where it keeps everything.
+    pub(crate) state: PathBuf,
+    directory: Option<TempDir>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Copies a stream line by line into `all` and to `lines`, until it ends.
+fn copy(from: impl Read + Send + 'static, all: Arc<Mutex<String>>, lines: Sender<String>) {
+    std::thread::spawn(move || {
+        let mut reader = BufReader::new(from);
+        let mut line = Vec::new();
+        while reader.read_until(b'\n', &mut line).is_ok_and(|n| n > 0) {
+            let text = String::from_utf8_lossy(&line).into_owned();
+            locked(&all).push_str(&text);
+            let _ = lines.send(text);
+            line.clear();
+        }
+    });
+}
+
+/// The address in a line that says where the server listens.
+fn listening(line: &str) -> Option<String> {
+    if !line.to_lowercase().contains("listening") {
+        return None;
+    }
+    let at = line.find("127.0.0.1:")?;
+    let rest = line.get(at..)?;
+    let port: String =
+        rest.trim_start_matches("127.0.0.1:").chars().take_while(char::is_ascii_digit).collect();
+    (!port.is_empty() && port != "0").then(|| format!("127.0.0.1:{port}"))
+}
+
+impl Server {
+    /// `polykey dev` in a new directory.
+    pub(crate) fn dev() -> Self {
+        Self::dev_with(&Options::default())
+    }
+
+    /// `polykey dev` in a new directory.
+    pub(crate) fn dev_with(options: &Options) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let state = directory.path().join("state");
+        Self::dev_in(&state, options, Some(directory))
+    }
+
+    /// `polykey dev` in this directory.
+    pub(crate) fn dev_in(state: &Path, options: &Options, directory: Option<TempDir>) -> Self {
+        let mut args = vec!["dev".to_owned(), "--dir".into(), state.display().to_string()];
+        args.extend(["--listen".into(), "127.0.0.1:0".into()]);
+        args.extend(options.args.iter().cloned());
+        Self::start(&args, &options.env, state, directory)
+    }
+
+    /// `polykey dev` in a directory that exists; what it wrote if it ends instead of listening.
+    pub(crate) fn try_again(state: &Path) -> Result<Self, String> {
+        let state_text = state.display().to_string();
+        let args = ["dev", "--listen", "127.0.0.1:0", "--dir", &state_text].map(str::to_owned);
+        Self::try_start(&args, &[], state, None)
+    }
+
+    fn start(
+        args: &[String],
+        env: &[(String, String)],
+        state: &Path,
+        directory: Option<TempDir>,
+    ) -> Self {
+        Self::try_start(args, env, state, directory)
+            .unwrap_or_else(|output| panic!("polykey {args:?} did not get to listen:\n{output}"))
+    }
+
+    fn try_start(
+        args: &[String],
+        env: &[(String, String)],
+        state: &Path,
+        directory: Option<TempDir>,
+    ) -> Result<Self, String> {
+        let mut child = Command::new(POLYKEY)
+            .args(args)
+            .env_remove("POLYKEY_PROFILE")
+            .env_remove("POLYKEY_LOG")
+            .env_remove("RUST_LOG")
+            .envs(env.iter().map(|(k, v)| (k, v)))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let output = Arc::new(Mutex::new(String::new()));
+        let (sender, lines) = channel();
+        copy(child.stdout.take().unwrap(), Arc::clone(&output), sender.clone());
+        copy(child.stderr.take().unwrap(), Arc::clone(&output), sender);
+        let address = loop {
+            match lines.recv_timeout(PATIENCE) {
+                Ok(line) => {
+                    if let Some(address) = listening(&line) {
+                        break address;
+                    }
+                }
+                Err(_) => {
+                    let _ = child.kill();
+                    let _ = child.wait();
+                    return Err(locked(&output).clone());
+                }
+            }
+        };
+        let child = Mutex::new(child);
+        Ok(Self { child, output, address, state: state.to_owned(), directory })
+    }
+
+    /// Everything it has written so far, to both streams.
+    pub(crate) fn output(&self) -> String {
+        locked(&self.output).clone()
+    }
+
+    /// Asks it to stop, waits until it has, and gives back its directory.
+    pub(crate) fn stop(mut self) -> (ExitStatus, String, Option<TempDir>) {
+        let status = {
+            let mut child = locked(&self.child);
+            let pid = rustix::process::Pid::from_child(&child);
+            rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+            child.wait().unwrap()
+        };
+        (status, self.output(), self.directory.take())
+    }
+
+    /// `polykey dev` whose configuration, once made, was changed by `edit`.
+    pub(crate) fn dev_configured(edit: impl FnOnce(String) -> String) -> Self {
+        let (status, output, directory) = Self::dev().stop();
+        assert!(status.success(), "{status}: {output}");
+        let directory = directory.unwrap();
+        let state = directory.path().join("state");
+        let path = state.join("polykey.toml");
+        let text = edit(std::fs::read_to_string(&path).unwrap());
+        toml::from_str::<toml::Table>(&text).unwrap();
+        std::fs::write(&path, text).unwrap();
+        Self::dev_in(&state, &Options::default(), Some(directory))
+    }
+
+    /// Kills it with SIGKILL or lets it drain, and starts it again on the same directory.
+    pub(crate) fn restart(mut self, kill: bool, options: &Options) -> Self {
+        let state = self.state.clone();
+        let directory = if kill {
+            let mut child = locked(&self.child);
+            child.kill().unwrap();
+            child.wait().unwrap();
+            drop(child);
+            self.directory.take()
+        } else {
+            let (status, output, directory) = self.stop();
+            assert!(status.success(), "{status}: {output}");
+            directory
+        };
+        Self::dev_in(&state, options, directory)
+    }
+
+    /// The profile that `polykey dev` wrote.
+    pub(crate) fn profile(&self) -> PathBuf {
+        self.state.join("profile.toml")
+    }
+
+    /// Its files and names, as the profile tells them.
+    pub(crate) fn profile_files(&self) -> (ClientFiles, String, String) {
+        let text = std::fs::read_to_string(self.profile()).unwrap();
+        let profile: toml::Table = toml::from_str(&text).unwrap();
+        let text = |name: &str| profile.get(name).and_then(|v| v.as_str()).unwrap_or_default();
+        let files = ClientFiles {
+            server_ca: self.state.join(text("ca")),
+            certificate: self.state.join(text("certificate")),
+            key: self.state.join(text("key")),
+        };
+        let key = match text("api_key_file") {
+            "" => String::new(),
+            path => std::fs::read_to_string(self.state.join(path)).unwrap().trim().to_owned(),
+        };
+        (files, text("client_id").to_owned(), key)
+    }
+
+    /// The administrator of `polykey dev`, logged in.
+    pub(crate) async fn admin(&self) -> Client {
+        let (files, id, api_key) = self.profile_files();
+        let mut client = Client::new(&self.address, files, &id, &api_key);
+        client.login().await.unwrap();
+        client
+    }
+
+    /// Adds a client with these roles, and logs it in.
+    pub(crate) async fn client(&self, admin: &Client, id: &str, roles: &[&str]) -> Client {
+        let mut client = self.stranger(admin, id, json!({"roles": roles})).await;
+        client.login().await.unwrap();
+        client
+    }
+
+    /// Adds a client with these fields of CreateClientRequest, and does not log it in.
+    pub(crate) async fn stranger(&self, admin: &Client, id: &str, fields: Value) -> Client {
+        let mut request = json!({
+            "client_id": id,
+            "name": id,
+            "identities": [{
+                "kind": "CERTIFICATE_IDENTITY_KIND_SPIFFE_URI",
+                "value": polykey::pki::client_identity(id).unwrap().to_string(),
+            }],
+        });
+        for (name, value) in fields.as_object().unwrap() {
+            request[name] = value.clone();
+        }
+        let created = admin.call("CreateClient", request).await.unwrap();
+        let files = self.certificate(admin, id, id).await;
+        Client::new(&self.address, files, id, created["api_key"].as_str().unwrap())
+    }
+
+    /// Has a certificate issued for `id` and keeps it under `name`.
+    pub(crate) async fn certificate(&self, admin: &Client, id: &str, name: &str) -> ClientFiles {
+        let issued = admin.call("IssueCertificate", json!({"client_id": id})).await.unwrap();
+        let directory = self.state.parent().unwrap().join("certificates");
+        std::fs::create_dir_all(&directory).unwrap();
+        let certificate = directory.join(format!("{name}.pem"));
+        let key = directory.join(format!("{name}.key"));
+        let text = |field: &str| issued[field].as_str().unwrap().to_owned();
+        polykey::pki::write_file(&certificate, text("certificate_chain_pem").as_bytes(), 0o644)
+            .unwrap();
+        polykey::pki::write_file(&key, text("private_key_pem").as_bytes(), 0o600).unwrap();
+        let (files, ..) = self.profile_files();
+        ClientFiles { server_ca: files.server_ca, certificate, key }
+    }
+
+    /// Runs `polykey ARGS` as the administrator, and gives its exit code and output.
+    pub(crate) fn cli(&self, args: &[&str]) -> (i32, String, String) {
+        let output = Command::new(POLYKEY)
+            .args(args)
+            .env("POLYKEY_PROFILE", self.profile())
+            .env_remove("POLYKEY_LOG")
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        (
+            output.status.code().unwrap_or(-1),
+            String::from_utf8_lossy(&output.stdout).into_owned(),
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        )
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let mut child = locked(&self.child);
+        let _ = child.kill();
+        let _ = child.wait();
+        drop(child);
+        if std::thread::panicking() {
+            let output = self.output();
+            let from = output.len().saturating_sub(4000);
+            let tail = output.char_indices().find(|(i, _)| *i >= from).map_or(0, |(i, _)| i);
+            eprintln!("--- the server's output:\n{}", &output[tail..]);
+        }
+    }
+}
