@@ -8,8 +8,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Time(i64);
 
-/// The last moment that protobuf's Timestamp and RFC 3339 can both write: 9999-12-31T23:59:59.999999Z.
-const LATEST: i64 = 253_402_300_799_999_999;
+/// The last moment that can be written in every time zone before year 10000:
+/// 9999-12-30T22:00:00Z.
+const LATEST: i64 = 253_402_207_200_000_000;
 
 impl Time {
     /// The latest representable moment.
@@ -137,6 +138,6 @@ mod tests {
     #[test]
     fn times_print_as_rfc_3339() {
         assert_eq!(Time::from_seconds(0).to_string(), "1970-01-01T00:00:00.000000Z");
-        assert_eq!(Time::MAX.to_string(), "9999-12-31T23:59:59.999999Z");
+        assert_eq!(Time::MAX.to_string(), "9999-12-30T22:00:00.000000Z");
     }
 }

@@ -47,7 +47,7 @@ pub(crate) fn time(
 ) -> Option<Time> {
     let value = value?;
     let ok =
-        (0..1_000_000_000).contains(&value.nanos) && (0..=253_402_300_799).contains(&value.seconds);
+        (0..1_000_000_000).contains(&value.nanos) && (0..=253_402_207_199).contains(&value.seconds);
     if !ok {
         v.add(field, "must be a time between 1970 and 9999");
         return None;
