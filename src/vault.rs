@@ -126,6 +126,7 @@ pub struct Vault {
     writable: Arc<AtomicBool>,
     fence: Arc<AtomicU32>,
     intact: AtomicBool,
+    unread: AtomicBool,
     metrics: Arc<Metrics>,
     sequencer: Sequencer,
     clock: Clock,
@@ -252,6 +253,7 @@ impl Vault {
             writable,
             fence,
             intact: AtomicBool::new(true),
+            unread: AtomicBool::new(false),
             metrics,
             sequencer,
             clock,
@@ -297,6 +299,12 @@ impl Vault {
     #[must_use]
     pub fn intact(&self) -> bool {
         self.intact.load(Ordering::Acquire)
+    }
+
+    /// Whether the last verification could not read all rows.
+    #[must_use]
+    pub fn unread(&self) -> bool {
+        self.unread.load(Ordering::Acquire)
     }
 
     /// Figures of the writer.

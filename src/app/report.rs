@@ -43,6 +43,8 @@ pub(super) fn checks(
                 State::NotServing("the store failed its verification; writing has stopped")
             } else if !store.writable() {
                 State::NotServing("the store takes no commits")
+            } else if store.unread() {
+                State::Degraded("the store could not be read to the end by its last verification")
             } else {
                 State::Serving
             }

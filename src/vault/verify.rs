@@ -74,7 +74,9 @@ impl Vault {
         open: bool,
         mut progress: impl FnMut(Progress) + Send,
     ) -> Result<VerifyReport, Error> {
-        let report = self.verify_rows(open, &mut progress).await?;
+        let report = self.verify_rows(open, &mut progress).await;
+        self.unread.store(report.is_err(), Ordering::Release);
+        let report = report?;
         if !report.findings.is_empty() {
             self.intact.store(false, Ordering::Release);
             for finding in &report.findings {
