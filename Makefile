@@ -68,12 +68,13 @@ test-race: ## 8 / 1 | random schedules over caches and epochs (SCHEDULES=50000)
 	POLYKEY_SCHEDULES=$(SCHEDULES) .ci/test --test race
 
 .PHONY: faults
-faults: ## 12 / 10 | power cuts, disk errors, hostile peers at release size
+faults: ## 25 / 15 | power cuts, kills, disk errors, tampering, revocation under load, at release size
 	@.ci/test -p polykey-storage --release --test power_cuts --test faults --test concurrency -- --nocapture $(ARGS)
+	@POLYKEY_FAULTS=full .ci/test -p polykey --release --test faults -- --nocapture --test-threads 1 $(ARGS)
 
 .PHONY: bench
 bench: ## 16 / 5 | benchmarks on the dist profile, ratios within one run
-	$(CARGO) bench --profile dist $(ARGS)
+	$(CARGO) bench --profile dist --bench polykey -- $(ARGS)
 
 .PHONY: fuzz-replay
 fuzz-replay: ## 8 / 1 | the fuzz corpora and mutations of them, as plain tests

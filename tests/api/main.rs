@@ -8,6 +8,7 @@
     reason = "tests"
 )]
 
+#[allow(dead_code, reason = "shared with the other tests of the binary")]
 #[path = "../common/mod.rs"]
 mod common;
 

@@ -5,7 +5,7 @@ pub(crate) mod client;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -28,6 +28,17 @@ pub(crate) struct Options {
     pub(crate) args: Vec<String>,
     /// Further environment.
     pub(crate) env: Vec<(String, String)>,
+    /// A program that runs it, with its arguments; it must leave it our child.
+    pub(crate) under: Vec<String>,
+}
+
+/// A server that ended before it listened.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    /// How.
+    pub(crate) status: ExitStatus,
+    /// What it wrote.
+    pub(crate) output: String,
 }
 
 /// A running `polykey`.
@@ -89,38 +100,48 @@ impl Server {
         let mut args = vec!["dev".to_owned(), "--dir".into(), state.display().to_string()];
         args.extend(["--listen".into(), "127.0.0.1:0".into()]);
         args.extend(options.args.iter().cloned());
-        Self::start(&args, &options.env, state, directory)
+        Self::start(&args, options, state, directory)
+    }
+
+    /// `polykey dev` in a directory that the caller keeps; whether it listens or ends is for the caller to judge.
+    pub(crate) fn attempt(state: &Path, options: &Options) -> Result<Self, Ended> {
+        let mut args = vec!["dev".to_owned(), "--dir".into(), state.display().to_string()];
+        args.extend(["--listen".into(), "127.0.0.1:0".into()]);
+        args.extend(options.args.iter().cloned());
+        Self::launch(&args, options, state, None)
     }
 
     /// `polykey dev` in a directory that exists; what it wrote if it ends instead of listening.
     pub(crate) fn try_again(state: &Path) -> Result<Self, String> {
-        let state_text = state.display().to_string();
-        let args = ["dev", "--listen", "127.0.0.1:0", "--dir", &state_text].map(str::to_owned);
-        Self::try_start(&args, &[], state, None)
+        Self::attempt(state, &Options::default()).map_err(|ended| ended.output)
     }
 
-    fn start(
-        args: &[String],
-        env: &[(String, String)],
-        state: &Path,
-        directory: Option<TempDir>,
-    ) -> Self {
-        Self::try_start(args, env, state, directory)
-            .unwrap_or_else(|output| panic!("polykey {args:?} did not get to listen:\n{output}"))
+    fn start(args: &[String], options: &Options, state: &Path, directory: Option<TempDir>) -> Self {
+        Self::launch(args, options, state, directory).unwrap_or_else(|ended| {
+            panic!("polykey {args:?} did not get to listen: {}\n{}", ended.status, ended.output)
+        })
     }
 
-    fn try_start(
+    fn launch(
         args: &[String],
-        env: &[(String, String)],
+        options: &Options,
         state: &Path,
         directory: Option<TempDir>,
-    ) -> Result<Self, String> {
-        let mut child = Command::new(POLYKEY)
+    ) -> Result<Self, Ended> {
+        let mut command = match options.under.split_first() {
+            None => Command::new(POLYKEY),
+            Some((program, rest)) => {
+                let mut command = Command::new(program);
+                command.args(rest).arg(POLYKEY);
+                command
+            }
+        };
+        let mut child = command
             .args(args)
             .env_remove("POLYKEY_PROFILE")
             .env_remove("POLYKEY_LOG")
             .env_remove("RUST_LOG")
-            .envs(env.iter().map(|(k, v)| (k, v)))
+            .envs(options.env.iter().map(|(k, v)| (k, v)))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -137,15 +158,25 @@ impl Server {
                         break address;
                     }
                 }
-                Err(_) => {
+                Err(RecvTimeoutError::Disconnected) => {
+                    let status = child.wait().unwrap();
+                    let output = locked(&output).clone();
+                    return Err(Ended { status, output });
+                }
+                Err(RecvTimeoutError::Timeout) => {
                     let _ = child.kill();
                     let _ = child.wait();
-                    return Err(locked(&output).clone());
+                    panic!("polykey {args:?} neither listens nor ends:\n{}", locked(&output));
                 }
             }
         };
         let child = Mutex::new(child);
         Ok(Self { child, output, address, state: state.to_owned(), directory })
+    }
+
+    /// Its process.
+    pub(crate) fn pid(&self) -> u32 {
+        locked(&self.child).id()
     }
 
     /// Everything it has written so far, to both streams.
