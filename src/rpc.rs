@@ -90,5 +90,6 @@ pub fn service(
     deadline::WithDeadline {
         inner: authentication.layer(trailers::WithTrailers(routes)),
         longest: deps.longest_call,
+        streams: deadline::StreamSlots::default(),
     }
 }

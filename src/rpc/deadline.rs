@@ -1,11 +1,15 @@
-//! A deadline for every call that is not a stream: the caller's own, or ours, its body included.
+//! A deadline for every call that is not a stream: the caller's own, or ours, its body included; and
+//! a bound on how many streams are open, so that idle ones cannot take the place of calls.
 
 use std::convert::Infallible;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderValue, Request, Response};
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::body::Body;
 use tower::Service;
 
@@ -19,6 +23,61 @@ use crate::net::RequestId;
 pub(crate) struct WithDeadline<S> {
     pub(crate) inner: S,
     pub(crate) longest: Duration,
+    pub(crate) streams: StreamSlots,
+}
+
+/// Streams open at a time in all, and those among them that need no token.
+const STREAMS: usize = 4096;
+const WATCHES: usize = 256;
+const WATCH: &str = "/grpc.health.v1.Health/Watch";
+
+/// Places for streams. What watches health without a token has few of its own.
+#[derive(Clone, Debug)]
+pub(crate) struct StreamSlots {
+    streams: Arc<Semaphore>,
+    watches: Arc<Semaphore>,
+}
+
+impl Default for StreamSlots {
+    fn default() -> Self {
+        Self {
+            streams: Arc::new(Semaphore::new(STREAMS)),
+            watches: Arc::new(Semaphore::new(WATCHES)),
+        }
+    }
+}
+
+impl StreamSlots {
+    fn take(&self, path: &str) -> Option<OwnedSemaphorePermit> {
+        let places = if path == WATCH { &self.watches } else { &self.streams };
+        Arc::clone(places).try_acquire_owned().ok()
+    }
+}
+
+/// A body that keeps a stream's place until it has ended or is dropped.
+struct Held {
+    body: Body,
+    _place: OwnedSemaphorePermit,
+}
+
+impl HttpBody for Held {
+    type Data = bytes::Bytes;
+    type Error = tonic::Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 /// `grpc-timeout`: at most 8 digits and a unit; what is malformed is ignored, as gRPC has it.
@@ -66,14 +125,30 @@ where
             (false, asked) => Some(asked.map_or(self.longest, |a| a.min(self.longest))),
         };
         let id = request.extensions().get::<RequestId>().cloned();
+        let place = if method.lasts {
+            let Some(place) = self.streams.take(request.uri().path()) else {
+                let full =
+                    status::status(&Error::Exhausted { retry_after: Duration::from_secs(1) });
+                return Box::pin(async move { Ok(named(full, id.as_ref())) });
+            };
+            Some(place)
+        } else {
+            None
+        };
         let response = self.inner.call(request);
         Box::pin(async move {
-            match limit {
+            let answered = match limit {
                 None => response.await,
                 Some(limit) => match tokio::time::timeout(limit, response).await {
                     Ok(response) => response,
                     Err(_) => Ok(named(status::status(&Error::DeadlineExceeded), id.as_ref())),
                 },
+            };
+            match place {
+                None => answered,
+                Some(place) => {
+                    answered.map(|r| r.map(|body| Body::new(Held { body, _place: place })))
+                }
             }
         })
     }
@@ -97,7 +172,11 @@ mod tests {
         let never = tower::service_fn(|_: Request<()>| {
             std::future::pending::<Result<Response<Body>, Infallible>>()
         });
-        let mut service = WithDeadline { inner: never, longest: Duration::from_millis(1) };
+        let mut service = WithDeadline {
+            inner: never,
+            longest: Duration::from_millis(1),
+            streams: StreamSlots::default(),
+        };
         let mut request = Request::new(());
         *request.uri_mut() = "/polykey.v2.PolykeyService/GetKey".parse().unwrap();
         let id = RequestId::of(&HeaderMap::new());
@@ -107,6 +186,31 @@ mod tests {
         assert_eq!(response.headers()[REQUEST_ID], id.as_str());
         let text = response.headers()["grpc-message"].to_str().unwrap();
         assert!(text.contains("idempotency"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn streams_beyond_the_places_there_are_are_refused_and_a_place_comes_free_again() {
+        let open = tower::service_fn(|_: Request<()>| async {
+            Ok::<_, Infallible>(Response::new(Body::empty()))
+        });
+        let mut service = WithDeadline {
+            inner: open,
+            longest: Duration::from_secs(1),
+            streams: StreamSlots::default(),
+        };
+        let watch = || {
+            let mut request = Request::new(());
+            *request.uri_mut() = WATCH.parse().unwrap();
+            request
+        };
+        let mut held = Vec::new();
+        for _ in 0..WATCHES {
+            held.push(service.call(watch()).await.unwrap());
+        }
+        let refused = service.call(watch()).await.unwrap();
+        assert_eq!(refused.headers()["grpc-status"], "8");
+        held.pop();
+        assert!(!service.call(watch()).await.unwrap().headers().contains_key("grpc-status"));
     }
 
     #[test]

@@ -272,7 +272,8 @@ async fn keys_and_certificates_that_are_not_good_are_refused_in_one_text() {
 
     // Certificates of the right authority that are nobody's, or another's.
     let uri = |text: &str| SanType::URI(text.try_into().unwrap());
-    let shapes: Vec<(&str, Box<dyn FnOnce(&mut CertificateParams)>)> = vec![
+    type Shape = Box<dyn FnOnce(&mut CertificateParams)>;
+    let shapes: Vec<(&str, Shape)> = vec![
         ("no names", Box::new(|_| ())),
         (
             "a client that does not exist",
