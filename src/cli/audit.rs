@@ -56,7 +56,7 @@ pub struct ListArgs {
     /// Only events of this client.
     #[arg(long, value_name = "ID")]
     pub client: Option<String>,
-    /// Only this action, such as keys:rotate; keys:* is every one that begins so.
+    /// Only this action, such as RotateKey; Rotate* is every one that begins so.
     #[arg(long, value_name = "ACTION")]
     pub action: Option<String>,
     /// Only events of this key: its id, or alias/NAME.

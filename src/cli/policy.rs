@@ -34,7 +34,7 @@ pub enum PolicyCommand {
         /// The id of the client.
         #[arg(long, value_name = "CLIENT")]
         client: String,
-        /// What it would do, such as keys:rotate.
+        /// What it would do, such as RotateKey.
         #[arg(long, value_name = "ACTION")]
         action: String,
         /// The key it would do it to: its id, or alias/NAME.

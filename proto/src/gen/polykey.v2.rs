@@ -120,7 +120,7 @@ pub struct AuditEvent {
     /// The address it came from, without the port.
     #[prost(string, tag = "6")]
     pub peer_address: ::prost::alloc::string::String,
-    /// What was to be done, for instance "keys:rotate".
+    /// What was to be done, for instance "RotateKey".
     #[prost(string, tag = "7")]
     pub action: ::prost::alloc::string::String,
     /// How it ended.
@@ -1255,7 +1255,7 @@ pub struct AccessHistoryEntry {
     /// The client that did it.
     #[prost(string, tag = "2")]
     pub client_identity: ::prost::alloc::string::String,
-    /// What it did, for instance "keys:rotate".
+    /// What it did, for instance "RotateKey".
     #[prost(string, tag = "3")]
     pub operation: ::prost::alloc::string::String,
     /// Whether it succeeded.
@@ -1509,7 +1509,7 @@ pub struct ExplainAuthorizationRequest {
     /// The client.
     #[prost(string, tag = "1")]
     pub client_id: ::prost::alloc::string::String,
-    /// What it would do, for instance "keys:rotate".
+    /// What it would do, for instance "RotateKey".
     #[prost(string, tag = "2")]
     pub action: ::prost::alloc::string::String,
     /// The key it would do it to: an id or `alias/NAME`. Empty for what concerns no key.
@@ -1550,7 +1550,7 @@ pub struct AuditFilter {
     /// Only events of this client.
     #[prost(string, tag = "3")]
     pub client_id: ::prost::alloc::string::String,
-    /// Only this action; "keys:\*" is every one that begins so.
+    /// Only this action; "Rotate\*" is every one that begins so.
     #[prost(string, tag = "4")]
     pub action: ::prost::alloc::string::String,
     /// Only events of this key.
@@ -5667,7 +5667,7 @@ pub struct DeleteAliasResponse {
 /// Asks for a page of aliases.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListAliasesRequest {
-    /// Only aliases of this key. Empty: of all.
+    /// The key whose aliases are listed: an id or `alias/NAME`.
     #[prost(string, tag = "1")]
     pub key_id: ::prost::alloc::string::String,
     /// At most so many entries, 1 to 1,000. 0: 100.
