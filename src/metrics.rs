@@ -28,6 +28,8 @@ pub struct RequestMetrics {
     requests: AtomicU64,
     errors: AtomicU64,
     micros: AtomicU64,
+    /// Memory in use at the last sample, as the bits of a percentage: reading it takes longer than a request.
+    memory: AtomicU64,
     samples: Mutex<VecDeque<Sample>>,
 }
 
@@ -61,7 +63,8 @@ impl RequestMetrics {
         let zero = AtomicU64::default;
         let first = Sample { at, requests: 0, errors: 0, micros: 0, cpu };
         let samples = Mutex::new(VecDeque::from([first]));
-        Self { requests: zero(), errors: zero(), micros: zero(), samples }
+        let memory = AtomicU64::new(memory_percent().unwrap_or(0.0).to_bits());
+        Self { requests: zero(), errors: zero(), micros: zero(), memory, samples }
     }
 
     /// Counts a request that was answered after `took`. `failed`: by the node's own fault, not by a
@@ -80,6 +83,7 @@ impl RequestMetrics {
 
     /// Remembers the sums as they are; to be called about once a second.
     pub fn sample(&self) {
+        self.memory.store(memory_percent().unwrap_or(0.0).to_bits(), Relaxed);
         self.sample_at(Instant::now(), process_time());
     }
 
@@ -109,7 +113,7 @@ impl RequestMetrics {
     #[must_use]
     pub fn figures(&self) -> Figures {
         let mut figures = self.figures_at(Instant::now(), process_time());
-        figures.memory_percent = memory_percent().unwrap_or(0.0);
+        figures.memory_percent = f64::from_bits(self.memory.load(Relaxed));
         figures
     }
 
