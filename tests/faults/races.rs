@@ -57,8 +57,7 @@ async fn a_name_has_one_winner_whoever_else_wants_it() {
         for wire in &wires {
             let wire = wire.clone();
             callers.spawn(async move {
-                let body =
-                    pb::DeleteAliasRequest { alias: "alias/wanted".into(), ..Default::default() };
+                let body = pb::DeleteAliasRequest { alias: "alias/wanted".into() };
                 wire.lifecycle().delete_alias(wire.with(body)).await
             });
         }
