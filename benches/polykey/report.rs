@@ -9,8 +9,8 @@ use crate::large::Pages;
 use crate::load::{Figures, Kind};
 use crate::setting;
 
-const BEGIN: &str = "<!-- figures -->";
-const END: &str = "<!-- /figures -->";
+const BEGIN: &str = "<!-- benchmarks: begin, written by make bench -->";
+const END: &str = "<!-- benchmarks: end -->";
 
 type Round = (Vec<(Kind, usize, usize, Figures)>, Floors);
 
