@@ -35,7 +35,7 @@ pub struct RewrapArgs {
     /// The slot, by id or label; may be left out when there is one.
     #[arg(long, value_name = "SLOT", default_value = "", hide_default_value = true)]
     pub slot: String,
-    /// Where the new master key is found on the server: file:PATH, env:NAME or credential:NAME.
+    /// Where the new master key is found on the server: file:PATH, env:POLYKEY_NAME or credential:NAME.
     /// Without it: where it was, read again.
     #[arg(long, value_name = "REFERENCE", value_parser = reference)]
     pub source: Option<String>,

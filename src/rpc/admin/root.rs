@@ -226,7 +226,8 @@ fn source(v: &mut Violations, text: &str) -> Option<SecretSource> {
         Some(("file", path)) if path.starts_with('/') => {
             Some(SecretSource::File(PathBuf::from(path)))
         }
-        Some(("env", name)) if !name.is_empty() && !name.contains('=') => {
+        // A variable that others know (HOME) would make a secret that anyone can guess.
+        Some(("env", name)) if name.starts_with("POLYKEY_") && !name.contains('=') => {
             Some(SecretSource::Env(name.to_owned()))
         }
         Some(("credential", name)) if !name.is_empty() && !name.contains('/') => {
@@ -236,7 +237,7 @@ fn source(v: &mut Violations, text: &str) -> Option<SecretSource> {
     };
     let parsed = parsed.filter(|_| fit);
     if parsed.is_none() {
-        v.add("source", "must be file:/ABSOLUTE/PATH, env:NAME or credential:NAME");
+        v.add("source", "must be file:/ABSOLUTE/PATH, env:POLYKEY_NAME or credential:NAME");
     }
     parsed
 }
@@ -279,10 +280,18 @@ mod tests {
         };
         assert_eq!(read("").unwrap(), None);
         assert_eq!(read("file:/a/b").unwrap(), Some(SecretSource::File("/a/b".into())));
-        assert_eq!(read("env:K").unwrap(), Some(SecretSource::Env("K".into())));
+        assert_eq!(read("env:POLYKEY_K").unwrap(), Some(SecretSource::Env("POLYKEY_K".into())));
         assert_eq!(read("credential:k").unwrap(), Some(SecretSource::Credential("k".into())));
-        for bad in ["k", "file:", "file:a", "env:", "env:A=B", "credential:a/b", "raw:x", "env:a\0"]
-        {
+        for bad in [
+            "k",
+            "file:",
+            "file:a",
+            "env:HOME",
+            "env:POLYKEY_A=B",
+            "credential:a/b",
+            "raw:x",
+            "env:a\0",
+        ] {
             assert!(read(bad).is_err(), "{bad:?}");
         }
     }
