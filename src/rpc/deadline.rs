@@ -190,8 +190,11 @@ mod tests {
 
     #[tokio::test]
     async fn streams_beyond_the_places_there_are_are_refused_and_a_place_comes_free_again() {
+        // A body that goes on; one that has ended keeps no place.
         let open = tower::service_fn(|_: Request<()>| async {
-            Ok::<_, Infallible>(Response::new(Body::empty()))
+            let frames = futures::stream::pending::<Result<Frame<bytes::Bytes>, tonic::Status>>();
+            let body = Body::new(http_body_util::StreamBody::new(frames));
+            Ok::<_, Infallible>(Response::new(body))
         });
         let mut service = WithDeadline {
             inner: open,
