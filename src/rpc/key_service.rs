@@ -359,7 +359,6 @@ impl pb::polykey_service_server::PolykeyService for KeyService {
             return Err(error.into());
         }
         let directory = self.0.authenticator.directory();
-        // A client that was removed has tokens to revoke all the same.
         let facts = match directory.client(token.client_id()).await? {
             None => return Err(Error::NotFound.into()),
             Some(client) => {
