@@ -36,9 +36,10 @@ mod ring;
 mod root;
 mod sealer;
 mod version_material;
+pub mod work;
 mod wrapped;
 
-pub use algorithm::{Algorithm, Generated, GenerationParams, PublicKey};
+pub use algorithm::{Algorithm, Generated, GenerationParams, PublicKey, Purpose};
 pub use blob::{BlobHeader, BlobKey, WrappedBlob, key_checksum};
 pub use export::{
     ExportError, ExportInfo, HpkeExport, RecipientPrivateKey, export_hpke,

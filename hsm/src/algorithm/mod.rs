@@ -3,77 +3,11 @@
 mod ecdsa;
 mod rsa;
 mod symmetric;
+mod table;
 
-use std::fmt;
+pub use table::{Algorithm, Purpose};
 
 use crate::{CryptoFailure, KeyMaterial, MaterialError};
-
-/// What a key is. The codes are stored and never change.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Algorithm {
-    /// A 256-bit symmetric key.
-    Aes256,
-    /// A credential: opaque bytes for somebody else's service, or a token made here.
-    ApiKey,
-    /// ECDSA over P-384 (FIPS 186-5), as PKCS#8.
-    EcdsaP384,
-    /// RSA with a modulus of 4096 bits, as PKCS#8.
-    Rsa4096,
-}
-
-impl Algorithm {
-    /// Every algorithm.
-    pub const ALL: [Self; 4] = [Self::Aes256, Self::ApiKey, Self::EcdsaP384, Self::Rsa4096];
-
-    /// The stored code.
-    #[must_use]
-    pub const fn code(self) -> u16 {
-        match self {
-            Self::Aes256 => 1,
-            Self::ApiKey => 2,
-            Self::EcdsaP384 => 3,
-            Self::Rsa4096 => 4,
-        }
-    }
-
-    /// The algorithm of a stored code.
-    #[must_use]
-    pub fn from_code(code: u16) -> Option<Self> {
-        Self::ALL.into_iter().find(|a| a.code() == code)
-    }
-
-    /// The word for it.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Aes256 => "aes-256",
-            Self::ApiKey => "api-key",
-            Self::EcdsaP384 => "ecdsa-p384",
-            Self::Rsa4096 => "rsa-4096",
-        }
-    }
-
-    /// The algorithm of a word.
-    #[must_use]
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|a| a.name() == name)
-    }
-
-    /// Whether it has a public part.
-    #[must_use]
-    pub const fn is_asymmetric(self) -> bool {
-        match self {
-            Self::Aes256 | Self::ApiKey => false,
-            Self::EcdsaP384 | Self::Rsa4096 => true,
-        }
-    }
-}
-
-impl fmt::Display for Algorithm {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
 
 /// How to make a key.
 #[derive(Debug, Default)]
@@ -146,9 +80,9 @@ pub fn generate(
     let material = match (algorithm, supplied) {
         (Algorithm::ApiKey, Some(value)) => value,
         (Algorithm::ApiKey, None) => symmetric::api_key(prefix.as_deref())?,
-        (Algorithm::Aes256, _) => symmetric::aes_256()?,
         (Algorithm::EcdsaP384, _) => ecdsa::generate()?,
         (Algorithm::Rsa4096, _) => rsa::generate()?,
+        (other, _) => symmetric::generate(other)?,
     };
     // Read back from the form that will be stored, as one from outside would be.
     import(algorithm, material)
@@ -163,9 +97,9 @@ pub fn generate(
 /// belong together.
 pub fn import(algorithm: Algorithm, material: KeyMaterial) -> Result<Generated, AlgorithmError> {
     let material = match algorithm {
-        Algorithm::Aes256 | Algorithm::ApiKey => material,
         Algorithm::EcdsaP384 => ecdsa::canonical(&material)?,
         Algorithm::Rsa4096 => rsa::canonical(&material)?,
+        _ => material,
     };
     let public = public_key(algorithm, &material)?;
     check_pair(algorithm, &material, public.as_ref())?;
@@ -181,10 +115,10 @@ pub fn public_key(
     material: &KeyMaterial,
 ) -> Result<Option<PublicKey>, AlgorithmError> {
     match algorithm {
-        Algorithm::Aes256 => symmetric::check_aes_256(material).map(|()| None),
         Algorithm::ApiKey => Ok(None),
         Algorithm::EcdsaP384 => ecdsa::public_key(material).map(Some),
         Algorithm::Rsa4096 => rsa::public_key(material).map(Some),
+        other => symmetric::check(other, material).map(|()| None),
     }
 }
 
@@ -196,10 +130,9 @@ fn check_pair(
 ) -> Result<(), AlgorithmError> {
     const MESSAGE: &[u8] = b"polykey pairwise consistency";
     let consistent = match (algorithm, public) {
-        (Algorithm::Aes256 | Algorithm::ApiKey, _) => true,
         (Algorithm::EcdsaP384, Some(public)) => ecdsa::check_pair(material, public, MESSAGE)?,
         (Algorithm::Rsa4096, Some(public)) => rsa::check_pair(material, public, MESSAGE)?,
-        (Algorithm::EcdsaP384 | Algorithm::Rsa4096, None) => false,
+        (other, public) => public.is_some() == other.is_asymmetric(),
     };
     if consistent { Ok(()) } else { Err(AlgorithmError::Inconsistent) }
 }

@@ -1,22 +1,38 @@
-//! Keys without a public part: AES-256 and API keys.
+//! Keys without a public part.
 
 use zeroize::Zeroizing;
 
 use super::{Algorithm, AlgorithmError};
 use crate::{KeyMaterial, random};
 
-const AES_256_LEN: usize = 32;
 const DEFAULT_PREFIX: &str = "pk";
 
-/// 32 random bytes.
-pub(super) fn aes_256() -> Result<KeyMaterial, AlgorithmError> {
-    Ok(KeyMaterial::random(AES_256_LEN)?)
+/// The number of bytes of a key, or `None` where the algorithm is not symmetric or has no length of its own.
+const fn length(algorithm: Algorithm) -> Option<usize> {
+    match algorithm {
+        Algorithm::Aes128 | Algorithm::Aes128Gcm => Some(16),
+        Algorithm::Aes256
+        | Algorithm::Aes256Gcm
+        | Algorithm::ChaCha20Poly1305
+        | Algorithm::XChaCha20Poly1305
+        | Algorithm::HmacSha256
+        | Algorithm::HkdfSha256 => Some(32),
+        Algorithm::HmacSha384 => Some(48),
+        Algorithm::HmacSha512 => Some(64),
+        _ => None,
+    }
 }
 
-pub(super) fn check_aes_256(material: &KeyMaterial) -> Result<(), AlgorithmError> {
-    match material.len() {
-        AES_256_LEN => Ok(()),
-        _ => Err(AlgorithmError::NotAKey(Algorithm::Aes256)),
+/// Random bytes of the right number.
+pub(super) fn generate(algorithm: Algorithm) -> Result<KeyMaterial, AlgorithmError> {
+    let length = length(algorithm).ok_or(AlgorithmError::NotAKey(algorithm))?;
+    Ok(KeyMaterial::random(length)?)
+}
+
+pub(super) fn check(algorithm: Algorithm, material: &KeyMaterial) -> Result<(), AlgorithmError> {
+    match length(algorithm) {
+        Some(length) if length == material.len() => Ok(()),
+        _ => Err(AlgorithmError::NotAKey(algorithm)),
     }
 }
 
@@ -59,13 +75,16 @@ mod tests {
     }
 
     #[test]
-    fn aes_keys_have_32_bytes() {
-        assert!(check_aes_256(&aes_256().unwrap()).is_ok());
-        for len in [1, 16, 31, 33, 64] {
-            let key = KeyMaterial::from_secret(vec![1; len]).unwrap();
-            assert!(check_aes_256(&key).is_err());
+    fn keys_have_the_length_of_their_algorithm() {
+        for &algorithm in Algorithm::ALL.iter().filter(|a| length(**a).is_some()) {
+            let key = generate(algorithm).unwrap();
+            assert!(check(algorithm, &key).is_ok());
+            for wrong in [1, key.len() - 1, key.len() + 1, 2 * key.len()] {
+                let key = KeyMaterial::from_secret(vec![1; wrong]).unwrap();
+                assert!(check(algorithm, &key).is_err());
+            }
+            let (a, b) = (generate(algorithm).unwrap(), generate(algorithm).unwrap());
+            assert_ne!(a.bytes(), b.bytes());
         }
-        let (a, b) = (aes_256().unwrap(), aes_256().unwrap());
-        assert_ne!(a.bytes(), b.bytes());
     }
 }
