@@ -33,6 +33,11 @@ impl Bound {
         out.copy_from_slice(cx.finish().as_ref());
         Self(out)
     }
+
+    #[cfg(test)]
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.0
+    }
 }
 
 impl CipherKey {

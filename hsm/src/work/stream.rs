@@ -297,3 +297,32 @@ impl CipherKey {
         Ok(StreamOpener::new(key, chunk_size))
     }
 }
+
+#[cfg(test)]
+impl StreamSealer {
+    /// The bytes of plaintext that it may hold.
+    pub(super) fn held(&self) -> usize {
+        self.pending.bytes.capacity()
+    }
+
+    pub(super) fn skip_to(&mut self, chunk: u32) {
+        self.position.next = chunk;
+    }
+
+    /// Seals a chunk that the API would not.
+    pub(super) fn seal_for_test(&mut self, out: &mut Vec<u8>, chunk: &[u8], last: bool) {
+        seal_onto(out, &mut self.position, chunk, last).unwrap();
+    }
+}
+
+#[cfg(test)]
+impl StreamOpener {
+    /// The bytes of ciphertext that it may hold.
+    pub(super) fn held(&self) -> usize {
+        self.pending.bytes.capacity()
+    }
+
+    pub(super) fn skip_to(&mut self, chunk: u32) {
+        self.position.next = chunk;
+    }
+}
