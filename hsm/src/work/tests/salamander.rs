@@ -61,6 +61,14 @@ fn collide(one: &[u8; 32], two: &[u8; 32], blocks: &[u128]) -> u128 {
     multiply(difference(0), inverse(squares[0] ^ squares[1]))
 }
 
+/// Ciphertext ‖ tag that opens under both keys and an all-zero nonce.
+pub(super) fn for_two_keys(keys: &[[u8; 32]; 2], blocks: &[u128]) -> Vec<u8> {
+    let [one, two] = keys;
+    let blocks = [blocks, &[collide(one, two, blocks)]].concat();
+    assert_eq!(tag(one, &blocks), tag(two, &blocks));
+    blocks.iter().chain([&tag(one, &blocks)]).flat_map(|b| b.to_be_bytes()).collect()
+}
+
 #[test]
 fn the_field_is_one() {
     let (x, y, z) = (0x0388_dace_60b6_a392_f328_c2b9_71b2_fe78, 7 << 90, 0x1234_5678 << 40);
@@ -87,11 +95,7 @@ fn a_ciphertext_for_two_keys_opens_under_one() {
         (*key, commitment.to_vec())
     };
     let [(one, commitment_one), (two, commitment_two)] = [1, 2].map(derived);
-    let mut blocks: Vec<u128> = vec![0x6b_6b6b << 64, 42, u128::MAX];
-    blocks.push(collide(&one, &two, &blocks));
-    assert_eq!(tag(&one, &blocks), tag(&two, &blocks));
-    let sealed: Vec<u8> =
-        blocks.iter().chain([&tag(&one, &blocks)]).flat_map(|b| b.to_be_bytes()).collect();
+    let sealed = for_two_keys(&[one, two], &[0x6b_6b6b << 64, 42, u128::MAX]);
 
     // The cipher alone opens it under both keys, to different plaintexts.
     let plaintexts = [one, two].map(|key| {

@@ -9,6 +9,7 @@ fn context(pairs: &[(&str, &str)]) -> Vec<u8> {
 }
 
 /// One genuine blob and what it was made with.
+#[derive(Clone)]
 struct Case {
     algorithm: Algorithm,
     secret: Vec<u8>,
@@ -105,9 +106,7 @@ fn transplant(kind: usize, case: &Case, choices: &mut Choices) -> bool {
     let mut blob = case.blob.clone();
     match kind {
         0 => {
-            let mut other = Case { secret: case.secret.clone(), ..Case::new(choices) };
-            other.algorithm = case.algorithm;
-            other.secret = case.secret.clone();
+            let mut other = case.clone();
             let bit = choices.below(other.secret.len() * 8);
             other.secret[bit / 8] ^= 1 << (bit % 8);
             other.opens(&binding, &blob)
