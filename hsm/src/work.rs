@@ -8,6 +8,12 @@ use std::collections::BTreeMap;
 use crate::codec;
 use crate::{Algorithm, CryptoFailure, Purpose};
 
+pub mod asymmetric;
+mod scheme;
+
+pub use asymmetric::{encapsulate, encrypt_to, verify};
+pub use scheme::{SignInput, SignatureScheme};
+
 /// Why a key did not do its work. None of these carries a secret.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WorkError {
