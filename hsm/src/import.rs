@@ -204,3 +204,6 @@ pub fn wrap_hpke(
 pub fn import_jwk(algorithm: Algorithm, jwk: &str) -> Result<Generated, AlgorithmError> {
     algorithm::import(algorithm, jwk::private(algorithm, jwk)?)
 }
+
+#[cfg(test)]
+mod tests;

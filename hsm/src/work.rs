@@ -10,6 +10,8 @@ use crate::{Algorithm, CryptoFailure, Purpose};
 
 pub mod asymmetric;
 mod scheme;
+#[cfg(test)]
+mod wycheproof;
 
 pub use asymmetric::{encapsulate, encrypt_to, verify};
 pub use scheme::{SignInput, SignatureScheme};

@@ -161,7 +161,7 @@ pub(super) fn read_both(algorithm: Algorithm, len: usize, pkcs8: &[u8]) -> Optio
 }
 
 /// PKCS#8 of an X25519 key (RFC 8410) up to the 32 bytes of the key.
-pub(super) const X25519_PKCS8: &[u8] =
+pub(crate) const X25519_PKCS8: &[u8] =
     &[0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x6e, 0x04, 0x22, 0x04, 0x20];
 
 /// The same of version 2 (RFC 5958), which ends with [`X25519_PUBLIC`] and the public key.

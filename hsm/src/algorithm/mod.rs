@@ -13,6 +13,8 @@ mod table;
 #[cfg(test)]
 mod tests;
 
+#[cfg(test)]
+pub(crate) use layout::X25519_PKCS8;
 pub use public::{PublicKey, PublicKeyError};
 pub use table::{Algorithm, Purpose};
 

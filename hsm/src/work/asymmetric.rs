@@ -462,3 +462,6 @@ pub fn encapsulate(
     ciphertext.extend_from_slice(ephemeral.compute_public_key().map_err(failed)?.as_ref());
     Ok((ciphertext, join_secrets(&mut secret, &other)))
 }
+
+#[cfg(test)]
+mod tests;
