@@ -5,7 +5,7 @@ use std::fmt;
 
 use bytes::Bytes;
 use polykey_hsm::Algorithm;
-use polykey_hsm::work::{SignInput, SignatureScheme};
+use polykey_hsm::work::{ChunkSize, SignInput, SignatureScheme};
 use zeroize::Zeroizing;
 
 use super::GetKey;
@@ -375,8 +375,8 @@ pub struct EncryptStream {
     pub version: u32,
     /// Bound to what.
     pub bound: Bound,
-    /// Bytes of plaintext in a chunk, a power of two.
-    pub chunk: usize,
+    /// How much plaintext a chunk has.
+    pub chunk: ChunkSize,
 }
 
 /// The first half of large decryption.

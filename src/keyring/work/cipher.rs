@@ -111,10 +111,10 @@ fn seal(
     plaintext: &[u8],
 ) -> Result<Vec<u8>, WorkError> {
     let binding = owned.binding();
-    let blob = match form {
-        Form::Raw => return key.seal_raw(plaintext),
-        Form::Blob | Form::Text if convergent => key.seal_convergent(&binding, plaintext)?,
-        Form::Blob | Form::Text => key.seal(&binding, plaintext)?,
+    let blob = if convergent {
+        key.seal_convergent(&binding, plaintext)?
+    } else {
+        key.seal(&binding, plaintext)?
     };
     Ok(if form == Form::Text { work::to_text(&blob).into_bytes() } else { blob })
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use polykey_hsm::work::{self, SignatureScheme, canonical_context};
+use polykey_hsm::algorithm::PublicKeyError;
 use polykey_hsm::{Algorithm, KeyMaterial, PublicKey, Purpose};
 use zeroize::Zeroizing;
 
@@ -255,12 +256,13 @@ impl Keyring {
         }
         let version = key::pick_version(&key.record, command.version).map_err(Error::State)?;
         let version = self.load_version(&key, version).await?;
-        let public = PublicKey { spki_der: version.record.public_key.to_vec() };
-        let form = |e: polykey_hsm::algorithm::AlgorithmError| Error::invalid("format", e.to_string());
+        let public = PublicKey::from_record(algorithm, &version.record.public_key)
+            .map_err(|e| Error::data_loss(format!("the public part of key {}: {e}", key.id)))?;
+        let form = |e: PublicKeyError| Error::invalid("format", e.to_string());
         let bytes = match command.form {
             PublicForm::Der => public.spki_der,
-            PublicForm::Pem => public.to_pem(algorithm).map_err(form)?.into_bytes(),
-            PublicForm::Jwk => public.to_jwk(algorithm).map_err(form)?.into_bytes(),
+            PublicForm::Pem => public.to_pem().map_err(form)?.into_bytes(),
+            PublicForm::Jwk => public.to_jwk().map_err(form)?.to_string().into_bytes(),
         };
         let number = version.record.version;
         let about = Some((key.id, Some(number)));

@@ -3,6 +3,7 @@
 use polykey_hsm::import as protection;
 use polykey_hsm::{KeyMaterial, algorithm, random};
 use polykey_proto::polykey::record::v1::ImportRecord;
+use zeroize::Zeroizing;
 
 use super::Keyring;
 use crate::authz::Resource;
@@ -26,6 +27,13 @@ pub struct ImportParameters {
     pub expires_at: Time,
     /// What HPKE must bind.
     pub info: Vec<u8>,
+}
+
+fn wrapping(protection: Protection) -> protection::ImportWrapping {
+    match protection {
+        Protection::RsaAes => protection::ImportWrapping::RsaAes,
+        Protection::Hpke => protection::ImportWrapping::Hpke,
+    }
 }
 
 fn code(protection: Protection) -> u32 {
@@ -52,16 +60,14 @@ impl Keyring {
     ) -> Result<ImportParameters, Error> {
         let permit = self.authorize(cx, Resource::Node, command).await?;
         let kind = command.protection;
-        let make = move || match kind {
-            Protection::RsaAes => protection::generate_rsa(),
-            Protection::Hpke => protection::generate_hpke(),
-        };
+        let make = move || protection::generate_one_time_key(wrapping(kind));
         let made = self.forge.run(make).await?.map_err(|e| Error::internal(e.to_string()))?;
+        let public = made.public.map(|p| p.spki_der).unwrap_or_default();
         let id: [u8; 16] = random::array().map_err(|e| Error::internal(e.to_string()))?;
         let expires_at = cx.now.plus_seconds(LIFE);
         let record = ImportRecord {
             wrapping: code(kind),
-            private_key: made.private.expose_for_export().to_vec().into(),
+            private_key: made.material.expose_for_export().to_vec().into(),
             client_id: cx.caller.client_id().to_owned(),
             expires_at: expires_at.micros(),
         };
@@ -72,8 +78,14 @@ impl Keyring {
         let action = crate::authz::Action::GetImportParameters.name();
         tx.event(cx.origin().event(action, None, outcome, 0, &about).build());
         tx.commit().await?;
-        let info = protection::hpke_info(&self.vault.node_id(), &id);
-        Ok(ImportParameters { public: made.public, id, expires_at, info })
+        let raw = public.last_chunk::<32>().copied().unwrap_or_default();
+        Ok(match kind {
+            Protection::RsaAes => ImportParameters { public, id, expires_at, info: Vec::new() },
+            Protection::Hpke => {
+                let info = self.import_info(id).encode(&raw);
+                ImportParameters { public: raw.to_vec(), id, expires_at, info }
+            }
+        })
     }
 
     /// Opens imported material.
@@ -83,27 +95,38 @@ impl Keyring {
         key_algorithm: polykey_hsm::Algorithm,
         import: &Import,
     ) -> Result<algorithm::Generated, Error> {
+        let refused = |e: algorithm::AlgorithmError| match e {
+            algorithm::AlgorithmError::Crypto(_) => Error::internal(e.to_string()),
+            _ => Error::invalid("material", e.to_string()),
+        };
         let material = match import {
-            Import::Plain(bytes) => plain(key_algorithm, bytes)?,
+            Import::Plain(bytes) => {
+                if let Some(jwk) = jwk(key_algorithm, bytes) {
+                    let take = move || protection::import_jwk(key_algorithm, &jwk);
+                    return self.forge.run(take).await?.map_err(refused);
+                }
+                KeyMaterial::from_secret(bytes.to_vec())
+                    .map_err(|e| Error::invalid("material", e.to_string()))?
+            }
             Import::Wrapped { protection: kind, id, bytes } => {
                 let record = self.vault.get::<ImportRecord>(id).await?.map(|l| l.record);
                 let record = record.filter(|r| usable(r, cx, *kind)).ok_or_else(no_token)?;
                 let private = KeyMaterial::from_secret(record.private_key.to_vec())
                     .map_err(|_| Error::data_loss("an import record without a key"))?;
-                let (kind, bytes) = (*kind, bytes.clone());
-                let info = protection::hpke_info(&self.vault.node_id(), id);
+                let (kind, bytes, info) = (*kind, bytes.clone(), self.import_info(*id));
                 let open = move || match kind {
                     Protection::RsaAes => protection::unwrap_rsa_aes(&private, &bytes),
-                    Protection::Hpke => protection::unwrap_hpke(&private, &bytes, &info),
+                    Protection::Hpke => protection::unwrap_hpke(&private, &info, &bytes),
                 };
                 self.slow.run(open).await?.map_err(|_| Error::Crypto)?
             }
         };
-        let checked = self.forge.run(move || algorithm::import(key_algorithm, material)).await?;
-        checked.map_err(|e| match e {
-            algorithm::AlgorithmError::Crypto(_) => Error::internal(e.to_string()),
-            _ => Error::invalid("material", e.to_string()),
-        })
+        let take = move || algorithm::import(key_algorithm, material);
+        self.forge.run(take).await?.map_err(refused)
+    }
+
+    fn import_info(&self, id: [u8; 16]) -> protection::ImportInfo {
+        protection::ImportInfo { node: self.vault.node_id(), token: id.to_vec() }
     }
 
     /// Uses a one-time key up, in the transaction of the import.
@@ -148,15 +171,9 @@ fn usable(record: &ImportRecord, cx: &Context, kind: Protection) -> bool {
         && record.wrapping == code(kind)
 }
 
-/// Material in the clear: its own bytes, PKCS#8, or a private JSON Web Key.
-fn plain(algorithm: polykey_hsm::Algorithm, bytes: &[u8]) -> Result<KeyMaterial, Error> {
-    let text = std::str::from_utf8(bytes).ok().map(str::trim_start);
-    match text {
-        Some(text) if text.starts_with('{') && algorithm != polykey_hsm::Algorithm::ApiKey => {
-            protection::material_from_jwk(algorithm, text)
-                .map_err(|e| Error::invalid("material", e.to_string()))
-        }
-        _ => KeyMaterial::from_secret(bytes.to_vec())
-            .map_err(|e| Error::invalid("material", e.to_string())),
-    }
+/// A private JSON Web Key, where the bytes are one.
+fn jwk(algorithm: polykey_hsm::Algorithm, bytes: &[u8]) -> Option<Zeroizing<String>> {
+    let text = std::str::from_utf8(bytes).ok()?.trim();
+    let is = text.starts_with('{') && algorithm != polykey_hsm::Algorithm::ApiKey;
+    is.then(|| Zeroizing::new(text.to_owned()))
 }

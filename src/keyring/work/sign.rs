@@ -50,11 +50,8 @@ pub struct Checked {
 impl Ready {
     /// The public part of the version.
     pub(super) fn public(&self) -> Result<PublicKey, Error> {
-        let spki_der = self.version.record.public_key.to_vec();
-        if spki_der.is_empty() {
-            return Err(Error::internal("a key pair without its public part"));
-        }
-        Ok(PublicKey { spki_der })
+        PublicKey::from_record(self.key.algorithm, &self.version.record.public_key)
+            .map_err(|e| Error::data_loss(format!("the public part of key {}: {e}", self.key.id)))
     }
 
     fn checked(&self, valid: bool) -> Checked {

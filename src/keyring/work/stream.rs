@@ -1,8 +1,8 @@
 //! Large data: sealed and opened chunk by chunk, under one decision that is looked at again for each
 //! piece.
 
-use polykey_hsm::work::{self, StreamOpener, StreamSealer};
 use polykey_hsm::Purpose;
+use polykey_hsm::work::{self, StreamOpener, StreamSealer};
 use zeroize::Zeroizing;
 
 use super::cipher::Owned;
@@ -44,7 +44,7 @@ impl Sealing {
     /// # Errors
     /// As [`Self::push`].
     pub fn finish(self) -> Result<Vec<u8>, Error> {
-        self.sealer.finish().map_err(failed)
+        self.sealer.finish(&[]).map_err(failed)
     }
 }
 
@@ -68,7 +68,7 @@ impl Opening {
     /// # Errors
     /// [`Error::Crypto`] if the ciphertext is not whole.
     pub fn finish(self) -> Result<Zeroizing<Vec<u8>>, Error> {
-        self.opener.finish().map_err(failed)
+        self.opener.finish(&[]).map_err(failed)
     }
 }
 

@@ -5,7 +5,7 @@ use bytes::Bytes;
 use futures::Stream;
 use pb::decrypt_stream_request::Part as DecryptPart;
 use pb::encrypt_stream_request::Part as EncryptPart;
-use polykey_hsm::work::STREAM_HEADER;
+use polykey_hsm::work::STREAM_HEADER_LEN;
 use polykey_proto::polykey::v2 as pb;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -129,7 +129,7 @@ pub(super) async fn decrypt(
     let mut command = parse::decrypt_stream(first(header)?)?;
     // The header of the ciphertext may come in pieces too.
     let mut begin: Vec<u8> = Vec::new();
-    while begin.len() < STREAM_HEADER {
+    while begin.len() < STREAM_HEADER_LEN {
         match opening_message(&mut incoming).await?.map(|m| m.part) {
             Some(Some(DecryptPart::Ciphertext(piece))) => begin.extend_from_slice(&piece),
             Some(Some(DecryptPart::Header(_)) | None) => return Err(again()),
@@ -139,7 +139,7 @@ pub(super) async fn decrypt(
         }
     }
     let mut begin = Bytes::from(begin);
-    command.header = begin.split_to(STREAM_HEADER);
+    command.header = begin.split_to(STREAM_HEADER_LEN);
     let cx = admitted.context(None, None)?;
     let opening = service.0.keyring.decrypt_stream(&cx, &command).await?;
     let (key, version) = opening.under();

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use polykey_hsm::Algorithm;
-use polykey_hsm::work::SignatureScheme;
+use polykey_hsm::work::{ChunkSize, SignatureScheme};
 use polykey_proto::polykey::v2 as pb;
 use zeroize::Zeroizing;
 
@@ -541,9 +541,12 @@ pub(super) fn encrypt_stream(m: pb::EncryptStreamHeader) -> Result<EncryptStream
     let pb::EncryptStreamHeader { key_id, version: asked, context, additional_data, chunk_size } =
         m;
     let mut v = Violations::new();
-    let chunk = if chunk_size == 0 { 65_536 } else { chunk_size };
-    let fits = (4096..=4_194_304).contains(&chunk) && chunk & (chunk - 1) == 0;
-    v.check(fits, "header.chunk_size", "must be a power of two from 4096 to 4194304, or 0");
+    let chunk = match chunk_size {
+        0 => Some(ChunkSize::default()),
+        bytes => usize::try_from(bytes).ok().and_then(ChunkSize::from_bytes),
+    };
+    let text = "must be a power of two from 4096 to 4194304, or 0";
+    v.check(chunk.is_some(), "header.chunk_size", text);
     let command = EncryptStream {
         key: key_name(&mut v, "header.key_id", &key_id),
         version: version(&mut v, "header.version", asked),
@@ -552,7 +555,7 @@ pub(super) fn encrypt_stream(m: pb::EncryptStreamHeader) -> Result<EncryptStream
             ("header.context", context),
             ("header.additional_data", additional_data),
         ),
-        chunk: usize::try_from(chunk).unwrap_or(65_536),
+        chunk: chunk.unwrap_or_default(),
     };
     v.finish()?;
     Ok(command)
