@@ -14,6 +14,9 @@ mod admin_view;
 pub mod audit;
 mod audit_view;
 pub mod client;
+pub mod crypto;
+mod crypto_large;
+mod crypto_run;
 pub mod error;
 pub mod health;
 pub mod key;
@@ -81,6 +84,9 @@ pub enum Command {
     /// Keys: create, read, change, rotate, revoke, destroy, export.
     #[command(subcommand)]
     Key(key::KeyCommand),
+    /// Work with keys.
+    #[command(flatten)]
+    Work(crypto::WorkCommand),
     /// Clients of the server.
     #[command(subcommand)]
     Client(client::ClientCommand),
@@ -196,6 +202,7 @@ pub fn run(cli: Cli) -> Result<(), CliError> {
 async fn talk(app: &App, command: Command) -> Result<(), CliError> {
     match command {
         Command::Key(command) => key_run::run(app, command).await,
+        Command::Work(command) => crypto_run::run(app, command).await,
         Command::Client(command) => client::run(app, command).await,
         Command::Role(command) => policy::role(app, command).await,
         Command::Cert(command) => client::cert(app, command).await,

@@ -35,6 +35,7 @@ pub use token::{Token, TokenCache, TokenError};
 #[doc(hidden)]
 pub mod generated {
     pub use polykey_proto::polykey::v2::admin_service_client::AdminServiceClient;
+    pub use polykey_proto::polykey::v2::crypto_service_client::CryptoServiceClient;
     pub use polykey_proto::polykey::v2::key_lifecycle_service_client::KeyLifecycleServiceClient;
     pub use polykey_proto::polykey::v2::polykey_service_client::PolykeyServiceClient;
 }

@@ -182,11 +182,25 @@ pub fn wrap_hpke(
         return Err(WRONG);
     }
     let raw: &[u8; 32] = public.raw().and_then(|raw| raw.try_into().ok()).ok_or(WRONG)?;
-    let recipient = <X25519HkdfSha256 as Kem>::PublicKey::from_bytes(raw).map_err(|_| WRONG)?;
+    wrap_hpke_to(raw, &info.encode(raw), key)
+}
+
+/// The same for an encoded `info`, as a node hands it out with its one-time key.
+///
+/// # Errors
+/// [`ImportError::PublicKey`].
+pub fn wrap_hpke_to(
+    recipient: &[u8; 32],
+    info: &[u8],
+    key: &KeyMaterial,
+) -> Result<Vec<u8>, ImportError> {
+    const WRONG: ImportError = ImportError::PublicKey(Algorithm::X25519);
+    let recipient =
+        <X25519HkdfSha256 as Kem>::PublicKey::from_bytes(recipient).map_err(|_| WRONG)?;
     let (enc, ciphertext) = hpke::single_shot_seal::<AesGcm256, HkdfSha256, X25519HkdfSha256>(
         &OpModeS::Base,
         &recipient,
-        &info.encode(raw),
+        info,
         key.bytes(),
         &[],
     )

@@ -1,40 +1,84 @@
 //! `polykey key`: keys from creation to destruction.
 
 use std::path::PathBuf;
+use std::sync::LazyLock;
 
+use clap::builder::PossibleValue;
 use clap::{Args, Subcommand, ValueEnum};
+use polykey_hsm::Algorithm;
 use polykey_proto::polykey::v2 as pb;
 
 use super::error::CliError;
 use super::key_export::{ExportArgs, KeygenArgs, OpenExportArgs};
 use super::key_versions::{AliasCommand, BoundsArgs, TrimArgs};
 use super::value::{self, When};
+use crate::rpc::convert;
 
-/// Types of keys.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum KeyType {
-    /// A 256-bit AES key.
-    #[value(name = "aes-256")]
-    Aes256,
-    /// A third party's credential, generated or supplied.
-    #[value(name = "api-key")]
-    ApiKey,
-    /// An RSA key pair of 4,096 bits.
-    #[value(name = "rsa-4096")]
-    Rsa4096,
-    /// A key pair on the curve P-384.
-    #[value(name = "ecdsa-p384")]
-    EcdsaP384,
+/// Types of keys, by the names of the table of algorithms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeyType(pub Algorithm);
+
+/// Types of key pairs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PairType(pub Algorithm);
+
+/// What keys are made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Purpose(pub polykey_hsm::Purpose);
+
+impl ValueEnum for KeyType {
+    fn value_variants<'a>() -> &'a [Self] {
+        static ALL: LazyLock<Vec<KeyType>> =
+            LazyLock::new(|| Algorithm::ALL.iter().map(|a| KeyType(*a)).collect());
+        &ALL
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(PossibleValue::new(self.0.name()).help(self.0.about()))
+    }
+}
+
+impl ValueEnum for PairType {
+    fn value_variants<'a>() -> &'a [Self] {
+        static ALL: LazyLock<Vec<PairType>> = LazyLock::new(|| {
+            let pairs = Algorithm::ALL.iter().filter(|a| a.is_asymmetric());
+            pairs.map(|a| PairType(*a)).collect()
+        });
+        &ALL
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(PossibleValue::new(self.0.name()).help(self.0.about()))
+    }
+}
+
+impl ValueEnum for Purpose {
+    fn value_variants<'a>() -> &'a [Self] {
+        static ALL: LazyLock<Vec<Purpose>> =
+            LazyLock::new(|| polykey_hsm::Purpose::ALL.iter().map(|p| Purpose(*p)).collect());
+        &ALL
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(PossibleValue::new(self.0.name()))
+    }
 }
 
 impl From<KeyType> for pb::KeyType {
     fn from(key_type: KeyType) -> Self {
-        match key_type {
-            KeyType::Aes256 => Self::Aes256,
-            KeyType::ApiKey => Self::ApiKey,
-            KeyType::Rsa4096 => Self::Rsa4096,
-            KeyType::EcdsaP384 => Self::EcdsaP384,
-        }
+        convert::key_type(key_type.0)
+    }
+}
+
+impl From<PairType> for pb::KeyType {
+    fn from(key_type: PairType) -> Self {
+        convert::key_type(key_type.0)
+    }
+}
+
+impl From<Purpose> for pb::KeyPurpose {
+    fn from(purpose: Purpose) -> Self {
+        convert::purpose(purpose.0)
     }
 }
 
@@ -160,6 +204,19 @@ pub struct CreateArgs {
     /// What the key will be.
     #[arg(long = "type", value_name = "TYPE", value_enum)]
     pub key_type: KeyType,
+    /// What it is for; the first purpose of its type if not given. It cannot be changed later.
+    #[arg(long, value_name = "PURPOSE", value_enum)]
+    pub purpose: Option<Purpose>,
+    /// Encrypt deterministically: equal plaintexts with equal contexts give equal ciphertexts, which
+    /// shows that they are equal. Only for symmetric keys that encrypt; it cannot be changed later.
+    #[arg(long)]
+    pub convergent: bool,
+    /// Rotate the key by itself once a version has sealed so many times.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..))]
+    pub rotate_after_uses: Option<i64>,
+    /// Let a version seal so many times and no more.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..))]
+    pub max_uses: Option<i64>,
     /// A name for it, with or without alias/ in front.
     #[arg(long, value_name = "NAME")]
     pub alias: Option<String>,

@@ -65,7 +65,7 @@ pub(super) async fn run(app: &App, command: KeyCommand) -> Result<(), CliError> 
 
 fn create_request(args: CreateArgs) -> Result<pb::CreateKeyRequest, CliError> {
     let now = now();
-    if args.value_file.is_some() && args.key_type != super::key::KeyType::ApiKey {
+    if args.value_file.is_some() && args.key_type.0 != polykey_hsm::Algorithm::ApiKey {
         return Err(CliError::usage("--value-file goes with `--type api-key` only"));
     }
     let alias = args.alias.unwrap_or_default();
@@ -82,6 +82,10 @@ fn create_request(args: CreateArgs) -> Result<pb::CreateKeyRequest, CliError> {
         alias: alias.strip_prefix("alias/").unwrap_or(&alias).to_owned(),
         read_after_expiry: args.read_after_expiry,
         rotation_period_seconds: args.rotation_period.unwrap_or(0),
+        purpose: args.purpose.map_or(0, |p| pb::KeyPurpose::from(p).into()),
+        convergent: args.convergent,
+        rotate_after_uses: args.rotate_after_uses.unwrap_or(0),
+        max_uses: args.max_uses.unwrap_or(0),
         ..Default::default()
     })
 }

@@ -82,6 +82,10 @@ pub(super) struct KeyView {
     pub(super) id: String,
     #[serde(rename = "type")]
     pub(super) key_type: String,
+    pub(super) purpose: String,
+    pub(super) convergent: bool,
+    pub(super) rotate_after_uses: Option<i64>,
+    pub(super) max_uses: Option<i64>,
     pub(super) state: String,
     pub(super) version: i32,
     pub(super) version_state: String,
@@ -126,6 +130,10 @@ impl From<pb::KeyMetadata> for KeyView {
         let t = |timestamp: &Option<Timestamp>| time(timestamp.as_ref());
         Self {
             key_type: key_type(m.key_type),
+            purpose: enum_word!(KeyPurpose, "KEY_PURPOSE_", m.purpose),
+            convergent: m.convergent,
+            rotate_after_uses: (m.rotate_after_uses != 0).then_some(m.rotate_after_uses),
+            max_uses: (m.max_uses != 0).then_some(m.max_uses),
             state: enum_word!(KeyState, "KEY_STATE_", m.key_state),
             version: m.version,
             version_state: enum_word!(KeyVersionState, "KEY_VERSION_STATE_", m.version_state),
@@ -154,7 +162,10 @@ impl From<pb::KeyMetadata> for KeyView {
             revoked_at: t(&m.revoked_at),
             revocation_reason: some(&m.revocation_reason),
             destroy_at: t(&m.destroy_at),
-            public_key_pem: (!m.public_key_der.is_empty())
+            // The hybrid has no registered form: what stands there is no SubjectPublicKeyInfo.
+            public_key_pem: m
+                .public_key_der
+                .starts_with(&[0x30])
                 .then(|| pem("PUBLIC KEY", &m.public_key_der)),
             revision: m.revision,
             id: m.key_id,
@@ -203,6 +214,8 @@ impl KeyView {
             ("creator", self.creator.clone()),
             ("contexts", self.authorized_contexts.join(", ")),
             ("policies", self.access_policies.keys().cloned().collect::<Vec<_>>().join(", ")),
+            ("purpose", self.purpose.clone()),
+            ("convergent", flag(self.convergent)),
             ("exportable", yes(self.exportable)),
             ("read after expiry", flag(self.read_after_expiry)),
             ("origin", self.origin.clone()),
@@ -211,6 +224,8 @@ impl KeyView {
             ("expires", short(self.expires_at.as_ref())),
             ("last used", short(self.last_accessed_at.as_ref())),
             ("uses", self.access_count.to_string()),
+            ("rotates after", self.rotate_after_uses.map(uses).unwrap_or_default()),
+            ("seals at most", self.max_uses.map(uses).unwrap_or_default()),
             ("rotates every", self.rotation_period_seconds.map(period).unwrap_or_default()),
             ("next rotation", short(self.next_rotation_at.as_ref())),
             ("version ends", short(self.version_expires_at.as_ref())),
@@ -223,6 +238,10 @@ impl KeyView {
             ("revision", self.revision.to_string()),
         ]
     }
+}
+
+fn uses(n: i64) -> String {
+    format!("{n} uses a version")
 }
 
 fn period(seconds: i64) -> String {

@@ -9,7 +9,7 @@ use polykey_proto::polykey::record::v1::{
 use polykey_storage::Direction;
 
 use super::create::GENERATED;
-use super::rows::{release_alias, schedule, unschedule, write_list_rows};
+use super::rows::{release_alias, unschedule, write_list_rows};
 use super::{Key, Keyring};
 use crate::error::Error;
 use crate::key::{self, KeyId, Version, version_row};

@@ -130,6 +130,11 @@ impl Node {
 fn creation() -> CreateKey {
     CreateKey {
         algorithm: Algorithm::Aes256,
+        purpose: polykey_hsm::Purpose::Encrypt,
+        convergent: false,
+        rotate_after_uses: 0,
+        max_uses: 0,
+        import: None,
         description: String::new(),
         tags: Default::default(),
         expires_at: None,

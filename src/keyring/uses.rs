@@ -43,7 +43,7 @@ impl Keyring {
     ///
     /// # Errors
     /// [`Reason::UsesExhausted`] beyond the key's limit; as a commit where a block is reserved.
-    pub(super) async fn count(&self, key: &Key, version: u32) -> Result<(), Error> {
+    pub(super) async fn count_use(&self, key: &Key, version: u32) -> Result<(), Error> {
         let (limit, soft) = (key.record.max_uses, key.record.rotate_after_uses);
         if limit == 0 && soft == 0 {
             return Ok(());

@@ -19,7 +19,6 @@ use polykey_hsm::work::{WorkError, WorkingKey};
 use polykey_hsm::{Algorithm, Purpose};
 use polykey_proto::polykey::record::v1::{AuditEvent, KeyRecord, audit_event::Outcome};
 
-use super::read::ATTEMPTS;
 use super::{Key, KeyVersion, Keyring};
 use crate::authz::{Action, Authorized, Command, DecisionId, Resource};
 use crate::command::crypto::GenerateRandom;

@@ -2,6 +2,7 @@
 
 mod large;
 mod parse;
+pub(crate) use parse::wire_scheme;
 
 use futures::{StreamExt, stream};
 use pb::crypto_operation::Operation;

@@ -157,7 +157,7 @@ impl Keyring {
         plaintext: impl AsRef<[u8]> + Send + 'static,
     ) -> Result<Vec<u8>, Error> {
         check(ready, bound, form)?;
-        self.count(&ready.key, ready.number()).await?;
+        self.count_use(&ready.key, ready.number()).await?;
         let owned = Owned::of(ready, bound);
         let how = (ready.key.record.convergent, form);
         if ready.key.algorithm.is_asymmetric() {

@@ -177,7 +177,7 @@ impl Keyring {
         settled!(self, {
             let asked = (&[Purpose::Wrap][..], command.version, Use::Seal);
             let ready = self.ready(cx, &command.key, asked, command).await?;
-            self.count(&ready.key, ready.number()).await?;
+            self.count_use(&ready.key, ready.number()).await?;
             let (material, target) = match &command.target {
                 ToWrap::Material(bytes) => {
                     let material = KeyMaterial::from_secret(bytes.0.to_vec())

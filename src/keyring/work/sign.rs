@@ -80,7 +80,7 @@ impl Keyring {
             let asked = (&[Purpose::Sign][..], command.version, Use::Seal);
             let ready = self.ready(cx, &command.key, asked, command).await?;
             let scheme = scheme(ready.key.algorithm, command.scheme)?;
-            self.count(&ready.key, ready.number()).await?;
+            self.count_use(&ready.key, ready.number()).await?;
             let input = command.input.clone();
             let signature =
                 self.work(&ready, move |key| key.sign(scheme, input.input())).await?;
@@ -127,7 +127,7 @@ impl Keyring {
         settled!(self, {
             let asked = (&[Purpose::Mac][..], command.version, Use::Seal);
             let ready = self.ready(cx, &command.key, asked, command).await?;
-            self.count(&ready.key, ready.number()).await?;
+            self.count_use(&ready.key, ready.number()).await?;
             let message = command.message.0.clone();
             let mac = self.work(&ready, move |key| key.mac(&message)).await?;
             if self.still(&ready).await? {

@@ -91,7 +91,7 @@ impl Keyring {
             let text = "a convergent key encrypts no large data: its ciphertexts are not repeatable";
             return Err(Error::invalid("key_id", text));
         }
-        self.count(&ready.key, ready.number()).await?;
+        self.count_use(&ready.key, ready.number()).await?;
         let owned = Owned::of(&ready, &command.bound);
         let chunk = command.chunk;
         let begun = self.work(&ready, move |key| key.seal_stream(&owned.binding(), chunk)).await?;

@@ -204,7 +204,7 @@ fn scheme(v: &mut Violations, value: i32) -> Option<SignatureScheme> {
     found
 }
 
-pub(super) fn wire_scheme(scheme: SignatureScheme) -> pb::SignatureScheme {
+pub(crate) fn wire_scheme(scheme: SignatureScheme) -> pb::SignatureScheme {
     match scheme {
         SignatureScheme::EcdsaSha256 => pb::SignatureScheme::EcdsaSha256,
         SignatureScheme::EcdsaSha384 => pb::SignatureScheme::EcdsaSha384,
