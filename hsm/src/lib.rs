@@ -28,6 +28,7 @@ mod codec;
 #[doc(hidden)]
 pub mod conformance;
 mod export;
+pub mod import;
 mod local;
 mod mac;
 mod material;
@@ -39,7 +40,7 @@ mod version_material;
 pub mod work;
 mod wrapped;
 
-pub use algorithm::{Algorithm, Generated, GenerationParams, PublicKey, Purpose};
+pub use algorithm::{Algorithm, Generated, GenerationParams, PublicKey, PublicKeyError, Purpose};
 pub use blob::{BlobHeader, BlobKey, WrappedBlob, key_checksum};
 pub use export::{
     ExportError, ExportInfo, HpkeExport, RecipientPrivateKey, export_hpke,

@@ -8,7 +8,7 @@ use std::fmt;
 
 use zeroize::Zeroizing;
 
-use crate::{Algorithm, CryptoFailure, KeyMaterial, Purpose, algorithm, codec};
+use crate::{Algorithm, CryptoFailure, KeyMaterial, PublicKey, Purpose, algorithm, codec};
 
 mod aead;
 mod cipher;
@@ -27,6 +27,15 @@ pub use format::{
     to_text,
 };
 pub use stream::{ChunkSize, StreamOpener, StreamSealer};
+
+pub mod asymmetric;
+mod scheme;
+#[cfg(test)]
+mod wycheproof;
+
+pub use asymmetric::{encapsulate, encrypt_to, verify};
+use format::MessageHeader;
+pub use scheme::{SignInput, SignatureScheme};
 
 /// Why a key did not do its work. None of these carries a secret.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -86,6 +95,58 @@ pub fn canonical_context(context: &BTreeMap<String, String>) -> Vec<u8> {
     codec::join(&parts)
 }
 
+/// Encrypts a message to an RSA public key in a blob of ours, which [`WorkingKey::open`] opens: the header names key
+/// and version, and binds nothing.
+///
+/// # Errors
+/// As [`encrypt_to`].
+pub fn seal_to(
+    algorithm: Algorithm,
+    public: &PublicKey,
+    binding: &Binding<'_>,
+    plaintext: &[u8],
+) -> Result<Vec<u8>, WorkError> {
+    let mut blob = MessageHeader::new(binding, algorithm).bytes().to_vec();
+    blob.extend_from_slice(&encrypt_to(algorithm, public, plaintext)?);
+    Ok(blob)
+}
+
+/// Wraps key material to an RSA public key: RSA-OAEP with SHA-256, as [`WorkingKey::unwrap`] opens it.
+///
+/// # Errors
+/// As [`encrypt_to`].
+pub fn wrap_to(
+    algorithm: Algorithm,
+    public: &PublicKey,
+    key: &KeyMaterial,
+) -> Result<Vec<u8>, WorkError> {
+    match encrypt_to(algorithm, public, key.bytes()) {
+        Err(WorkError::Input { field: "plaintext", problem }) => {
+            Err(WorkError::Input { field: "key_material", problem })
+        }
+        other => other,
+    }
+}
+
+/// Derives 1 to 8160 bytes from a shared secret with HKDF-SHA-256 (RFC 5869).
+///
+/// # Errors
+/// [`WorkError::Input`] for another length.
+pub fn hkdf_sha256(
+    secret: &[u8],
+    salt: &[u8],
+    info: &[u8],
+    len: usize,
+) -> Result<Zeroizing<Vec<u8>>, WorkError> {
+    kdf::derive(secret, salt, info, len)
+}
+
+/// Whether a ciphertext is in its printable form.
+#[must_use]
+pub fn is_text(ciphertext: &[u8]) -> bool {
+    ciphertext.starts_with(format::TEXT_PREFIX.as_bytes())
+}
+
 /// A key that is ready for the one thing it was made for. Erased when dropped.
 pub struct WorkingKey {
     algorithm: Algorithm,
@@ -99,6 +160,7 @@ enum Inner {
     Mac(mac::MacKey),
     Kdf(kdf::Secret),
     Kek(kek::Kek),
+    Pair(Box<asymmetric::Pair>),
 }
 
 impl WorkingKey {
@@ -117,8 +179,7 @@ impl WorkingKey {
             return Err(wrong);
         }
         let inner = if algorithm.is_asymmetric() {
-            // The asymmetric families go here.
-            return Err(wrong);
+            Inner::Pair(Box::new(asymmetric::Pair::new(algorithm, purpose, material)?))
         } else {
             algorithm::public_key(algorithm, material)
                 .map_err(|_| WorkError::Material(algorithm))?;
@@ -164,6 +225,50 @@ impl WorkingKey {
         }
     }
 
+    /// Decrypts what stands in no blob of ours: RSA-OAEP with SHA-256 (RFC 8017).
+    ///
+    /// # Errors
+    /// [`WorkError::WrongPurpose`]; [`WorkError::Failed`] for everything that does not open.
+    pub fn open_raw(&self, ciphertext: &[u8]) -> Result<Zeroizing<Vec<u8>>, WorkError> {
+        match &self.inner {
+            Inner::Pair(pair) => pair.open_raw(ciphertext),
+            _ => self.wrong_purpose(),
+        }
+    }
+
+    /// Signs a message or its digest.
+    ///
+    /// # Errors
+    /// As [`asymmetric::Pair::sign`].
+    pub fn sign(&self, scheme: SignatureScheme, input: SignInput<'_>) -> Result<Vec<u8>, WorkError> {
+        match &self.inner {
+            Inner::Pair(pair) => pair.sign(scheme, input),
+            _ => self.wrong_purpose(),
+        }
+    }
+
+    /// The secret shared with the holder of another key pair of the same curve.
+    ///
+    /// # Errors
+    /// As [`asymmetric::Pair::agree`].
+    pub fn agree(&self, peer_spki: &[u8]) -> Result<Zeroizing<Vec<u8>>, WorkError> {
+        match &self.inner {
+            Inner::Pair(pair) => pair.agree(peer_spki),
+            _ => self.wrong_purpose(),
+        }
+    }
+
+    /// The secret that [`encapsulate`] made together with this ciphertext.
+    ///
+    /// # Errors
+    /// As [`asymmetric::Pair::decapsulate`].
+    pub fn decapsulate(&self, ciphertext: &[u8]) -> Result<Zeroizing<Vec<u8>>, WorkError> {
+        match &self.inner {
+            Inner::Pair(pair) => pair.decapsulate(ciphertext),
+            _ => self.wrong_purpose(),
+        }
+    }
+
     /// Encrypts a message so that equal plaintexts with equal bindings give equal blobs, which shows everybody
     /// who sees them that they are equal, and nothing else.
     ///
@@ -191,6 +296,11 @@ impl WorkingKey {
     ) -> Result<Zeroizing<Vec<u8>>, WorkError> {
         match &self.inner {
             Inner::Cipher(key) => key.open(binding, blob),
+            // RSA: the header, and then what the standard says.
+            Inner::Pair(pair) => {
+                let header = MessageHeader::new(binding, self.algorithm);
+                pair.open_raw(blob.strip_prefix(header.bytes()).ok_or(WorkError::Failed)?)
+            }
             _ => self.wrong_purpose(),
         }
     }
@@ -270,6 +380,7 @@ impl WorkingKey {
     pub fn wrap(&self, key: &KeyMaterial) -> Result<Vec<u8>, WorkError> {
         match &self.inner {
             Inner::Kek(kek) => Ok(kek.wrap(key)?),
+            Inner::Pair(pair) => pair.wrap(key),
             _ => self.wrong_purpose(),
         }
     }
@@ -281,6 +392,7 @@ impl WorkingKey {
     pub fn unwrap(&self, wrapped: &[u8]) -> Result<KeyMaterial, WorkError> {
         match &self.inner {
             Inner::Kek(kek) => kek.unwrap(wrapped),
+            Inner::Pair(pair) => pair.unwrap(wrapped),
             _ => self.wrong_purpose(),
         }
     }

@@ -1,12 +1,25 @@
 //! Every algorithm, one file a family: the only place where key bytes do work.
 
-mod ecdsa;
-mod rsa;
+pub(crate) mod curve25519;
+pub(crate) mod ec;
+pub(crate) mod jwk;
+mod layout;
+pub(crate) mod ml_dsa;
+pub(crate) mod ml_kem;
+mod public;
+pub(crate) mod rsa;
 mod symmetric;
 mod table;
+#[cfg(test)]
+mod tests;
 
+#[cfg(test)]
+pub(crate) use layout::X25519_PKCS8;
+pub use public::{PublicKey, PublicKeyError};
 pub use table::{Algorithm, Purpose};
 
+use crate::work::WorkError;
+use crate::work::asymmetric::Pair;
 use crate::{CryptoFailure, KeyMaterial, MaterialError};
 
 /// How to make a key.
@@ -18,13 +31,6 @@ pub struct GenerationParams {
     /// What a generated API key begins with, 1 to 16 lower-case letters and digits; `pk` unless
     /// set. No other algorithm takes one.
     pub prefix: Option<String>,
-}
-
-/// The public part of an asymmetric key.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PublicKey {
-    /// A DER SubjectPublicKeyInfo (RFC 5280).
-    pub spki_der: Vec<u8>,
 }
 
 /// A new key.
@@ -54,7 +60,7 @@ pub enum AlgorithmError {
     /// Of a wrong length.
     #[error(transparent)]
     Material(#[from] MaterialError),
-    /// A new pair did not verify its own signature and was thrown away (FIPS 140-3 IG 10.3.A).
+    /// A new pair's halves do not work together, and it was thrown away (FIPS 140-3 IG 10.3.A).
     #[error("a new key pair failed its consistency check")]
     Inconsistent,
     /// The cryptographic library failed.
@@ -77,32 +83,42 @@ pub fn generate(
     if prefix.is_some() && (algorithm != Algorithm::ApiKey || supplied.is_some()) {
         return Err(AlgorithmError::PrefixNotTaken);
     }
-    let material = match (algorithm, supplied) {
-        (Algorithm::ApiKey, Some(value)) => value,
-        (Algorithm::ApiKey, None) => symmetric::api_key(prefix.as_deref())?,
-        (Algorithm::EcdsaP384, _) => ecdsa::generate()?,
-        (Algorithm::Rsa4096, _) => rsa::generate()?,
-        (other, _) => symmetric::generate(other)?,
+    let material = match (Family::of(algorithm), supplied) {
+        (Family::Credential, Some(value)) => value,
+        (Family::Credential, None) => symmetric::api_key(prefix.as_deref())?,
+        (Family::Symmetric, _) => symmetric::generate(algorithm)?,
+        (Family::Rsa, _) => rsa::generate(algorithm)?,
+        (Family::Ec, _) => ec::generate(algorithm)?,
+        (Family::Ed25519, _) => curve25519::generate_ed25519()?,
+        (Family::X25519, _) => curve25519::generate_x25519()?,
+        (Family::MlKem, _) => ml_kem::generate(algorithm)?,
+        (Family::MlDsa, _) => ml_dsa::generate(algorithm)?,
     };
     // Read back from the form that will be stored, as one from outside would be.
     import(algorithm, material)
 }
 
-/// Takes over a key from outside after checking that it is one: 32 bytes for AES-256, PKCS#8 for
-/// the asymmetric ones, any bytes for an API key. A PKCS#8 key is written anew, so that attributes
-/// and stray bytes around it are not kept.
+/// Takes over a key from outside after checking that it is one: as many bytes as its type has for a symmetric key,
+/// PKCS#8 for an asymmetric one (the hybrid has a form of its own, see `ml_kem`), any bytes for an API key. PKCS#8 is
+/// written anew in the one form that is stored, so that attributes and stray bytes around the key are not kept.
 ///
 /// # Errors
 /// [`AlgorithmError::NotAKey`], or [`AlgorithmError::Inconsistent`] for a pair whose halves do not
 /// belong together.
 pub fn import(algorithm: Algorithm, material: KeyMaterial) -> Result<Generated, AlgorithmError> {
-    let material = match algorithm {
-        Algorithm::EcdsaP384 => ecdsa::canonical(&material)?,
-        Algorithm::Rsa4096 => rsa::canonical(&material)?,
-        _ => material,
+    let material = match Family::of(algorithm) {
+        Family::Credential | Family::Symmetric => material,
+        Family::Rsa => rsa::canonical(algorithm, &material)?,
+        Family::Ec => ec::canonical(algorithm, &material)?,
+        Family::Ed25519 => curve25519::canonical_ed25519(&material)?,
+        Family::X25519 => curve25519::canonical_x25519(&material)?,
+        Family::MlKem => ml_kem::canonical(algorithm, &material)?,
+        Family::MlDsa => ml_dsa::canonical(algorithm, &material)?,
     };
     let public = public_key(algorithm, &material)?;
-    check_pair(algorithm, &material, public.as_ref())?;
+    if let Some(public) = &public {
+        check_pair(algorithm, &material, public)?;
+    }
     Ok(Generated { material, public })
 }
 
@@ -114,25 +130,75 @@ pub fn public_key(
     algorithm: Algorithm,
     material: &KeyMaterial,
 ) -> Result<Option<PublicKey>, AlgorithmError> {
-    match algorithm {
-        Algorithm::ApiKey => Ok(None),
-        Algorithm::EcdsaP384 => ecdsa::public_key(material).map(Some),
-        Algorithm::Rsa4096 => rsa::public_key(material).map(Some),
-        other => symmetric::check(other, material).map(|()| None),
+    match Family::of(algorithm) {
+        Family::Credential => Ok(None),
+        Family::Symmetric => symmetric::check(algorithm, material).map(|()| None),
+        Family::Rsa => rsa::public_key(algorithm, material).map(Some),
+        Family::Ec => ec::public_key(algorithm, material).map(Some),
+        Family::Ed25519 => curve25519::public_ed25519(material).map(Some),
+        Family::X25519 => curve25519::public_x25519(material).map(Some),
+        Family::MlKem => ml_kem::public_key(algorithm, material).map(Some),
+        Family::MlDsa => ml_dsa::public_key(algorithm, material).map(Some),
     }
 }
 
-/// Signs a constant with the private half and verifies it with the public one.
+/// Where an algorithm's code is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Family {
+    Credential,
+    Symmetric,
+    Rsa,
+    Ec,
+    Ed25519,
+    X25519,
+    /// With the hybrid.
+    MlKem,
+    MlDsa,
+}
+
+impl Family {
+    pub(crate) const fn of(algorithm: Algorithm) -> Self {
+        match algorithm {
+            Algorithm::ApiKey => Self::Credential,
+            Algorithm::Aes128
+            | Algorithm::Aes256
+            | Algorithm::Aes128Gcm
+            | Algorithm::Aes256Gcm
+            | Algorithm::ChaCha20Poly1305
+            | Algorithm::XChaCha20Poly1305
+            | Algorithm::HmacSha256
+            | Algorithm::HmacSha384
+            | Algorithm::HmacSha512
+            | Algorithm::HkdfSha256 => Self::Symmetric,
+            Algorithm::Rsa2048 | Algorithm::Rsa3072 | Algorithm::Rsa4096 => Self::Rsa,
+            Algorithm::EcdsaP256
+            | Algorithm::EcdsaP384
+            | Algorithm::EcdsaP521
+            | Algorithm::EcdsaSecp256k1
+            | Algorithm::EcdhP256
+            | Algorithm::EcdhP384
+            | Algorithm::EcdhP521 => Self::Ec,
+            Algorithm::Ed25519 => Self::Ed25519,
+            Algorithm::X25519 => Self::X25519,
+            Algorithm::MlKem768 | Algorithm::MlKem1024 | Algorithm::X25519MlKem768 => Self::MlKem,
+            Algorithm::MlDsa44 | Algorithm::MlDsa65 | Algorithm::MlDsa87 => Self::MlDsa,
+        }
+    }
+}
+
+/// Lets both halves work on the same thing: a signature verifies, both sides come to the same secret (FIPS 140-3 IG
+/// 10.3.A).
 fn check_pair(
     algorithm: Algorithm,
     material: &KeyMaterial,
-    public: Option<&PublicKey>,
+    public: &PublicKey,
 ) -> Result<(), AlgorithmError> {
-    const MESSAGE: &[u8] = b"polykey pairwise consistency";
-    let consistent = match (algorithm, public) {
-        (Algorithm::EcdsaP384, Some(public)) => ecdsa::check_pair(material, public, MESSAGE)?,
-        (Algorithm::Rsa4096, Some(public)) => rsa::check_pair(material, public, MESSAGE)?,
-        (other, public) => public.is_some() == other.is_asymmetric(),
-    };
-    if consistent { Ok(()) } else { Err(AlgorithmError::Inconsistent) }
+    let consistent = Pair::new(algorithm, algorithm.default_purpose(), material)
+        .and_then(|pair| pair.belongs_to(public));
+    match consistent {
+        Ok(true) => Ok(()),
+        Ok(false) | Err(WorkError::Failed | WorkError::Input { .. }) => Err(AlgorithmError::Inconsistent),
+        Err(WorkError::Crypto(failure)) => Err(failure.into()),
+        Err(_) => Err(AlgorithmError::NotAKey(algorithm)),
+    }
 }

@@ -12,7 +12,7 @@ pub(super) const SALT_LEN: usize = 32;
 pub(super) const COMMITMENT_LEN: usize = 32;
 const MESSAGE_FIXED: usize = 26;
 const STREAM_FIXED: usize = MESSAGE_FIXED + 1;
-const TEXT_PREFIX: &str = "polykey:c1:";
+pub(super) const TEXT_PREFIX: &str = "polykey:c1:";
 
 /// What a symmetric message blob is longer than its plaintext, in bytes: header 26 ‖ salt 32 ‖ commitment 32 ‖ … ‖
 /// tag 16.

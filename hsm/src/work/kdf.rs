@@ -45,11 +45,21 @@ impl Secret {
         info: &[u8],
         len: usize,
     ) -> Result<Zeroizing<Vec<u8>>, WorkError> {
-        if !(1..=MAX_LEN).contains(&len) {
-            return Err(WorkError::input("length", "1 to 8160 bytes are derived at once"));
-        }
-        let mut out = Zeroizing::new(vec![0; len]);
-        hkdf_sha256(&self.0, salt, info, &mut out)?;
-        Ok(out)
+        derive(&self.0, salt, info, len)
     }
+}
+
+/// Derives 1 to 8160 bytes.
+pub(super) fn derive(
+    secret: &[u8],
+    salt: &[u8],
+    info: &[u8],
+    len: usize,
+) -> Result<Zeroizing<Vec<u8>>, WorkError> {
+    if !(1..=MAX_LEN).contains(&len) {
+        return Err(WorkError::input("length", "1 to 8160 bytes are derived at once"));
+    }
+    let mut out = Zeroizing::new(vec![0; len]);
+    hkdf_sha256(secret, salt, info, &mut out)?;
+    Ok(out)
 }
