@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use polykey_hsm::Algorithm;
+use polykey_hsm::{Algorithm, Purpose};
 use zeroize::Zeroizing;
 
 use crate::authz::{Action, ActionSet, Command};
 use crate::error::Error;
 use crate::key::KeyName;
 use crate::time::Time;
+
+pub mod crypto;
 
 /// What wraps a key's material.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,8 +34,18 @@ impl std::fmt::Debug for Value {
 /// Make a key.
 #[derive(Debug)]
 pub struct CreateKey {
-    /// What it is for.
+    /// What it is.
     pub algorithm: Algorithm,
+    /// What it is for.
+    pub purpose: Purpose,
+    /// Whether it encrypts deterministically.
+    pub convergent: bool,
+    /// Uses of a version after which it rotates; 0 = never.
+    pub rotate_after_uses: u64,
+    /// Uses after which a version refuses to seal; 0 = none.
+    pub max_uses: u64,
+    /// Material from outside, other than the value of a credential.
+    pub import: Option<crypto::Import>,
     /// For people.
     pub description: String,
     /// Labels.
@@ -60,6 +72,14 @@ pub struct CreateKey {
     pub profile: Profile,
     /// The prefix of a generated API key.
     pub prefix: Option<String>,
+}
+
+impl CreateKey {
+    /// Whether its material exists already.
+    #[must_use]
+    pub fn comes_from_outside(&self) -> bool {
+        self.value.is_some() || self.import.is_some()
+    }
 }
 
 /// How a new version takes its place.
@@ -308,7 +328,7 @@ impl Mutation {
     #[must_use]
     pub fn action(&self) -> Action {
         match self {
-            Self::Create(c) if c.value.is_some() => Action::ImportKey,
+            Self::Create(c) if c.comes_from_outside() => Action::ImportKey,
             Self::Create(_) => Action::CreateKey,
             Self::Rotate(_) => Action::RotateKey,
             Self::Revoke(_) => Action::RevokeKey,
@@ -449,6 +469,18 @@ pub mod part {
     pub struct Describe<'a>(pub &'a super::KeyName);
 }
 
+impl Command for part::Import<'_> {
+    const ACTION: Action = Action::ImportKey;
+
+    fn also(&self) -> ActionSet {
+        let set = ActionSet::EMPTY;
+        match self.0.import {
+            Some(crypto::Import::Plain(_)) => set.with(Action::ImportPlaintext),
+            Some(crypto::Import::Wrapped { .. }) | None => set,
+        }
+    }
+}
+
 impl Command for &RotateKey {
     const ACTION: Action = Action::RotateKey;
 
@@ -495,7 +527,6 @@ macro_rules! parts {
 
 parts! {
     Generate => CreateKey,
-    Import => ImportKey,
     Share => ShareKey,
     Enable => EnableKey,
     Disable => DisableKey,

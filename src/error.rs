@@ -46,6 +46,10 @@ pub enum Reason {
     VersionNotFound,
     /// The version has been revoked, or its grace period is over.
     VersionRevoked,
+    /// The version is staged and seals nothing yet.
+    VersionStaged,
+    /// The version has sealed as often as the key allows.
+    UsesExhausted,
     /// The version has been trimmed for ever.
     VersionTrimmed,
     /// The key was created not to be exported.
@@ -82,6 +86,8 @@ impl Reason {
             Self::VersionTooOld => "VERSION_TOO_OLD",
             Self::VersionNotFound => "VERSION_NOT_FOUND",
             Self::VersionRevoked => "VERSION_REVOKED",
+            Self::VersionStaged => "VERSION_STAGED",
+            Self::UsesExhausted => "USES_EXHAUSTED",
             Self::VersionTrimmed => "VERSION_TRIMMED",
             Self::NotExportable => "NOT_EXPORTABLE",
             Self::ProfileUnavailable => "PROFILE_UNAVAILABLE",
@@ -108,6 +114,8 @@ impl Reason {
             Self::VersionTooOld => "the version is below the key's minimum version",
             Self::VersionNotFound => "the key has no such version",
             Self::VersionRevoked => "the version is revoked",
+            Self::VersionStaged => "the version is staged; it seals once it is the primary",
+            Self::UsesExhausted => "the version has been used as often as the key allows; rotate it",
             Self::VersionTrimmed => "the version has been trimmed",
             Self::NotExportable => "the key was created not to be exported",
             Self::ProfileUnavailable => "this node has no backend for that storage profile",

@@ -262,6 +262,24 @@ pub fn version_opens(key: &KeyRecord, version: &VersionRecord, now: Time) -> Res
     }
 }
 
+/// Whether a version may seal now, the key's own state apart: the primary, and older ones from the
+/// key's minimum encryption version on, where it has one.
+///
+/// # Errors
+/// The reason why not.
+pub fn version_seals(key: &KeyRecord, version: &VersionRecord, now: Time) -> Result<(), Reason> {
+    let least = key.min_encryption_version;
+    match version_state(key, version, now) {
+        VersionState::Primary if version.version >= least => Ok(()),
+        VersionState::Readable if least != 0 && version.version >= least => Ok(()),
+        VersionState::Primary | VersionState::Readable | VersionState::TooOld => {
+            Err(Reason::VersionTooOld)
+        }
+        VersionState::Staged => Err(Reason::VersionStaged),
+        VersionState::Revoked => Err(Reason::VersionRevoked),
+    }
+}
+
 /// Turns an enabled key off.
 ///
 /// # Errors

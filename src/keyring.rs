@@ -15,6 +15,8 @@ mod rotate;
 mod rows;
 #[cfg(test)]
 mod tests;
+mod uses;
+pub mod work;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -110,6 +112,7 @@ fn facts(record: &KeyRecord, id: KeyId, algorithm: Algorithm) -> KeyFacts {
         creator: record.creator.clone(),
         authorized_contexts: record.authorized_contexts.clone(),
         key_type: algorithm.name().to_owned(),
+        purpose: work::purpose(record, algorithm).name().to_owned(),
         state: state_name(record).to_owned(),
         data_classification: record.data_classification.clone(),
         exportable: record.exportable,
@@ -127,11 +130,16 @@ pub struct KeyVersion {
     pub blob: bytes::Bytes,
 }
 
+/// Keys whose parsed private parts are remembered.
+const PARSED: usize = 1024;
+
 /// What the keyring remembers of rows.
 #[derive(Debug)]
 pub struct KeyCaches {
     keys: Cache<KeyId, Arc<Key>>,
     versions: Cache<(KeyId, u32), Arc<KeyVersion>>,
+    /// Parsed private keys: few, because each is a secret in memory.
+    parsed: Cache<KeyId, Arc<work::Parsed>>,
     epoch: AtomicU64,
 }
 
@@ -142,6 +150,7 @@ impl KeyCaches {
         Self {
             keys: Cache::new(capacity),
             versions: Cache::new(capacity),
+            parsed: Cache::new(capacity.min(PARSED)),
             epoch: AtomicU64::new(0),
         }
     }
@@ -166,6 +175,7 @@ impl Invalidate for KeyCaches {
             if row.space == space::KEYS {
                 if let Some(id) = KeyId::from_slice(&row.key) {
                     self.keys.invalidate(&id);
+                    self.parsed.invalidate(&id);
                     any = true;
                 }
             } else if row.space == space::VERSIONS
@@ -173,6 +183,7 @@ impl Invalidate for KeyCaches {
                 && let (Some(id), Ok(number)) = (KeyId::from_slice(id), number.try_into())
             {
                 self.versions.invalidate(&(id, u32::from_be_bytes(number)));
+                self.parsed.invalidate(&id);
                 any = true;
             }
         }
@@ -184,6 +195,7 @@ impl Invalidate for KeyCaches {
     fn clear(&self) {
         self.keys.clear();
         self.versions.clear();
+        self.parsed.clear();
         self.epoch.fetch_add(1, Ordering::SeqCst);
     }
 }
@@ -195,6 +207,9 @@ pub struct Keyring {
     authorizer: Arc<ArcSwap<Authorizer>>,
     trail: Arc<Trail>,
     forge: Forge,
+    /// Where slow algorithms work.
+    slow: Forge,
+    uses: uses::Uses,
     turns: plan::Turns,
 }
 
@@ -214,7 +229,10 @@ impl Keyring {
         trail: Arc<Trail>,
         forge: Forge,
     ) -> Self {
-        Self { vault, caches, authorizer, trail, forge, turns: plan::Turns::default() }
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let slow = Forge::new(cores, work::SLOW_QUEUE);
+        let (uses, turns) = (uses::Uses::default(), plan::Turns::default());
+        Self { vault, caches, authorizer, trail, forge, slow, uses, turns }
     }
 
     /// The vault underneath.

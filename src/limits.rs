@@ -48,6 +48,24 @@ pub const ROTATION_PERIOD: std::ops::RangeInclusive<i64> = 3600..=315_576_000;
 pub const GRACE: i32 = 315_576_000;
 /// Bytes of a request message: 4 MiB of payload and 64 KiB for the rest.
 pub const MESSAGE: usize = 4 * 1024 * 1024 + 64 * 1024;
+/// Bytes of a plaintext or message in one call.
+pub const PLAINTEXT: usize = 4 * 1024 * 1024;
+/// Pairs of an encryption context, and bytes of its names and values together.
+pub const BOUND_PAIRS: usize = 32;
+/// See [`BOUND_PAIRS`].
+pub const BOUND_BYTES: usize = 8 * 1024;
+/// Bytes of additional authenticated data.
+pub const ADDITIONAL_DATA: usize = 64 * 1024;
+/// Bytes of the salt of a derivation.
+pub const SALT: usize = 1024;
+/// Bytes of a signature that is to be verified.
+pub const SIGNATURE: usize = 8 * 1024;
+/// Bytes of a public key, or of wrapped key material.
+pub const PUBLIC_KEY: usize = 8 * 1024;
+/// Bytes of imported material in its protection.
+pub const MATERIAL: usize = 16 * 1024;
+/// Bytes of the reference of an operation.
+pub const REFERENCE: usize = 256;
 /// The data classifications there are.
 pub const CLASSIFICATIONS: [&str; 5] = ["", "public", "internal", "confidential", "secret"];
 /// Rows and bytes that one page looks at before it returns short.

@@ -4,6 +4,7 @@ pub mod admin;
 pub(crate) mod admit;
 pub(crate) mod batch;
 pub(crate) mod convert;
+pub(crate) mod crypto;
 mod deadline;
 mod key_service;
 mod lifecycle;
@@ -20,6 +21,7 @@ use std::time::Duration;
 
 use http::{Request, Response};
 use pb::admin_service_server::AdminServiceServer;
+use pb::crypto_service_server::CryptoServiceServer;
 use pb::key_lifecycle_service_server::KeyLifecycleServiceServer;
 use pb::polykey_service_server::PolykeyServiceServer;
 use polykey_proto::polykey::v2 as pb;
@@ -76,8 +78,10 @@ pub fn service(
 + 'static {
     let keys = key_service::KeyService(Arc::clone(&deps));
     let lifecycle = lifecycle::LifecycleService(keys.clone());
+    let work = crypto::CryptoService(keys.clone());
     let routes = Routes::new(PolykeyServiceServer::new(keys).max_decoding_message_size(MESSAGE))
-        .add_service(KeyLifecycleServiceServer::new(lifecycle).max_decoding_message_size(MESSAGE));
+        .add_service(KeyLifecycleServiceServer::new(lifecycle).max_decoding_message_size(MESSAGE))
+        .add_service(CryptoServiceServer::new(work).max_decoding_message_size(MESSAGE));
     let admin = admin::AdminService::new(Arc::clone(&deps), admin);
     let routes =
         routes.add_service(AdminServiceServer::new(admin).max_decoding_message_size(MESSAGE));

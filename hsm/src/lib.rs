@@ -57,6 +57,7 @@ pub use sealer::{OpenError, OpenedRecord, RecordBinding, RecordHeader, Sealer, h
 pub use version_material::{
     MaterialContext, MaterialState, UnwrapMaterialError, UnwrappedMaterial,
 };
+pub use work::WorkingKey;
 pub use wrapped::{DecodeError, SlotKind, WrappedKey, WrapperId};
 
 /// Something that turns a key into bytes which it alone turns back: a master key, a passphrase, a

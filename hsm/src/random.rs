@@ -43,10 +43,10 @@ pub fn warm_up() -> Result<(), CryptoFailure> {
     array::<1>().map(drop)
 }
 
-const BLOCK: usize = 600;
+const BLOCK: usize = 1024;
 
-/// Unused nonces of this thread. The process that filled the block is part of it: a forked child
-/// must not repeat its parent's nonces.
+/// Unused public values of this thread. The process that filled the block is part of it: a forked
+/// child must not repeat its parent's nonces.
 struct Block {
     bytes: [u8; BLOCK],
     used: usize,
@@ -58,24 +58,35 @@ thread_local! {
         const { RefCell::new(Block { bytes: [0; BLOCK], used: BLOCK, pid: 0 }) };
 }
 
-/// A random nonce, drawn in blocks per thread: a draw of its own costs more than a seal.
+/// A random nonce.
+pub(crate) fn nonce() -> Result<[u8; 12], CryptoFailure> {
+    public()
+}
+
+/// A random salt.
+pub(crate) fn salt() -> Result<[u8; 32], CryptoFailure> {
+    public()
+}
+
+/// Drawn in blocks per thread: a draw of its own costs more than a seal.
 ///
 /// Only for values that become public; keys are drawn with [`fill`].
-pub(crate) fn nonce() -> Result<[u8; 12], CryptoFailure> {
+fn public<const N: usize>() -> Result<[u8; N], CryptoFailure> {
+    const { assert!(N <= BLOCK) };
     BLOCKS.with_borrow_mut(|block| {
         let pid = std::process::id();
-        if block.used >= BLOCK || block.pid != pid {
+        if block.used + N > BLOCK || block.pid != pid {
             block.used = BLOCK;
             fill(&mut block.bytes)?;
             block.used = 0;
             block.pid = pid;
         }
-        let mut out = [0; 12];
-        if let Some(fresh) = block.bytes.get_mut(block.used..block.used + 12) {
+        let mut out = [0; N];
+        if let Some(fresh) = block.bytes.get_mut(block.used..block.used + N) {
             out.copy_from_slice(fresh);
             fresh.zeroize();
         }
-        block.used += 12;
+        block.used += N;
         Ok(out)
     })
 }
@@ -97,8 +108,14 @@ mod tests {
     }
 
     #[test]
-    fn the_block_is_a_whole_number_of_nonces() {
-        assert_eq!(BLOCK % 12, 0);
+    fn salts_and_nonces_share_a_block_and_no_byte_is_used_twice() {
+        let mut bytes = Vec::new();
+        for _ in 0..500 {
+            bytes.extend(nonce().unwrap());
+            bytes.extend(salt().unwrap());
+        }
+        let windows: HashSet<&[u8]> = bytes.windows(8).collect();
+        assert_eq!(windows.len(), bytes.len() - 7);
     }
 
     #[test]

@@ -1,5 +1,11 @@
 //! OpenSSL's command line and Python's `cryptography` read what is made here, and the reverse.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stdout
+)]
 
 use std::fs;
 use std::io::Write;

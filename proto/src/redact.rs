@@ -47,13 +47,14 @@ redact! {
     CreateKeyRequest {
         key_type, requester_context, description, tags, expires_at, initial_authorized_contexts,
         access_policies, data_classification, generation_params, exportable, alias,
-        read_after_expiry, rotation_period_seconds, storage_profile;
+        read_after_expiry, rotation_period_seconds, storage_profile, purpose, convergent,
+        rotate_after_uses, max_uses;
         secret value
     }
     CreateKeyItem {
         key_type, description, tags, expires_at, initial_authorized_contexts, access_policies,
         data_classification, generation_params, exportable, alias, read_after_expiry,
-        rotation_period_seconds, storage_profile;
+        rotation_period_seconds, storage_profile, purpose, convergent, rotate_after_uses, max_uses;
         secret value
     }
     RotateKeyRequest {
@@ -71,6 +72,73 @@ redact! {
     IssueCertificateResponse {
         certificate_chain_pem, not_after, certificate_sha256, authority_pem, audit_index;
         secret private_key_pem
+    }
+    EncryptRequest { key_id, version, context, format; secret plaintext, additional_data }
+    DecryptRequest { key_id, ciphertext, context, format, version; secret additional_data }
+    DecryptResponse { key_id, version, algorithm; secret plaintext }
+    GenerateDataKeyResponse {
+        ciphertext, key_id, version, public_key_der, audit_index; secret plaintext
+    }
+    GenerateMacRequest { key_id, version; secret message }
+    VerifyMacRequest { key_id, version, mac; secret message }
+    DeriveKeyResponse { key_id, version, audit_index; secret derived_key }
+    AgreeResponse { key_id, version, audit_index; secret shared_secret }
+    EncapsulateResponse { ciphertext, key_id, version, audit_index; secret shared_secret }
+    DecapsulateResponse { key_id, version, audit_index; secret shared_secret }
+    UnwrapKeyResponse { key_id, version, audit_index; secret key_material }
+    GenerateRandomResponse { ; secret random }
+    ImportKeyRequest { key, wrapping; secret import_token, material }
+    GetImportParametersResponse { public_key, expires_at, hpke_info; secret import_token }
+    DecryptStreamResponse { key_id, version; secret plaintext }
+}
+
+/// The same for messages whose secret stands in a oneof.
+macro_rules! redact_oneof {
+    ($($message:ident { $($shown:ident),* ; $oneof:ident :
+        $module:ident::$Type:ident { $($Secret:ident)* ; $($Shown:ident)* } })+) => {$(
+        impl fmt::Debug for pb::$message {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                let Self { $($shown,)* $oneof } = self;
+                f.debug_struct(stringify!($message))
+                    $(.field(stringify!($shown), $shown))*
+                    .field(stringify!($oneof), $oneof)
+                    .finish()
+            }
+        }
+        impl fmt::Debug for pb::$module::$Type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                match self {
+                    $(Self::$Secret(bytes) => {
+                        f.debug_tuple(stringify!($Secret)).field(&Redacted(bytes.len())).finish()
+                    })*
+                    $(Self::$Shown(value) => {
+                        f.debug_tuple(stringify!($Shown)).field(value).finish()
+                    })*
+                }
+            }
+        }
+    )+};
+}
+
+redact_oneof! {
+    SignRequest { key_id, version, scheme; input: sign_request::Input { Message Digest; } }
+    VerifyRequest {
+        key_id, version, signature, scheme; input: verify_request::Input { Message Digest; }
+    }
+    WrapKeyRequest {
+        key_id, version, target_version;
+        target: wrap_key_request::Target { KeyMaterial; TargetKeyId }
+    }
+    EncryptStreamRequest { ; part: encrypt_stream_request::Part { Plaintext; Header } }
+}
+
+impl fmt::Debug for crate::polykey::record::v1::ImportRecord {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ImportRecord")
+            .field("wrapping", &self.wrapping)
+            .field("client_id", &self.client_id)
+            .field("expires_at", &self.expires_at)
+            .finish_non_exhaustive()
     }
 }
 
@@ -105,6 +173,18 @@ mod tests {
                 request: Some(pb::CreateKeyRequest { value: CANARY.into(), ..Default::default() })
             },
         );
+        let operation = pb::crypto_operation::Operation::WrapKey(pb::WrapKeyRequest {
+            target: Some(pb::wrap_key_request::Target::KeyMaterial(CANARY.into())),
+            ..Default::default()
+        });
+        let batch = pb::BatchCryptoRequest {
+            operations: vec![pb::CryptoOperation {
+                operation: Some(operation),
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let shown = format!("{shown} {batch:?}");
         assert!(!shown.contains(CANARY), "{shown}");
         assert!(shown.contains("shown") && shown.contains("[11 bytes]"), "{shown}");
     }

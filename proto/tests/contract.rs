@@ -25,7 +25,7 @@ const CONTRACT: &[&str] = &[
 ];
 /// Enums in those files that the published contract does not have.
 const NEW_ENUMS: &[&str] =
-    &["KeyState", "KeyVersionState", "KeyOrigin", "ExportMode", "MaterialWrapping"];
+    &["KeyState", "KeyVersionState", "KeyOrigin", "KeyPurpose", "ExportMode", "MaterialWrapping"];
 /// Where the numbers of new fields and enum values begin.
 const FIRST_NEW: i32 = 100;
 /// The size of the published contract, so that an emptied golden file is noticed.

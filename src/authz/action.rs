@@ -151,6 +151,21 @@ permissions! {
     KeysDestroy      "keys:destroy"       "Schedule destruction and cancel it."
     KeysAlias        "keys:alias"         "Set and delete aliases."
     KeysVersions     "keys:versions"      "Set version bounds, trim versions."
+    KeysImportPlain  "keys:import-plain" "Create keys from material that comes in the clear."
+    CryptoEncrypt    "crypto:encrypt"    "Encrypt, and make data keys whose plaintext is not shown."
+    CryptoDecrypt    "crypto:decrypt"    "Decrypt."
+    CryptoRewrap     "crypto:rewrap"     "Encrypt ciphertexts anew without seeing their plaintexts."
+    CryptoDataKey    "crypto:data-key"   "Make data keys and see them."
+    CryptoSign       "crypto:sign"       "Sign."
+    CryptoMac        "crypto:mac"        "Make message authentication codes."
+    CryptoVerify     "crypto:verify"     "Verify signatures and message authentication codes; implied by `crypto:sign` and `crypto:mac`."
+    CryptoDerive     "crypto:derive"     "Derive keys."
+    CryptoAgree      "crypto:agree"      "Agree on shared secrets."
+    CryptoEncapsulate "crypto:encapsulate" "Make shared secrets for a key."
+    CryptoDecapsulate "crypto:decapsulate" "Get shared secrets from their ciphertexts."
+    CryptoWrap       "crypto:wrap"       "Wrap key material."
+    CryptoUnwrap     "crypto:unwrap"     "Unwrap key material."
+    CryptoRandom     "crypto:random"     "Get random bytes from the node."
     TokensRevoke     "tokens:revoke"      "Revoke the tokens of other clients."
     ClientsRead      "clients:read"       "See clients; implied by `clients:admin`."
     ClientsAdmin     "clients:admin"      "Add, change, disable and remove clients with no more permissions than one's own."
@@ -167,6 +182,7 @@ impl Permission {
     const fn implied(self) -> Option<Self> {
         match self {
             Self::KeysRead => Some(Self::KeysDescribe),
+            Self::CryptoSign | Self::CryptoMac => Some(Self::CryptoVerify),
             Self::ClientsAdmin => Some(Self::ClientsRead),
             Self::NodeAdmin => Some(Self::NodeRead),
             _ => None,
@@ -314,6 +330,22 @@ macro_rules! actions {
 actions! {
     CreateKey            Create     Key    KeysCreate   "Create a key."
     ImportKey            Create     Key    KeysImport   "Create a key from a supplied value."
+    ImportPlaintext      Create     Key    KeysImportPlain "Create a key from material that comes in the clear."
+    Encrypt              Use        Key    CryptoEncrypt "Encrypt under a key."
+    Decrypt              Use        Key    CryptoDecrypt "Decrypt under a key."
+    Rewrap               Use        Key    CryptoRewrap "Encrypt a ciphertext of a key anew."
+    GenerateDataKey      Use        Key    CryptoDataKey "Make a data key under a key and see it."
+    GenerateWrappedDataKey Use      Key    CryptoEncrypt "Make a data key under a key without seeing it."
+    Sign                 Use        Key    CryptoSign   "Sign with a key."
+    Verify               Use        Key    CryptoVerify "Verify signatures of a key."
+    GenerateMac          Use        Key    CryptoMac    "Make message authentication codes with a key."
+    VerifyMac            Use        Key    CryptoVerify "Verify message authentication codes of a key."
+    DeriveKey            Use        Key    CryptoDerive "Derive keys from a key."
+    Agree                Use        Key    CryptoAgree  "Agree on shared secrets with a key."
+    Encapsulate          Use        Key    CryptoEncapsulate "Make shared secrets for a key."
+    Decapsulate          Use        Key    CryptoDecapsulate "Get the shared secrets that were made for a key."
+    WrapKey              Use        Key    CryptoWrap   "Wrap key material with a key."
+    UnwrapKey            Use        Key    CryptoUnwrap "Unwrap key material with a key."
     GetKey               Read       Key    KeysRead     "Get a key's wrapped material and metadata."
     GetKeyMetadata       Read       Key    KeysDescribe "Get a key's metadata, versions, public part."
     ReadKeyHistory       Govern     Key    AuditRead    "Read who used a key, and when."
@@ -332,6 +364,8 @@ actions! {
     SetVersionBounds     Maintain   Key    KeysVersions "Set a key's minimum versions."
     TrimVersions         Maintain   Key    KeysVersions "Delete a key's oldest versions, for ever."
     ListKeys             Inspect    Node   KeysList     "List the keys that one may see."
+    GenerateRandom       Inspect    Node   CryptoRandom "Get random bytes."
+    GetImportParameters  Inspect    Node   KeysImport   "Get a one-time public key for an import."
     ReadAudit            Inspect    Node   AuditRead    "Read and follow the audit trail."
     ReadPolicies         Inspect    Node   PoliciesRead "Read policies and role definitions."
     ExplainDecision      Inspect    Node   PoliciesRead "Ask what another client may do, and why."

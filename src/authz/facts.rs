@@ -41,6 +41,8 @@ pub struct KeyFacts {
     pub authorized_contexts: Vec<String>,
     /// For instance `aes-256`.
     pub key_type: String,
+    /// The one thing it is for, for instance `encrypt`.
+    pub purpose: String,
     /// The stored state, for instance `enabled`. What follows from the clock (expiry) is not a stored state.
     pub state: String,
     /// `""`, `public`, `internal`, `confidential` or `secret`.

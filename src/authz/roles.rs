@@ -60,6 +60,7 @@ pub const BUILT_IN: [BuiltIn; 4] = [
             Permission::KeysDestroy,
             Permission::KeysAlias,
             Permission::KeysVersions,
+            Permission::CryptoRandom,
         ]),
     },
     BuiltIn {

@@ -37,6 +37,7 @@ fn key(id: u128, owner: &str, shared: &[&str]) -> KeyFacts {
         creator: owner.to_owned(),
         authorized_contexts: shared.iter().map(ToString::to_string).collect(),
         key_type: "aes-256".to_owned(),
+        purpose: "encrypt".to_owned(),
         state: "enabled".to_owned(),
         data_classification: "internal".to_owned(),
         exportable: true,

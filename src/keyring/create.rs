@@ -47,6 +47,11 @@ impl Keyring {
     fn draft(cx: &Context, command: &CreateKey, id: KeyId) -> KeyRecord {
         let CreateKey {
             algorithm,
+            purpose,
+            convergent,
+            rotate_after_uses,
+            max_uses,
+            import: _,
             description,
             tags,
             expires_at,
@@ -54,7 +59,7 @@ impl Keyring {
             policies,
             classification,
             exportable,
-            value,
+            value: _,
             alias,
             read_after_expiry,
             rotation_period,
@@ -76,7 +81,7 @@ impl Keyring {
             exportable: exportable.unwrap_or(*algorithm == Algorithm::ApiKey),
             read_after_expiry: *read_after_expiry,
             storage_profile: 1,
-            origin: if value.is_some() { IMPORTED } else { GENERATED },
+            origin: if command.comes_from_outside() { IMPORTED } else { GENERATED },
             aliases: alias.iter().cloned().collect(),
             primary_version: 1,
             latest_version: 1,
@@ -84,6 +89,11 @@ impl Keyring {
             min_available_version: 1,
             rotation_period_seconds: rotation_period.unwrap_or(0),
             revision: 1,
+            // What every key of its algorithm is for is not written down.
+            purpose: if *purpose == algorithm.default_purpose() { 0 } else { purpose.code() },
+            convergent: *convergent,
+            rotate_after_uses: *rotate_after_uses,
+            max_uses: *max_uses,
             ..KeyRecord::default()
         };
         if let Some(prefix) = prefix {
@@ -106,6 +116,9 @@ impl Keyring {
         let uuid = Uuid::now_v7();
         KeyPolicies::compile(uuid, &command.policies)
             .map_err(|e| policy_violations("access_policies", &e))?;
+        if let Some(import) = &command.import {
+            return Ok(Prepared::Material(self.imported(cx, command.algorithm, import).await?));
+        }
         let params = GenerationParams {
             supplied: command.value.as_ref().map(supplied).transpose()?,
             prefix: command.prefix.clone(),
@@ -122,7 +135,7 @@ impl Keyring {
         let id = KeyId::from_slice(&draft.key_id).ok_or_else(|| Error::internal("a bad id"))?;
         let facts = super::facts(draft, id, command.algorithm);
         let resource = Resource::NewKey(&facts);
-        Ok(if command.value.is_some() {
+        Ok(if command.comes_from_outside() {
             let permit = self.authorize(cx, resource, part::Import(command)).await?;
             (permit.decision_id().to_string(), "ImportKey")
         } else {
@@ -144,6 +157,9 @@ impl Keyring {
         let id = KeyId::mint(cx.now);
         let mut record = Self::draft(cx, command, id);
         let (decision, action) = self.authorize_create(cx, command, &record).await?;
+        if let Some(import) = &command.import {
+            self.use_up(tx, cx, import).await?;
+        }
         if record.rotation_period_seconds > 0 {
             let due = next_rotation(id, &record, cx.now);
             record.next_rotation_at = due.micros();

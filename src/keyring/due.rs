@@ -3,7 +3,7 @@
 
 use polykey_hsm::GenerationParams;
 use polykey_proto::polykey::record::v1::{
-    AuditEvent, JobRecord, KeyRecord, VersionRecord, audit_event::Outcome, job_record::Kind,
+    AuditEvent, JobRecord, KeyRecord, UseCountRecord, VersionRecord, audit_event::Outcome, job_record::Kind,
     key_record::State,
 };
 use polykey_storage::Direction;
@@ -103,12 +103,17 @@ impl Keyring {
         job: &JobRecord,
         now: Time,
     ) -> Result<Option<(&'static str, KeyRecord)>, Error> {
-        if key.record.next_rotation_at != job.due {
+        // A job that names a version is there because that one has been used so often.
+        let used_up = job.version != 0 && job.version == key.record.primary_version;
+        if !used_up && (job.version != 0 || key.record.next_rotation_at != job.due) {
             return Ok(None);
         }
         let mut after = key.record.clone();
         if key::may_seal(&key.record, now).is_err() {
             // A disabled key is not rotated; enabling it starts the schedule again.
+            if used_up {
+                return Ok(None);
+            }
             after.next_rotation_at = 0;
             return Ok(Some(("SkipRotation", after)));
         }
@@ -126,9 +131,7 @@ impl Keyring {
         after.staged_version = 0;
         after.staged_promote_at = 0;
         // Counted from now, not from when it was due: after a long sleep it rotates once.
-        let due = super::plan::next_rotation(key.id, &after, now);
-        after.next_rotation_at = due.micros();
-        schedule(tx, Kind::Rotate, due, key.id, 0)?;
+        self.reschedule_rotation(tx, key, &mut after, now)?;
         Ok(Some(("RotateKey", after)))
     }
 
@@ -207,6 +210,7 @@ impl Keyring {
             let version = loaded.record.version;
             unschedule(tx, Kind::EndGrace, loaded.record.grace_until, key.id, version);
             tx.delete::<VersionRecord>(row);
+            tx.delete::<UseCountRecord>(row);
         }
         if more {
             return Ok((None, true));

@@ -35,28 +35,37 @@ impl Forge {
         algorithm: Algorithm,
         params: GenerationParams,
     ) -> Result<Generated, Error> {
-        match algorithm {
-            Algorithm::Aes256 | Algorithm::ApiKey => generate(algorithm, params),
-            Algorithm::EcdsaP384 | Algorithm::Rsa4096 => {
-                let _place = self
-                    .waiting
-                    .clone()
-                    .try_acquire_owned()
-                    .map_err(|_| Error::Exhausted { retry_after: Duration::from_secs(1) })?;
-                let turn = self
-                    .running
-                    .clone()
-                    .acquire_owned()
-                    .await
-                    .map_err(|_| Error::unavailable("the forge is closed"))?;
-                let made = tokio::task::spawn_blocking(move || {
-                    let made = generate(algorithm, params);
-                    drop(turn);
-                    made
-                });
-                made.await.map_err(|e| Error::internal(format!("generating a key: {e}")))?
-            }
+        if !algorithm.is_asymmetric() {
+            return generate(algorithm, params);
         }
+        self.run(move || generate(algorithm, params)).await?
+    }
+
+    /// Has something slow done on a thread of its own.
+    ///
+    /// # Errors
+    /// [`Error::Exhausted`] if the queue is full.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        let _place = self
+            .waiting
+            .clone()
+            .try_acquire_owned()
+            .map_err(|_| Error::Exhausted { retry_after: Duration::from_secs(1) })?;
+        let turn = self
+            .running
+            .clone()
+            .acquire_owned()
+            .await
+            .map_err(|_| Error::unavailable("the forge is closed"))?;
+        let done = tokio::task::spawn_blocking(move || {
+            let done = work();
+            drop(turn);
+            done
+        });
+        done.await.map_err(|e| Error::internal(format!("slow work: {e}")))
     }
 }
 

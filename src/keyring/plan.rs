@@ -8,7 +8,8 @@ use std::sync::Arc;
 use polykey_hsm::Generated;
 use polykey_proto::polykey::record::v1::audit_event::Outcome;
 use polykey_proto::polykey::record::v1::{
-    AliasRecord, AuditEvent, KeyRecord, VersionRecord, job_record::Kind, key_record::State,
+    AliasRecord, AuditEvent, KeyRecord, UseCountRecord, VersionRecord, job_record::Kind,
+    key_record::State,
 };
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
@@ -451,6 +452,7 @@ impl Keyring {
             let record = self.version_in(tx, key.id, version).await?;
             unschedule(tx, Kind::EndGrace, record.grace_until, key.id, number);
             tx.delete::<VersionRecord>(&version_row(key.id, version));
+            tx.delete::<UseCountRecord>(&version_row(key.id, version));
             erased += 1;
         }
         after.min_available_version = to;

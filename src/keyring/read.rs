@@ -22,7 +22,7 @@ use crate::key::{self, KeyName, Version};
 use crate::time::Time;
 
 /// How often a read begins again because keys were changing under it.
-const ATTEMPTS: usize = 8;
+pub(super) const ATTEMPTS: usize = 8;
 
 /// Material as it is given to a caller.
 #[derive(Debug)]
@@ -93,7 +93,8 @@ impl Keyring {
         Err(Error::Conflict)
     }
 
-    async fn unchanged(&self, key: &Key, version: &KeyVersion) -> Result<bool, Error> {
+    /// Whether key and version are still what they were when they were loaded.
+    pub(super) async fn unchanged(&self, key: &Key, version: &KeyVersion) -> Result<bool, Error> {
         let now = self.load(key.id).await?;
         if now.record.revision != key.record.revision {
             return Ok(false);

@@ -477,6 +477,10 @@ fn unary_create(item: pb::CreateKeyItem) -> pb::CreateKeyRequest {
         read_after_expiry,
         rotation_period_seconds,
         storage_profile,
+        purpose,
+        convergent,
+        rotate_after_uses,
+        max_uses,
     } = item;
     pb::CreateKeyRequest {
         key_type,
@@ -494,6 +498,10 @@ fn unary_create(item: pb::CreateKeyItem) -> pb::CreateKeyRequest {
         read_after_expiry,
         rotation_period_seconds,
         storage_profile,
+        purpose,
+        convergent,
+        rotate_after_uses,
+        max_uses,
     }
 }
 

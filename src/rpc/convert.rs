@@ -1,6 +1,6 @@
 //! Domain values to protobuf messages: the only file that names both for answers.
 
-use polykey_hsm::{Algorithm, WrappedBlob};
+use polykey_hsm::{Algorithm, Purpose, WrappedBlob};
 use polykey_proto::polykey::record::v1 as record;
 use polykey_proto::polykey::v2 as pb;
 
@@ -33,6 +33,49 @@ pub(crate) fn key_type(algorithm: Algorithm) -> pb::KeyType {
         Algorithm::Aes256 => pb::KeyType::Aes256,
         Algorithm::Rsa4096 => pb::KeyType::Rsa4096,
         Algorithm::EcdsaP384 => pb::KeyType::EcdsaP384,
+        Algorithm::Aes128 => pb::KeyType::Aes128,
+        Algorithm::Aes256Gcm => pb::KeyType::Aes256Gcm,
+        Algorithm::Aes128Gcm => pb::KeyType::Aes128Gcm,
+        Algorithm::ChaCha20Poly1305 => pb::KeyType::Chacha20Poly1305,
+        Algorithm::XChaCha20Poly1305 => pb::KeyType::Xchacha20Poly1305,
+        Algorithm::HmacSha256 => pb::KeyType::HmacSha256,
+        Algorithm::HmacSha384 => pb::KeyType::HmacSha384,
+        Algorithm::HmacSha512 => pb::KeyType::HmacSha512,
+        Algorithm::HkdfSha256 => pb::KeyType::HkdfSha256,
+        Algorithm::Rsa2048 => pb::KeyType::Rsa2048,
+        Algorithm::Rsa3072 => pb::KeyType::Rsa3072,
+        Algorithm::EcdsaP256 => pb::KeyType::EcdsaP256,
+        Algorithm::EcdsaP521 => pb::KeyType::EcdsaP521,
+        Algorithm::EcdsaSecp256k1 => pb::KeyType::EcdsaSecp256k1,
+        Algorithm::Ed25519 => pb::KeyType::Ed25519,
+        Algorithm::X25519 => pb::KeyType::X25519,
+        Algorithm::EcdhP256 => pb::KeyType::EcdhP256,
+        Algorithm::EcdhP384 => pb::KeyType::EcdhP384,
+        Algorithm::EcdhP521 => pb::KeyType::EcdhP521,
+        Algorithm::MlKem768 => pb::KeyType::MlKem768,
+        Algorithm::MlKem1024 => pb::KeyType::MlKem1024,
+        Algorithm::X25519MlKem768 => pb::KeyType::X25519MlKem768,
+        Algorithm::MlDsa44 => pb::KeyType::MlDsa44,
+        Algorithm::MlDsa65 => pb::KeyType::MlDsa65,
+        Algorithm::MlDsa87 => pb::KeyType::MlDsa87,
+    }
+}
+
+/// The algorithm of a key type on the wire.
+pub(crate) fn algorithm(value: i32) -> Option<Algorithm> {
+    Algorithm::ALL.iter().copied().find(|a| key_type(*a) as i32 == value)
+}
+
+pub(crate) fn purpose(purpose: Purpose) -> pb::KeyPurpose {
+    match purpose {
+        Purpose::Credential => pb::KeyPurpose::Credential,
+        Purpose::Encrypt => pb::KeyPurpose::Encrypt,
+        Purpose::Sign => pb::KeyPurpose::Sign,
+        Purpose::Mac => pb::KeyPurpose::Mac,
+        Purpose::Derive => pb::KeyPurpose::Derive,
+        Purpose::Wrap => pb::KeyPurpose::Wrap,
+        Purpose::Agree => pb::KeyPurpose::Agree,
+        Purpose::Encapsulate => pb::KeyPurpose::Encapsulate,
     }
 }
 
@@ -137,6 +180,10 @@ pub(crate) fn metadata(view: &MetadataView) -> pb::KeyMetadata {
         staged_effective_at: stored_time(k.staged_promote_at),
         version_created_at: stored_time(v.created_at),
         revoked_at: stored_time(if v.revoked_at != 0 { v.revoked_at } else { k.revoked_at }),
+        purpose: purpose(crate::keyring::work::purpose(k, key.algorithm)).into(),
+        convergent: k.convergent,
+        rotate_after_uses: i64::try_from(k.rotate_after_uses).unwrap_or(i64::MAX),
+        max_uses: i64::try_from(k.max_uses).unwrap_or(i64::MAX),
     }
 }
 

@@ -52,10 +52,22 @@ impl KeyService {
         method: &'static str,
         encoded: Vec<u8>,
     ) -> Result<Changed, Error> {
+        self.change_item(cx, admitted, mutation, (method, 0), encoded).await
+    }
+
+    /// As [`Self::change`], of one item of a batch or stream.
+    pub(crate) async fn change_item(
+        &self,
+        cx: &Context,
+        admitted: &Admitted,
+        mutation: &Mutation,
+        (method, item): (&'static str, u32),
+        encoded: Vec<u8>,
+    ) -> Result<Changed, Error> {
         let idempotency = admitted.idempotency_key.as_ref().map(|key| Idempotency {
             key: key.clone(),
             method,
-            item: 0,
+            item,
             request: encoded.into(),
         });
         let done = self.0.keyring.mutate(cx, mutation, idempotency.as_ref()).await?;

@@ -97,6 +97,30 @@ methods! {
         "TrimKeyVersions": right(Action::TrimVersions);
         "GetKeyHistory": right(Action::ReadKeyHistory);
     }
+    "polykey.v2.CryptoService" {
+        "Encrypt": right(Action::Encrypt);
+        "Decrypt": right(Action::Decrypt);
+        "Rewrap": right(Action::Rewrap);
+        "GenerateDataKey": right(Action::GenerateDataKey);
+        "Sign": right(Action::Sign);
+        "Verify": right(Action::Verify);
+        "GenerateMac": right(Action::GenerateMac);
+        "VerifyMac": right(Action::VerifyMac);
+        "DeriveKey": right(Action::DeriveKey);
+        "Agree": right(Action::Agree);
+        "Encapsulate": right(Action::Encapsulate);
+        "Decapsulate": right(Action::Decapsulate);
+        "WrapKey": right(Action::WrapKey);
+        "UnwrapKey": right(Action::UnwrapKey);
+        "GenerateRandom": right(Action::GenerateRandom);
+        "GetPublicKey": right(Action::GetKeyMetadata);
+        "GetImportParameters": right(Action::GetImportParameters);
+        "ImportKey": right(Action::ImportKey);
+        "BatchCrypto": token("each operation takes the right of the call of its name");
+        "StreamCrypto" lasts: token("each operation takes the right of the call of its name");
+        "EncryptStream" lasts: right(Action::Encrypt);
+        "DecryptStream" lasts: right(Action::Decrypt);
+    }
     "polykey.v2.AdminService" {
         "WhoAmI": token("everybody may know who they are");
         "CreateClient": right(Action::CreateClient);
@@ -174,7 +198,14 @@ mod tests {
         assert_eq!(open, WITHOUT_TOKEN);
         let no_right: Vec<&str> =
             METHODS.iter().filter(|m| matches!(m.needs, Needs::Token(_))).map(|m| m.path).collect();
-        assert_eq!(no_right, ["/polykey.v2.AdminService/WhoAmI"]);
+        assert_eq!(
+            no_right,
+            [
+                "/polykey.v2.CryptoService/BatchCrypto",
+                "/polykey.v2.CryptoService/StreamCrypto",
+                "/polykey.v2.AdminService/WhoAmI"
+            ]
+        );
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use polykey_hsm::Algorithm;
+use polykey_hsm::{Algorithm, Purpose};
 use polykey_proto::polykey::v2 as pb;
 use tonic::metadata::MetadataMap;
 use zeroize::Zeroizing;
@@ -94,16 +94,33 @@ pub(crate) fn version(v: &mut Violations, field: &str, value: i32) -> u32 {
 }
 
 fn algorithm(v: &mut Violations, field: &str, value: i32) -> Algorithm {
-    match pb::KeyType::try_from(value) {
-        Ok(pb::KeyType::ApiKey) => Algorithm::ApiKey,
-        Ok(pb::KeyType::Aes256) => Algorithm::Aes256,
-        Ok(pb::KeyType::Rsa4096) => Algorithm::Rsa4096,
-        Ok(pb::KeyType::EcdsaP384) => Algorithm::EcdsaP384,
-        Ok(pb::KeyType::Unspecified) | Err(_) => {
-            v.add(field, "must be KEY_TYPE_API_KEY, AES_256, RSA_4096 or ECDSA_P384");
-            Algorithm::Aes256
+    super::convert::algorithm(value).unwrap_or_else(|| {
+        v.add(field, "must be one of the key types, such as KEY_TYPE_AES_256");
+        Algorithm::Aes256
+    })
+}
+
+/// What a key is for: the first purpose of its type unless another one is asked for.
+fn purpose(v: &mut Violations, algorithm: Algorithm, value: i32) -> Purpose {
+    if value == pb::KeyPurpose::Unspecified as i32 {
+        return algorithm.default_purpose();
+    }
+    let asked = Purpose::ALL.into_iter().find(|p| super::convert::purpose(*p) as i32 == value);
+    match asked {
+        Some(purpose) if algorithm.serves(purpose) => purpose,
+        _ => {
+            let names: Vec<&str> = algorithm.purposes().iter().map(|p| p.name()).collect();
+            let text = format!("a key of type {algorithm} is made to {}", names.join(" or "));
+            v.add("purpose", text);
+            algorithm.default_purpose()
         }
     }
+}
+
+fn uses(v: &mut Violations, field: &str, value: i64, sealing: bool) -> u64 {
+    v.check(value >= 0, field, "must not be negative");
+    v.check(value <= 0 || sealing, field, "is for keys that encrypt, sign, mac or wrap");
+    u64::try_from(value).unwrap_or(0)
 }
 
 fn value(
@@ -235,9 +252,27 @@ pub(crate) fn create(request: pb::CreateKeyRequest, now: Time) -> Result<CreateK
         read_after_expiry,
         rotation_period_seconds,
         storage_profile,
+        purpose: asked_purpose,
+        convergent,
+        rotate_after_uses,
+        max_uses,
     } = request;
     let mut v = Violations::new();
     let algorithm = algorithm(&mut v, "key_type", key_type);
+    let purpose = purpose(&mut v, algorithm, asked_purpose);
+    let deterministic = purpose == Purpose::Encrypt && !algorithm.is_asymmetric();
+    v.check(!convergent || deterministic, "convergent", "is for symmetric keys that encrypt");
+    let sealing = matches!(
+        purpose,
+        Purpose::Encrypt | Purpose::Sign | Purpose::Mac | Purpose::Wrap
+    );
+    let rotate_after_uses = uses(&mut v, "rotate_after_uses", rotate_after_uses, sealing);
+    let max_uses = uses(&mut v, "max_uses", max_uses, sealing);
+    v.check(
+        max_uses == 0 || rotate_after_uses <= max_uses,
+        "rotate_after_uses",
+        "must not be above max_uses",
+    );
     limits::description(&mut v, "description", &description);
     limits::tags(&mut v, "tags", &tags);
     limits::contexts(&mut v, "initial_authorized_contexts", &initial_authorized_contexts);
@@ -268,6 +303,11 @@ pub(crate) fn create(request: pb::CreateKeyRequest, now: Time) -> Result<CreateK
         PERIOD,
         "a supplied value cannot be rotated by the server itself",
     );
+    v.check(
+        rotate_after_uses == 0 || value.is_none(),
+        "rotate_after_uses",
+        "a supplied value cannot be rotated by the server itself",
+    );
     let alias = match alias.strip_prefix("alias/") {
         Some(name) => name.to_owned(),
         None => alias,
@@ -286,6 +326,11 @@ pub(crate) fn create(request: pb::CreateKeyRequest, now: Time) -> Result<CreateK
     v.finish()?;
     Ok(CreateKey {
         algorithm,
+        purpose,
+        convergent,
+        rotate_after_uses,
+        max_uses,
+        import: None,
         description,
         tags,
         expires_at,

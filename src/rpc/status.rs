@@ -111,13 +111,18 @@ fn details(error: &Error) -> Vec<prost_types::Any> {
     }
 }
 
+/// Tells operators what strangers are not told.
+pub(crate) fn log(error: &Error) {
+    if let Some(internal) = error.internal_text() {
+        tracing::error!(code = ?code(error), internal, "a request failed");
+    }
+}
+
 /// The status of an error, with details in `grpc-status-details-bin`. What is for operators goes to
 /// the log, not into it.
 #[must_use]
 pub fn status(error: &Error) -> Status {
-    if let Some(internal) = error.internal_text() {
-        tracing::error!(code = ?code(error), internal, "a request failed");
-    }
+    log(error);
     let code = code(error);
     let message = error.to_string();
     let details = details(error);

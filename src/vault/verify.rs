@@ -4,8 +4,9 @@ use std::sync::atomic::Ordering;
 
 use polykey_proto::polykey::record::v1::{
     AliasRecord, AuditLeaf, CanaryRecord, ClientRecord, HeadRecord, IdempotencyRecord,
-    IdentityRecord, JobRecord, KeyRecord, ListRow, ResealRecord, RevokedTokenRecord, RoleRecord,
-    SigningKeyRecord, TokenFamilyRecord, UsageMark, UsageRecord, VersionRecord,
+    IdentityRecord, ImportRecord, JobRecord, KeyRecord, ListRow, ResealRecord, RevokedTokenRecord,
+    RoleRecord, SigningKeyRecord, TokenFamilyRecord, UsageMark, UsageRecord, UseCountRecord,
+    VersionRecord,
 };
 use polykey_storage::{Direction, RowKey, Space};
 
@@ -190,6 +191,8 @@ fn open_any(sealer: &polykey_hsm::Sealer, row: &RowKey, value: &[u8]) -> Result<
         (space::JOBS, check::<JobRecord>),
         (space::IDEMPOTENCY, check::<IdempotencyRecord>),
         (space::USAGE, check::<UsageRecord>),
+        (space::IMPORTS, check::<ImportRecord>),
+        (space::COUNTS, check::<UseCountRecord>),
     ];
     if row.space == space::AUDIT {
         let (leaf, _) = seal::open::<AuditLeaf>(sealer, &row.key, value)?;

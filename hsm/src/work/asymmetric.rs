@@ -202,7 +202,7 @@ impl Pair {
     /// # Errors
     /// As for [`Self::seal_raw`].
     pub fn wrap(&self, key: &KeyMaterial) -> Result<Vec<u8>, WorkError> {
-        seal_oaep(self.oaep(Purpose::Wrap)?.1, "key", key.bytes())
+        seal_oaep(self.oaep(Purpose::Wrap)?.1, "key_material", key.bytes())
     }
 
     /// Opens what [`Self::wrap`], or anyone with the public key, encrypted.

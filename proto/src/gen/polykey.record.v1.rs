@@ -182,6 +182,18 @@ pub struct KeyRecord {
     /// 1 at creation, one more at every change of this record; what optimistic concurrency compares.
     #[prost(uint64, tag = "35")]
     pub revision: u64,
+    /// What the key is for, by the code of the hsm crate; 0 = the first purpose of its algorithm.
+    #[prost(uint32, tag = "36")]
+    pub purpose: u32,
+    /// Encrypts deterministically.
+    #[prost(bool, tag = "37")]
+    pub convergent: bool,
+    /// Uses of a version after which the key rotates; 0 = never.
+    #[prost(uint64, tag = "38")]
+    pub rotate_after_uses: u64,
+    /// Uses after which a version refuses to seal; 0 = the limit of its algorithm.
+    #[prost(uint64, tag = "39")]
+    pub max_uses: u64,
 }
 /// Nested message and enum types in `KeyRecord`.
 pub mod key_record {
@@ -738,4 +750,28 @@ pub struct ResealRecord {
     /// The scan began again after rows changed behind it.
     #[prost(uint32, tag = "6")]
     pub passes: u32,
+}
+/// How often a version has sealed, at most: a block of uses is reserved here before any of it happens, so
+/// that the count never goes backwards.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UseCountRecord {
+    /// Uses that may have happened.
+    #[prost(uint64, tag = "1")]
+    pub reserved: u64,
+}
+/// A one-time private key under which material is imported. Deleted by the import that uses it.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct ImportRecord {
+    /// ImportWrapping of the contract.
+    #[prost(uint32, tag = "1")]
+    pub wrapping: u32,
+    /// The private key: PKCS#8 (RSA) or 32 bytes (X25519).
+    #[prost(bytes = "bytes", tag = "2")]
+    pub private_key: ::prost::bytes::Bytes,
+    /// Whose it is.
+    #[prost(string, tag = "3")]
+    pub client_id: ::prost::alloc::string::String,
+    #[prost(int64, tag = "4")]
+    pub expires_at: i64,
 }

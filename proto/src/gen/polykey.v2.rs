@@ -693,6 +693,56 @@ pub enum KeyType {
     Rsa4096 = 3,
     /// An elliptic curve key pair on NIST P-384 (FIPS 186-5).
     EcdsaP384 = 4,
+    /// A 128-bit AES key.
+    Aes128 = 100,
+    /// A 256-bit key for AES-GCM (NIST SP 800-38D), with a key derived for each message.
+    Aes256Gcm = 101,
+    /// A 128-bit key for AES-GCM, with a key derived for each message.
+    Aes128Gcm = 102,
+    /// A key for ChaCha20-Poly1305 (RFC 8439), with a key derived for each message.
+    Chacha20Poly1305 = 103,
+    /// A key for XChaCha20-Poly1305, with a key derived for each message.
+    Xchacha20Poly1305 = 104,
+    /// A key of 32 bytes for HMAC with SHA-256 (FIPS 198-1).
+    HmacSha256 = 110,
+    /// A key of 48 bytes for HMAC with SHA-384.
+    HmacSha384 = 111,
+    /// A key of 64 bytes for HMAC with SHA-512.
+    HmacSha512 = 112,
+    /// A secret of 32 bytes from which keys are derived with HKDF-SHA-256 (RFC 5869).
+    HkdfSha256 = 115,
+    /// An RSA key pair with a modulus of 2,048 bits and the public exponent 65,537.
+    Rsa2048 = 120,
+    /// An RSA key pair with a modulus of 3,072 bits and the public exponent 65,537.
+    Rsa3072 = 121,
+    /// A key pair for ECDSA on NIST P-256 (FIPS 186-5).
+    EcdsaP256 = 130,
+    /// A key pair for ECDSA on NIST P-521.
+    EcdsaP521 = 131,
+    /// A key pair for ECDSA on secp256k1 (SEC 2).
+    EcdsaSecp256k1 = 132,
+    /// A key pair for Ed25519 (RFC 8032).
+    Ed25519 = 133,
+    /// A key pair for X25519 (RFC 7748).
+    X25519 = 140,
+    /// A key pair for ECDH on NIST P-256 (NIST SP 800-56A).
+    EcdhP256 = 141,
+    /// A key pair for ECDH on NIST P-384.
+    EcdhP384 = 142,
+    /// A key pair for ECDH on NIST P-521.
+    EcdhP521 = 143,
+    /// A key pair for ML-KEM-768 (FIPS 203).
+    MlKem768 = 150,
+    /// A key pair for ML-KEM-1024.
+    MlKem1024 = 151,
+    /// A key pair for the hybrid X25519MLKEM768 (draft-ietf-tls-ecdhe-mlkem): secure while either part is.
+    X25519MlKem768 = 152,
+    /// A key pair for ML-DSA-44 (FIPS 204).
+    MlDsa44 = 160,
+    /// A key pair for ML-DSA-65.
+    MlDsa65 = 161,
+    /// A key pair for ML-DSA-87.
+    MlDsa87 = 162,
 }
 impl KeyType {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -706,6 +756,31 @@ impl KeyType {
             Self::Aes256 => "KEY_TYPE_AES_256",
             Self::Rsa4096 => "KEY_TYPE_RSA_4096",
             Self::EcdsaP384 => "KEY_TYPE_ECDSA_P384",
+            Self::Aes128 => "KEY_TYPE_AES_128",
+            Self::Aes256Gcm => "KEY_TYPE_AES_256_GCM",
+            Self::Aes128Gcm => "KEY_TYPE_AES_128_GCM",
+            Self::Chacha20Poly1305 => "KEY_TYPE_CHACHA20_POLY1305",
+            Self::Xchacha20Poly1305 => "KEY_TYPE_XCHACHA20_POLY1305",
+            Self::HmacSha256 => "KEY_TYPE_HMAC_SHA256",
+            Self::HmacSha384 => "KEY_TYPE_HMAC_SHA384",
+            Self::HmacSha512 => "KEY_TYPE_HMAC_SHA512",
+            Self::HkdfSha256 => "KEY_TYPE_HKDF_SHA256",
+            Self::Rsa2048 => "KEY_TYPE_RSA_2048",
+            Self::Rsa3072 => "KEY_TYPE_RSA_3072",
+            Self::EcdsaP256 => "KEY_TYPE_ECDSA_P256",
+            Self::EcdsaP521 => "KEY_TYPE_ECDSA_P521",
+            Self::EcdsaSecp256k1 => "KEY_TYPE_ECDSA_SECP256K1",
+            Self::Ed25519 => "KEY_TYPE_ED25519",
+            Self::X25519 => "KEY_TYPE_X25519",
+            Self::EcdhP256 => "KEY_TYPE_ECDH_P256",
+            Self::EcdhP384 => "KEY_TYPE_ECDH_P384",
+            Self::EcdhP521 => "KEY_TYPE_ECDH_P521",
+            Self::MlKem768 => "KEY_TYPE_ML_KEM_768",
+            Self::MlKem1024 => "KEY_TYPE_ML_KEM_1024",
+            Self::X25519MlKem768 => "KEY_TYPE_X25519_ML_KEM_768",
+            Self::MlDsa44 => "KEY_TYPE_ML_DSA_44",
+            Self::MlDsa65 => "KEY_TYPE_ML_DSA_65",
+            Self::MlDsa87 => "KEY_TYPE_ML_DSA_87",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -716,6 +791,88 @@ impl KeyType {
             "KEY_TYPE_AES_256" => Some(Self::Aes256),
             "KEY_TYPE_RSA_4096" => Some(Self::Rsa4096),
             "KEY_TYPE_ECDSA_P384" => Some(Self::EcdsaP384),
+            "KEY_TYPE_AES_128" => Some(Self::Aes128),
+            "KEY_TYPE_AES_256_GCM" => Some(Self::Aes256Gcm),
+            "KEY_TYPE_AES_128_GCM" => Some(Self::Aes128Gcm),
+            "KEY_TYPE_CHACHA20_POLY1305" => Some(Self::Chacha20Poly1305),
+            "KEY_TYPE_XCHACHA20_POLY1305" => Some(Self::Xchacha20Poly1305),
+            "KEY_TYPE_HMAC_SHA256" => Some(Self::HmacSha256),
+            "KEY_TYPE_HMAC_SHA384" => Some(Self::HmacSha384),
+            "KEY_TYPE_HMAC_SHA512" => Some(Self::HmacSha512),
+            "KEY_TYPE_HKDF_SHA256" => Some(Self::HkdfSha256),
+            "KEY_TYPE_RSA_2048" => Some(Self::Rsa2048),
+            "KEY_TYPE_RSA_3072" => Some(Self::Rsa3072),
+            "KEY_TYPE_ECDSA_P256" => Some(Self::EcdsaP256),
+            "KEY_TYPE_ECDSA_P521" => Some(Self::EcdsaP521),
+            "KEY_TYPE_ECDSA_SECP256K1" => Some(Self::EcdsaSecp256k1),
+            "KEY_TYPE_ED25519" => Some(Self::Ed25519),
+            "KEY_TYPE_X25519" => Some(Self::X25519),
+            "KEY_TYPE_ECDH_P256" => Some(Self::EcdhP256),
+            "KEY_TYPE_ECDH_P384" => Some(Self::EcdhP384),
+            "KEY_TYPE_ECDH_P521" => Some(Self::EcdhP521),
+            "KEY_TYPE_ML_KEM_768" => Some(Self::MlKem768),
+            "KEY_TYPE_ML_KEM_1024" => Some(Self::MlKem1024),
+            "KEY_TYPE_X25519_ML_KEM_768" => Some(Self::X25519MlKem768),
+            "KEY_TYPE_ML_DSA_44" => Some(Self::MlDsa44),
+            "KEY_TYPE_ML_DSA_65" => Some(Self::MlDsa65),
+            "KEY_TYPE_ML_DSA_87" => Some(Self::MlDsa87),
+            _ => None,
+        }
+    }
+}
+/// The one thing a key is made for (NIST SP 800-57 part 1, 5.2), fixed at creation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum KeyPurpose {
+    /// The first purpose of its type.
+    Unspecified = 0,
+    /// Kept for somebody else's service: it leaves, and does no work here. API_KEY.
+    Credential = 1,
+    /// Encrypt, Decrypt, Rewrap, data keys and large data. AES, ChaCha20-Poly1305 and RSA.
+    Encrypt = 2,
+    /// Sign and Verify. RSA, ECDSA, Ed25519 and ML-DSA.
+    Sign = 3,
+    /// GenerateMac and VerifyMac. HMAC.
+    Mac = 4,
+    /// DeriveKey. HKDF.
+    Derive = 5,
+    /// WrapKey and UnwrapKey. AES_256, AES_128 and RSA.
+    Wrap = 6,
+    /// Agree. X25519 and ECDH.
+    Agree = 7,
+    /// Encapsulate and Decapsulate. ML-KEM and its hybrid.
+    Encapsulate = 8,
+}
+impl KeyPurpose {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "KEY_PURPOSE_UNSPECIFIED",
+            Self::Credential => "KEY_PURPOSE_CREDENTIAL",
+            Self::Encrypt => "KEY_PURPOSE_ENCRYPT",
+            Self::Sign => "KEY_PURPOSE_SIGN",
+            Self::Mac => "KEY_PURPOSE_MAC",
+            Self::Derive => "KEY_PURPOSE_DERIVE",
+            Self::Wrap => "KEY_PURPOSE_WRAP",
+            Self::Agree => "KEY_PURPOSE_AGREE",
+            Self::Encapsulate => "KEY_PURPOSE_ENCAPSULATE",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "KEY_PURPOSE_UNSPECIFIED" => Some(Self::Unspecified),
+            "KEY_PURPOSE_CREDENTIAL" => Some(Self::Credential),
+            "KEY_PURPOSE_ENCRYPT" => Some(Self::Encrypt),
+            "KEY_PURPOSE_SIGN" => Some(Self::Sign),
+            "KEY_PURPOSE_MAC" => Some(Self::Mac),
+            "KEY_PURPOSE_DERIVE" => Some(Self::Derive),
+            "KEY_PURPOSE_WRAP" => Some(Self::Wrap),
+            "KEY_PURPOSE_AGREE" => Some(Self::Agree),
+            "KEY_PURPOSE_ENCAPSULATE" => Some(Self::Encapsulate),
             _ => None,
         }
     }
@@ -1213,6 +1370,18 @@ pub struct KeyMetadata {
     /// When the key was revoked. Absent: it is not.
     #[prost(message, optional, tag = "122")]
     pub revoked_at: ::core::option::Option<::prost_types::Timestamp>,
+    /// What the key is for.
+    #[prost(enumeration = "KeyPurpose", tag = "123")]
+    pub purpose: i32,
+    /// Whether Encrypt is deterministic.
+    #[prost(bool, tag = "124")]
+    pub convergent: bool,
+    /// The number of uses of a version after which the key rotates by itself. 0: never.
+    #[prost(int64, tag = "125")]
+    pub rotate_after_uses: i64,
+    /// The number of uses after which a version refuses to seal. 0: no limit beyond the algorithm's.
+    #[prost(int64, tag = "126")]
+    pub max_uses: i64,
 }
 /// Key material in the form that was asked for.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -4655,6 +4824,20 @@ pub struct CreateKeyRequest {
     /// What wraps the material at rest. Absent: STANDARD.
     #[prost(enumeration = "StorageProfile", tag = "105")]
     pub storage_profile: i32,
+    /// What the key is for. Unspecified: the first purpose of its type.
+    #[prost(enumeration = "KeyPurpose", tag = "106")]
+    pub purpose: i32,
+    /// Makes Encrypt deterministic: equal plaintext, context and additional data give equal ciphertexts, so
+    /// that they can be compared and looked up, and whoever sees them learns which are equal. Only for
+    /// symmetric keys that encrypt.
+    #[prost(bool, tag = "107")]
+    pub convergent: bool,
+    /// Rotates the key by itself once a version has sealed so many times. 0: never.
+    #[prost(int64, tag = "108")]
+    pub rotate_after_uses: i64,
+    /// A version refuses to seal once it has done so as many times. 0: no limit beyond the algorithm's.
+    #[prost(int64, tag = "109")]
+    pub max_uses: i64,
 }
 /// A key that was created, durably.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -5012,6 +5195,20 @@ pub struct CreateKeyItem {
     /// What wraps the material at rest. Absent: STANDARD.
     #[prost(enumeration = "StorageProfile", tag = "105")]
     pub storage_profile: i32,
+    /// What the key is for. Unspecified: the first purpose of its type.
+    #[prost(enumeration = "KeyPurpose", tag = "106")]
+    pub purpose: i32,
+    /// Makes Encrypt deterministic: equal plaintext, context and additional data give equal ciphertexts, so
+    /// that they can be compared and looked up, and whoever sees them learns which are equal. Only for
+    /// symmetric keys that encrypt.
+    #[prost(bool, tag = "107")]
+    pub convergent: bool,
+    /// Rotates the key by itself once a version has sealed so many times. 0: never.
+    #[prost(int64, tag = "108")]
+    pub rotate_after_uses: i64,
+    /// A version refuses to seal once it has done so as many times. 0: no limit beyond the algorithm's.
+    #[prost(int64, tag = "109")]
+    pub max_uses: i64,
 }
 /// Asks for several new keys.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -5468,6 +5665,3167 @@ pub struct BatchGetKeyMetadataResponse {
     /// Items that failed or were not tried.
     #[prost(int32, tag = "4")]
     pub failed_count: i32,
+}
+/// Encrypts.
+#[derive(Clone, PartialEq, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct EncryptRequest {
+    /// The key: an id or `alias/NAME`.
+    #[prost(string, tag = "1")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version: the primary, or one from `min_encryption_version` on. 0: the primary.
+    #[prost(int32, tag = "2")]
+    pub version: i32,
+    /// At most 4 MiB; with RSA-OAEP at most the modulus less 66 bytes.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub plaintext: ::prost::bytes::Bytes,
+    /// Bound to the ciphertext and needed to decrypt it: at most 32 pairs, 8 KiB in all; not secret, and
+    /// recorded in the audit log. Not for RSA keys.
+    #[prost(btree_map = "string, string", tag = "4")]
+    pub context: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    /// Bound to the ciphertext like the context, and not recorded: at most 64 KiB. Not for RSA keys.
+    #[prost(bytes = "bytes", tag = "5")]
+    pub additional_data: ::prost::bytes::Bytes,
+    /// The form of the ciphertext.
+    #[prost(enumeration = "CiphertextFormat", tag = "6")]
+    pub format: i32,
+}
+/// A ciphertext.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EncryptResponse {
+    /// The ciphertext.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub ciphertext: ::prost::bytes::Bytes,
+    /// The id of the key.
+    #[prost(string, tag = "2")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version it was made under.
+    #[prost(int32, tag = "3")]
+    pub version: i32,
+    /// The algorithm, by name.
+    #[prost(string, tag = "4")]
+    pub algorithm: ::prost::alloc::string::String,
+}
+/// Decrypts.
+#[derive(Clone, PartialEq, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct DecryptRequest {
+    /// The key: an id or `alias/NAME`. Empty: the one that the ciphertext names. When it names another:
+    /// "decryption failed".
+    #[prost(string, tag = "1")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The ciphertext.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub ciphertext: ::prost::bytes::Bytes,
+    /// The context it was encrypted with.
+    #[prost(btree_map = "string, string", tag = "3")]
+    pub context: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    /// The additional data it was encrypted with.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub additional_data: ::prost::bytes::Bytes,
+    /// The form of the ciphertext.
+    #[prost(enumeration = "CiphertextFormat", tag = "5")]
+    pub format: i32,
+    /// With RAW: the version. 0: the primary. Else it must be 0.
+    #[prost(int32, tag = "6")]
+    pub version: i32,
+}
+/// A plaintext.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct DecryptResponse {
+    /// The plaintext.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub plaintext: ::prost::bytes::Bytes,
+    /// The id of the key.
+    #[prost(string, tag = "2")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version it was made under.
+    #[prost(int32, tag = "3")]
+    pub version: i32,
+    /// The algorithm, by name.
+    #[prost(string, tag = "4")]
+    pub algorithm: ::prost::alloc::string::String,
+}
+/// Encrypts a ciphertext anew.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct RewrapRequest {
+    /// The ciphertext.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub ciphertext: ::prost::bytes::Bytes,
+    /// The context it was encrypted with.
+    #[prost(btree_map = "string, string", tag = "2")]
+    pub context: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    /// The additional data it was encrypted with.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub additional_data: ::prost::bytes::Bytes,
+    /// The key to encrypt under: an id or `alias/NAME`. Empty: the same key.
+    #[prost(string, tag = "4")]
+    pub destination_key_id: ::prost::alloc::string::String,
+    /// The version to encrypt under. 0: the primary.
+    #[prost(int32, tag = "5")]
+    pub destination_version: i32,
+    /// Binds the new ciphertext to the following context and additional data instead of the same ones.
+    #[prost(bool, tag = "6")]
+    pub change_binding: bool,
+    /// With `change_binding`: the new context.
+    #[prost(btree_map = "string, string", tag = "7")]
+    pub destination_context: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    /// With `change_binding`: the new additional data.
+    #[prost(bytes = "bytes", tag = "8")]
+    pub destination_additional_data: ::prost::bytes::Bytes,
+    /// The form of the new ciphertext.
+    #[prost(enumeration = "CiphertextFormat", tag = "9")]
+    pub format: i32,
+}
+/// A ciphertext.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RewrapResponse {
+    /// The ciphertext.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub ciphertext: ::prost::bytes::Bytes,
+    /// The id of the key it is under now.
+    #[prost(string, tag = "2")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version it is under now.
+    #[prost(int32, tag = "3")]
+    pub version: i32,
+    /// The algorithm, by name.
+    #[prost(string, tag = "4")]
+    pub algorithm: ::prost::alloc::string::String,
+    /// The id of the key it was under.
+    #[prost(string, tag = "5")]
+    pub source_key_id: ::prost::alloc::string::String,
+    /// The version it was under.
+    #[prost(int32, tag = "6")]
+    pub source_version: i32,
+}
+/// Asks for a data key.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GenerateDataKeyRequest {
+    /// The key to encrypt it under: an id or `alias/NAME`.
+    #[prost(string, tag = "1")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version. 0: the primary.
+    #[prost(int32, tag = "2")]
+    pub version: i32,
+    /// Bound to the ciphertext, as in Encrypt.
+    #[prost(btree_map = "string, string", tag = "3")]
+    pub context: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    /// Bound to the ciphertext, as in Encrypt.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub additional_data: ::prost::bytes::Bytes,
+    /// The length of a symmetric data key in bits: 128, 256 or 512. 0: 256.
+    #[prost(int32, tag = "5")]
+    pub bits: i32,
+    /// Leaves the plaintext out of the answer.
+    #[prost(bool, tag = "6")]
+    pub without_plaintext: bool,
+    /// Makes a key pair of this type instead of a symmetric key.
+    #[prost(enumeration = "KeyType", tag = "7")]
+    pub key_pair_type: i32,
+    /// The form of the ciphertext.
+    #[prost(enumeration = "CiphertextFormat", tag = "8")]
+    pub format: i32,
+}
+/// A data key.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct GenerateDataKeyResponse {
+    /// The data key (of a pair: PKCS#8), unless left out.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub plaintext: ::prost::bytes::Bytes,
+    /// The data key, encrypted: Decrypt opens it.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub ciphertext: ::prost::bytes::Bytes,
+    /// The id of the key it is encrypted under.
+    #[prost(string, tag = "3")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version it is encrypted under.
+    #[prost(int32, tag = "4")]
+    pub version: i32,
+    /// The public key of a pair (SubjectPublicKeyInfo, DER).
+    #[prost(bytes = "bytes", tag = "5")]
+    pub public_key_der: ::prost::bytes::Bytes,
+    /// The position of the event in the audit log, where the plaintext has left.
+    #[prost(uint64, tag = "6")]
+    pub audit_index: u64,
+}
+/// Signs.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct SignRequest {
+    /// The key: an id or `alias/NAME`.
+    #[prost(string, tag = "1")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version: the primary, or one from `min_encryption_version` on. 0: the primary.
+    #[prost(int32, tag = "2")]
+    pub version: i32,
+    /// How. Unspecified: the first scheme of the key's type.
+    #[prost(enumeration = "SignatureScheme", tag = "5")]
+    pub scheme: i32,
+    /// What is signed.
+    #[prost(oneof = "sign_request::Input", tags = "3, 4")]
+    pub input: ::core::option::Option<sign_request::Input>,
+}
+/// Nested message and enum types in `SignRequest`.
+pub mod sign_request {
+    /// What is signed.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[prost(skip_debug)]
+    pub enum Input {
+        /// The message, at most 4 MiB.
+        #[prost(bytes, tag = "3")]
+        Message(::prost::bytes::Bytes),
+        /// Its digest, with the hash of the scheme.
+        #[prost(bytes, tag = "4")]
+        Digest(::prost::bytes::Bytes),
+    }
+}
+/// A signature.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SignResponse {
+    /// The signature.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub signature: ::prost::bytes::Bytes,
+    /// The id of the key.
+    #[prost(string, tag = "2")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version it was made with.
+    #[prost(int32, tag = "3")]
+    pub version: i32,
+    /// How it was made.
+    #[prost(enumeration = "SignatureScheme", tag = "4")]
+    pub scheme: i32,
+}
+/// Verifies a signature.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct VerifyRequest {
+    /// The key: an id or `alias/NAME`.
+    #[prost(string, tag = "1")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version it was made with. 0: the primary.
+    #[prost(int32, tag = "2")]
+    pub version: i32,
+    /// The signature.
+    #[prost(bytes = "bytes", tag = "5")]
+    pub signature: ::prost::bytes::Bytes,
+    /// How it was made. Unspecified: the first scheme of the key's type.
+    #[prost(enumeration = "SignatureScheme", tag = "6")]
+    pub scheme: i32,
+    /// What was signed.
+    #[prost(oneof = "verify_request::Input", tags = "3, 4")]
+    pub input: ::core::option::Option<verify_request::Input>,
+}
+/// Nested message and enum types in `VerifyRequest`.
+pub mod verify_request {
+    /// What was signed.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[prost(skip_debug)]
+    pub enum Input {
+        /// The message, at most 4 MiB.
+        #[prost(bytes, tag = "3")]
+        Message(::prost::bytes::Bytes),
+        /// Its digest, with the hash of the scheme.
+        #[prost(bytes, tag = "4")]
+        Digest(::prost::bytes::Bytes),
+    }
+}
+/// Whether a signature is valid.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct VerifyResponse {
+    /// Whether it is. Of one that is not, nothing more is told.
+    #[prost(bool, tag = "1")]
+    pub valid: bool,
+    /// The id of the key.
+    #[prost(string, tag = "2")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version.
+    #[prost(int32, tag = "3")]
+    pub version: i32,
+}
+/// Makes a message authentication code.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct GenerateMacRequest {
+    /// The key: an id or `alias/NAME`.
+    #[prost(string, tag = "1")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version. 0: the primary.
+    #[prost(int32, tag = "2")]
+    pub version: i32,
+    /// The message, at most 4 MiB.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub message: ::prost::bytes::Bytes,
+}
+/// A message authentication code.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GenerateMacResponse {
+    /// The code, of the full length of the hash.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub mac: ::prost::bytes::Bytes,
+    /// The id of the key.
+    #[prost(string, tag = "2")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version it was made with.
+    #[prost(int32, tag = "3")]
+    pub version: i32,
+}
+/// Verifies a message authentication code.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct VerifyMacRequest {
+    /// The key: an id or `alias/NAME`.
+    #[prost(string, tag = "1")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version it was made with. 0: the primary.
+    #[prost(int32, tag = "2")]
+    pub version: i32,
+    /// The message, at most 4 MiB.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub message: ::prost::bytes::Bytes,
+    /// The code, of the full length of the hash.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub mac: ::prost::bytes::Bytes,
+}
+/// Whether a message authentication code is valid.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct VerifyMacResponse {
+    /// Whether it is.
+    #[prost(bool, tag = "1")]
+    pub valid: bool,
+    /// The id of the key.
+    #[prost(string, tag = "2")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version.
+    #[prost(int32, tag = "3")]
+    pub version: i32,
+}
+/// Derives a key.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct DeriveKeyRequest {
+    /// The key: an id or `alias/NAME`.
+    #[prost(string, tag = "1")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version. 0: the primary.
+    #[prost(int32, tag = "2")]
+    pub version: i32,
+    /// What the derived key is for: another context gives another key. At least one pair, at most 32,
+    /// 8 KiB in all; recorded in the audit log.
+    #[prost(btree_map = "string, string", tag = "3")]
+    pub context: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    /// The salt of the extraction, at most 1,024 bytes.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub salt: ::prost::bytes::Bytes,
+    /// Bytes to derive, 16 to 8,160. 0: 32.
+    #[prost(int32, tag = "5")]
+    pub length: i32,
+}
+/// A derived key.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct DeriveKeyResponse {
+    /// The derived key.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub derived_key: ::prost::bytes::Bytes,
+    /// The id of the key.
+    #[prost(string, tag = "2")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version it was derived from.
+    #[prost(int32, tag = "3")]
+    pub version: i32,
+    /// The position of the event in the audit log.
+    #[prost(uint64, tag = "4")]
+    pub audit_index: u64,
+}
+/// Agrees on a shared secret.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AgreeRequest {
+    /// The key: an id or `alias/NAME`.
+    #[prost(string, tag = "1")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version. 0: the primary.
+    #[prost(int32, tag = "2")]
+    pub version: i32,
+    /// The other side's public key, on the same curve: SubjectPublicKeyInfo in DER or PEM, or a JSON Web
+    /// Key.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub peer_public_key: ::prost::bytes::Bytes,
+    /// How the shared secret becomes a key.
+    #[prost(enumeration = "KeyDerivation", tag = "4")]
+    pub derivation: i32,
+    /// With HKDF: the salt, at most 1,024 bytes.
+    #[prost(bytes = "bytes", tag = "5")]
+    pub salt: ::prost::bytes::Bytes,
+    /// With HKDF: the info, at most 8 KiB.
+    #[prost(bytes = "bytes", tag = "6")]
+    pub info: ::prost::bytes::Bytes,
+    /// With HKDF: bytes to derive, 16 to 8,160. 0: 32.
+    #[prost(int32, tag = "7")]
+    pub length: i32,
+}
+/// A shared secret.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct AgreeResponse {
+    /// The shared secret, or what was derived from it.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub shared_secret: ::prost::bytes::Bytes,
+    /// The id of the key.
+    #[prost(string, tag = "2")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version.
+    #[prost(int32, tag = "3")]
+    pub version: i32,
+    /// The position of the event in the audit log.
+    #[prost(uint64, tag = "4")]
+    pub audit_index: u64,
+}
+/// Makes a shared secret.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EncapsulateRequest {
+    /// The key: an id or `alias/NAME`.
+    #[prost(string, tag = "1")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version. 0: the primary.
+    #[prost(int32, tag = "2")]
+    pub version: i32,
+}
+/// A shared secret and its ciphertext.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct EncapsulateResponse {
+    /// What Decapsulate takes.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub ciphertext: ::prost::bytes::Bytes,
+    /// The shared secret: 32 bytes; 64 with the hybrid, to be put into a key derivation.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub shared_secret: ::prost::bytes::Bytes,
+    /// The id of the key.
+    #[prost(string, tag = "3")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version.
+    #[prost(int32, tag = "4")]
+    pub version: i32,
+    /// The position of the event in the audit log.
+    #[prost(uint64, tag = "5")]
+    pub audit_index: u64,
+}
+/// Gets a shared secret.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DecapsulateRequest {
+    /// The key: an id or `alias/NAME`.
+    #[prost(string, tag = "1")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version that it was made for. 0: the primary.
+    #[prost(int32, tag = "2")]
+    pub version: i32,
+    /// What Encapsulate made. One of the right length that was changed gives another secret and no error
+    /// (FIPS 203, implicit rejection): confirm the secret before trusting it.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub ciphertext: ::prost::bytes::Bytes,
+}
+/// A shared secret.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct DecapsulateResponse {
+    /// The shared secret.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub shared_secret: ::prost::bytes::Bytes,
+    /// The id of the key.
+    #[prost(string, tag = "2")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version.
+    #[prost(int32, tag = "3")]
+    pub version: i32,
+    /// The position of the event in the audit log.
+    #[prost(uint64, tag = "4")]
+    pub audit_index: u64,
+}
+/// Wraps key material.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct WrapKeyRequest {
+    /// The wrapping key: an id or `alias/NAME`.
+    #[prost(string, tag = "1")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version. 0: the primary.
+    #[prost(int32, tag = "2")]
+    pub version: i32,
+    /// With `target_key_id`: its version. 0: the primary.
+    #[prost(int32, tag = "5")]
+    pub target_version: i32,
+    /// What is wrapped.
+    #[prost(oneof = "wrap_key_request::Target", tags = "3, 4")]
+    pub target: ::core::option::Option<wrap_key_request::Target>,
+}
+/// Nested message and enum types in `WrapKeyRequest`.
+pub mod wrap_key_request {
+    /// What is wrapped.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[prost(skip_debug)]
+    pub enum Target {
+        /// Material of the caller's: 1 to 4,096 bytes with AES-KWP, at most the modulus less 66 with RSA.
+        #[prost(bytes, tag = "3")]
+        KeyMaterial(::prost::bytes::Bytes),
+        /// An exportable key: an id or `alias/NAME`.
+        #[prost(string, tag = "4")]
+        TargetKeyId(::prost::alloc::string::String),
+    }
+}
+/// Wrapped key material.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WrapKeyResponse {
+    /// The wrapped material.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub wrapped_key: ::prost::bytes::Bytes,
+    /// The id of the wrapping key.
+    #[prost(string, tag = "2")]
+    pub key_id: ::prost::alloc::string::String,
+    /// Its version.
+    #[prost(int32, tag = "3")]
+    pub version: i32,
+    /// The algorithm, by name: "AES-KWP" or "RSA-OAEP-SHA256".
+    #[prost(string, tag = "4")]
+    pub algorithm: ::prost::alloc::string::String,
+    /// The position of the event in the audit log, where a key of the node was wrapped.
+    #[prost(uint64, tag = "5")]
+    pub audit_index: u64,
+}
+/// Unwraps key material.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UnwrapKeyRequest {
+    /// The wrapping key: an id or `alias/NAME`.
+    #[prost(string, tag = "1")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version that wrapped it. 0: the primary.
+    #[prost(int32, tag = "2")]
+    pub version: i32,
+    /// The wrapped material.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub wrapped_key: ::prost::bytes::Bytes,
+}
+/// Key material.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct UnwrapKeyResponse {
+    /// The material.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub key_material: ::prost::bytes::Bytes,
+    /// The id of the wrapping key.
+    #[prost(string, tag = "2")]
+    pub key_id: ::prost::alloc::string::String,
+    /// Its version.
+    #[prost(int32, tag = "3")]
+    pub version: i32,
+    /// The position of the event in the audit log.
+    #[prost(uint64, tag = "4")]
+    pub audit_index: u64,
+}
+/// Asks for random bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GenerateRandomRequest {
+    /// How many, 1 to 65,536.
+    #[prost(int32, tag = "1")]
+    pub length: i32,
+}
+/// Random bytes.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct GenerateRandomResponse {
+    /// The bytes.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub random: ::prost::bytes::Bytes,
+}
+/// Asks for the public part of a key.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetPublicKeyRequest {
+    /// The key: an id or `alias/NAME`.
+    #[prost(string, tag = "1")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version. 0: the primary.
+    #[prost(int32, tag = "2")]
+    pub version: i32,
+    /// The form.
+    #[prost(enumeration = "PublicKeyFormat", tag = "3")]
+    pub format: i32,
+}
+/// The public part of a key.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetPublicKeyResponse {
+    /// The public key.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub public_key: ::prost::bytes::Bytes,
+    /// The id of the key.
+    #[prost(string, tag = "2")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version.
+    #[prost(int32, tag = "3")]
+    pub version: i32,
+    /// What the key is.
+    #[prost(enumeration = "KeyType", tag = "4")]
+    pub key_type: i32,
+    /// What it is for.
+    #[prost(enumeration = "KeyPurpose", tag = "5")]
+    pub purpose: i32,
+    /// How it signs.
+    #[prost(enumeration = "SignatureScheme", repeated, tag = "6")]
+    pub schemes: ::prost::alloc::vec::Vec<i32>,
+}
+/// Asks for a one-time public key.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetImportParametersRequest {
+    /// How the material will be protected: RSA_AES or HPKE.
+    #[prost(enumeration = "ImportWrapping", tag = "1")]
+    pub wrapping: i32,
+}
+/// A one-time public key.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct GetImportParametersResponse {
+    /// The public key: SubjectPublicKeyInfo in DER with RSA_AES, 32 raw bytes with HPKE.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub public_key: ::prost::bytes::Bytes,
+    /// What ImportKey takes with the material. It serves once, and only this client.
+    #[prost(string, tag = "2")]
+    pub import_token: ::prost::alloc::string::String,
+    /// Until when.
+    #[prost(message, optional, tag = "3")]
+    pub expires_at: ::core::option::Option<::prost_types::Timestamp>,
+    /// With HPKE: the info that the material must be encrypted with.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub hpke_info: ::prost::bytes::Bytes,
+}
+/// Makes a key from material that exists.
+#[derive(Clone, PartialEq, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct ImportKeyRequest {
+    /// What the key will be, as in CreateKey; `value` and "prefix" must not be set.
+    #[prost(message, optional, tag = "1")]
+    pub key: ::core::option::Option<CreateKeyRequest>,
+    /// How the material is protected.
+    #[prost(enumeration = "ImportWrapping", tag = "2")]
+    pub wrapping: i32,
+    /// The token of GetImportParameters; empty with PLAIN.
+    #[prost(string, tag = "3")]
+    pub import_token: ::prost::alloc::string::String,
+    /// The material in that protection: raw bytes of a symmetric key, PKCS#8 (DER) of a pair, or with
+    /// PLAIN a private JSON Web Key too.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub material: ::prost::bytes::Bytes,
+}
+/// A key that was imported, durably.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ImportKeyResponse {
+    /// The key, as CreateKey answers.
+    #[prost(message, optional, tag = "1")]
+    pub key: ::core::option::Option<CreateKeyResponse>,
+}
+/// One operation of a batch or stream.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct CryptoOperation {
+    /// Given back with the result: at most 256 bytes.
+    #[prost(string, tag = "100")]
+    pub reference: ::prost::alloc::string::String,
+    /// The operation.
+    #[prost(
+        oneof = "crypto_operation::Operation",
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17"
+    )]
+    pub operation: ::core::option::Option<crypto_operation::Operation>,
+}
+/// Nested message and enum types in `CryptoOperation`.
+pub mod crypto_operation {
+    /// The operation.
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Operation {
+        /// As the call of this name.
+        #[prost(message, tag = "1")]
+        Encrypt(super::EncryptRequest),
+        /// As the call of this name.
+        #[prost(message, tag = "2")]
+        Decrypt(super::DecryptRequest),
+        /// As the call of this name.
+        #[prost(message, tag = "3")]
+        Rewrap(super::RewrapRequest),
+        /// As the call of this name.
+        #[prost(message, tag = "4")]
+        GenerateDataKey(super::GenerateDataKeyRequest),
+        /// As the call of this name.
+        #[prost(message, tag = "5")]
+        Sign(super::SignRequest),
+        /// As the call of this name.
+        #[prost(message, tag = "6")]
+        Verify(super::VerifyRequest),
+        /// As the call of this name.
+        #[prost(message, tag = "7")]
+        GenerateMac(super::GenerateMacRequest),
+        /// As the call of this name.
+        #[prost(message, tag = "8")]
+        VerifyMac(super::VerifyMacRequest),
+        /// As the call of this name.
+        #[prost(message, tag = "9")]
+        DeriveKey(super::DeriveKeyRequest),
+        /// As the call of this name.
+        #[prost(message, tag = "10")]
+        Agree(super::AgreeRequest),
+        /// As the call of this name.
+        #[prost(message, tag = "11")]
+        Encapsulate(super::EncapsulateRequest),
+        /// As the call of this name.
+        #[prost(message, tag = "12")]
+        Decapsulate(super::DecapsulateRequest),
+        /// As the call of this name.
+        #[prost(message, tag = "13")]
+        WrapKey(super::WrapKeyRequest),
+        /// As the call of this name.
+        #[prost(message, tag = "14")]
+        UnwrapKey(super::UnwrapKeyRequest),
+        /// As the call of this name.
+        #[prost(message, tag = "15")]
+        GenerateRandom(super::GenerateRandomRequest),
+        /// As the call of this name.
+        #[prost(message, tag = "16")]
+        GetPublicKey(super::GetPublicKeyRequest),
+        /// As the call of this name.
+        #[prost(message, tag = "17")]
+        ImportKey(super::ImportKeyRequest),
+    }
+}
+/// The outcome of one operation.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct CryptoResult {
+    /// As the operation carried it.
+    #[prost(string, tag = "100")]
+    pub reference: ::prost::alloc::string::String,
+    /// The position of the operation, from 0.
+    #[prost(int64, tag = "101")]
+    pub index: i64,
+    /// The outcome.
+    #[prost(
+        oneof = "crypto_result::Result",
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 99"
+    )]
+    pub result: ::core::option::Option<crypto_result::Result>,
+}
+/// Nested message and enum types in `CryptoResult`.
+pub mod crypto_result {
+    /// The outcome.
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Result {
+        /// As the call of this name answers.
+        #[prost(message, tag = "1")]
+        Encrypt(super::EncryptResponse),
+        /// As the call of this name answers.
+        #[prost(message, tag = "2")]
+        Decrypt(super::DecryptResponse),
+        /// As the call of this name answers.
+        #[prost(message, tag = "3")]
+        Rewrap(super::RewrapResponse),
+        /// As the call of this name answers.
+        #[prost(message, tag = "4")]
+        GenerateDataKey(super::GenerateDataKeyResponse),
+        /// As the call of this name answers.
+        #[prost(message, tag = "5")]
+        Sign(super::SignResponse),
+        /// As the call of this name answers.
+        #[prost(message, tag = "6")]
+        Verify(super::VerifyResponse),
+        /// As the call of this name answers.
+        #[prost(message, tag = "7")]
+        GenerateMac(super::GenerateMacResponse),
+        /// As the call of this name answers.
+        #[prost(message, tag = "8")]
+        VerifyMac(super::VerifyMacResponse),
+        /// As the call of this name answers.
+        #[prost(message, tag = "9")]
+        DeriveKey(super::DeriveKeyResponse),
+        /// As the call of this name answers.
+        #[prost(message, tag = "10")]
+        Agree(super::AgreeResponse),
+        /// As the call of this name answers.
+        #[prost(message, tag = "11")]
+        Encapsulate(super::EncapsulateResponse),
+        /// As the call of this name answers.
+        #[prost(message, tag = "12")]
+        Decapsulate(super::DecapsulateResponse),
+        /// As the call of this name answers.
+        #[prost(message, tag = "13")]
+        WrapKey(super::WrapKeyResponse),
+        /// As the call of this name answers.
+        #[prost(message, tag = "14")]
+        UnwrapKey(super::UnwrapKeyResponse),
+        /// As the call of this name answers.
+        #[prost(message, tag = "15")]
+        GenerateRandom(super::GenerateRandomResponse),
+        /// As the call of this name answers.
+        #[prost(message, tag = "16")]
+        GetPublicKey(super::GetPublicKeyResponse),
+        /// As the call of this name answers.
+        #[prost(message, tag = "17")]
+        ImportKey(super::ImportKeyResponse),
+        /// What went wrong.
+        #[prost(message, tag = "99")]
+        Error(super::CryptoError),
+    }
+}
+/// Why one operation of several failed.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CryptoError {
+    /// google.rpc.Code. An operation that was not tried because one before it failed has ABORTED.
+    #[prost(int32, tag = "1")]
+    pub code: i32,
+    /// What went wrong, fit for strangers.
+    #[prost(string, tag = "2")]
+    pub message: ::prost::alloc::string::String,
+    /// As in google.rpc.ErrorInfo, for instance "KEY_REVOKED".
+    #[prost(string, tag = "3")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// Several operations.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct BatchCryptoRequest {
+    /// The operations, 1 to 1,000.
+    #[prost(message, repeated, tag = "1")]
+    pub operations: ::prost::alloc::vec::Vec<CryptoOperation>,
+    /// Tries every operation. Else the first failure ends it, and the operations after it are not tried.
+    #[prost(bool, tag = "2")]
+    pub continue_on_error: bool,
+}
+/// Their outcomes.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct BatchCryptoResponse {
+    /// The outcomes, in the order of the request.
+    #[prost(message, repeated, tag = "1")]
+    pub results: ::prost::alloc::vec::Vec<CryptoResult>,
+    /// How many succeeded.
+    #[prost(int32, tag = "2")]
+    pub successful_count: i32,
+    /// How many did not.
+    #[prost(int32, tag = "3")]
+    pub failed_count: i32,
+}
+/// The first message of an EncryptStream.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct EncryptStreamHeader {
+    /// The key: an id or `alias/NAME`. Not an RSA key.
+    #[prost(string, tag = "1")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The version. 0: the primary.
+    #[prost(int32, tag = "2")]
+    pub version: i32,
+    /// Bound to the ciphertext, as in Encrypt.
+    #[prost(btree_map = "string, string", tag = "3")]
+    pub context: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    /// Bound to the ciphertext, as in Encrypt.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub additional_data: ::prost::bytes::Bytes,
+    /// The size of a chunk of plaintext in bytes: a power of two from 4 KiB to 4 MiB. 0: 64 KiB.
+    #[prost(int32, tag = "5")]
+    pub chunk_size: i32,
+}
+/// A piece of what is to be encrypted.
+#[derive(Clone, PartialEq, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct EncryptStreamRequest {
+    /// The piece.
+    #[prost(oneof = "encrypt_stream_request::Part", tags = "1, 2")]
+    pub part: ::core::option::Option<encrypt_stream_request::Part>,
+}
+/// Nested message and enum types in `EncryptStreamRequest`.
+pub mod encrypt_stream_request {
+    /// The piece.
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    #[prost(skip_debug)]
+    pub enum Part {
+        /// First.
+        #[prost(message, tag = "1")]
+        Header(super::EncryptStreamHeader),
+        /// Then the plaintext, in pieces of any size.
+        #[prost(bytes, tag = "2")]
+        Plaintext(::prost::bytes::Bytes),
+    }
+}
+/// A piece of a ciphertext.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EncryptStreamResponse {
+    /// The next bytes of the ciphertext, its header first.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub ciphertext: ::prost::bytes::Bytes,
+    /// With the first piece: the id of the key.
+    #[prost(string, tag = "2")]
+    pub key_id: ::prost::alloc::string::String,
+    /// With the first piece: the version.
+    #[prost(int32, tag = "3")]
+    pub version: i32,
+}
+/// The first message of a DecryptStream.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct DecryptStreamHeader {
+    /// The key: an id or `alias/NAME`. Empty: the one that the ciphertext names.
+    #[prost(string, tag = "1")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The context it was encrypted with.
+    #[prost(btree_map = "string, string", tag = "2")]
+    pub context: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    /// The additional data it was encrypted with.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub additional_data: ::prost::bytes::Bytes,
+}
+/// A piece of what is to be decrypted.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct DecryptStreamRequest {
+    /// The piece.
+    #[prost(oneof = "decrypt_stream_request::Part", tags = "1, 2")]
+    pub part: ::core::option::Option<decrypt_stream_request::Part>,
+}
+/// Nested message and enum types in `DecryptStreamRequest`.
+pub mod decrypt_stream_request {
+    /// The piece.
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Part {
+        /// First.
+        #[prost(message, tag = "1")]
+        Header(super::DecryptStreamHeader),
+        /// Then the ciphertext, in pieces of any size.
+        #[prost(bytes, tag = "2")]
+        Ciphertext(::prost::bytes::Bytes),
+    }
+}
+/// A piece of a plaintext.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct DecryptStreamResponse {
+    /// The next bytes of the plaintext.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub plaintext: ::prost::bytes::Bytes,
+    /// With the first piece: the id of the key.
+    #[prost(string, tag = "2")]
+    pub key_id: ::prost::alloc::string::String,
+    /// With the first piece: the version.
+    #[prost(int32, tag = "3")]
+    pub version: i32,
+}
+/// The form of a ciphertext.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum CiphertextFormat {
+    /// BLOB. In a Decrypt: BLOB or TEXT, whichever it is.
+    Unspecified = 0,
+    /// Bytes that name key, version and algorithm (docs/ciphertext-format.md).
+    Blob = 1,
+    /// The same, printable.
+    Text = 2,
+    /// What the algorithm's standard says and nothing else: RSA-OAEP with SHA-256 (RFC 8017), only for
+    /// RSA keys.
+    Raw = 3,
+}
+impl CiphertextFormat {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "CIPHERTEXT_FORMAT_UNSPECIFIED",
+            Self::Blob => "CIPHERTEXT_FORMAT_BLOB",
+            Self::Text => "CIPHERTEXT_FORMAT_TEXT",
+            Self::Raw => "CIPHERTEXT_FORMAT_RAW",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "CIPHERTEXT_FORMAT_UNSPECIFIED" => Some(Self::Unspecified),
+            "CIPHERTEXT_FORMAT_BLOB" => Some(Self::Blob),
+            "CIPHERTEXT_FORMAT_TEXT" => Some(Self::Text),
+            "CIPHERTEXT_FORMAT_RAW" => Some(Self::Raw),
+            _ => None,
+        }
+    }
+}
+/// How a signature is made. Each key type takes its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum SignatureScheme {
+    /// The first one of the key's type: ECDSA in DER with the hash of its curve, RSA-PSS with SHA-256,
+    /// Ed25519, ML-DSA.
+    Unspecified = 0,
+    /// ECDSA with SHA-256, in DER (FIPS 186-5, RFC 3279). P-256 and secp256k1.
+    EcdsaSha256 = 1,
+    /// ECDSA with SHA-384, in DER. P-384.
+    EcdsaSha384 = 2,
+    /// ECDSA with SHA-512, in DER. P-521.
+    EcdsaSha512 = 3,
+    /// ECDSA with SHA-256 as r and s of fixed length (IEEE P1363, JWS).
+    EcdsaSha256P1363 = 4,
+    /// ECDSA with SHA-384 as r and s of fixed length.
+    EcdsaSha384P1363 = 5,
+    /// ECDSA with SHA-512 as r and s of fixed length.
+    EcdsaSha512P1363 = 6,
+    /// RSASSA-PSS with SHA-256, MGF1 with SHA-256, a salt of 32 bytes (RFC 8017).
+    RsaPssSha256 = 7,
+    /// RSASSA-PSS with SHA-384, MGF1 with SHA-384, a salt of 48 bytes.
+    RsaPssSha384 = 8,
+    /// RSASSA-PSS with SHA-512, MGF1 with SHA-512, a salt of 64 bytes.
+    RsaPssSha512 = 9,
+    /// RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017).
+    RsaPkcs1Sha256 = 10,
+    /// RSASSA-PKCS1-v1_5 with SHA-384.
+    RsaPkcs1Sha384 = 11,
+    /// RSASSA-PKCS1-v1_5 with SHA-512.
+    RsaPkcs1Sha512 = 12,
+    /// Ed25519 (RFC 8032). Takes a message, no digest.
+    Ed25519 = 13,
+    /// Pure ML-DSA with an empty context (FIPS 204). Takes a message, no digest.
+    MlDsa = 14,
+}
+impl SignatureScheme {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "SIGNATURE_SCHEME_UNSPECIFIED",
+            Self::EcdsaSha256 => "SIGNATURE_SCHEME_ECDSA_SHA256",
+            Self::EcdsaSha384 => "SIGNATURE_SCHEME_ECDSA_SHA384",
+            Self::EcdsaSha512 => "SIGNATURE_SCHEME_ECDSA_SHA512",
+            Self::EcdsaSha256P1363 => "SIGNATURE_SCHEME_ECDSA_SHA256_P1363",
+            Self::EcdsaSha384P1363 => "SIGNATURE_SCHEME_ECDSA_SHA384_P1363",
+            Self::EcdsaSha512P1363 => "SIGNATURE_SCHEME_ECDSA_SHA512_P1363",
+            Self::RsaPssSha256 => "SIGNATURE_SCHEME_RSA_PSS_SHA256",
+            Self::RsaPssSha384 => "SIGNATURE_SCHEME_RSA_PSS_SHA384",
+            Self::RsaPssSha512 => "SIGNATURE_SCHEME_RSA_PSS_SHA512",
+            Self::RsaPkcs1Sha256 => "SIGNATURE_SCHEME_RSA_PKCS1_SHA256",
+            Self::RsaPkcs1Sha384 => "SIGNATURE_SCHEME_RSA_PKCS1_SHA384",
+            Self::RsaPkcs1Sha512 => "SIGNATURE_SCHEME_RSA_PKCS1_SHA512",
+            Self::Ed25519 => "SIGNATURE_SCHEME_ED25519",
+            Self::MlDsa => "SIGNATURE_SCHEME_ML_DSA",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "SIGNATURE_SCHEME_UNSPECIFIED" => Some(Self::Unspecified),
+            "SIGNATURE_SCHEME_ECDSA_SHA256" => Some(Self::EcdsaSha256),
+            "SIGNATURE_SCHEME_ECDSA_SHA384" => Some(Self::EcdsaSha384),
+            "SIGNATURE_SCHEME_ECDSA_SHA512" => Some(Self::EcdsaSha512),
+            "SIGNATURE_SCHEME_ECDSA_SHA256_P1363" => Some(Self::EcdsaSha256P1363),
+            "SIGNATURE_SCHEME_ECDSA_SHA384_P1363" => Some(Self::EcdsaSha384P1363),
+            "SIGNATURE_SCHEME_ECDSA_SHA512_P1363" => Some(Self::EcdsaSha512P1363),
+            "SIGNATURE_SCHEME_RSA_PSS_SHA256" => Some(Self::RsaPssSha256),
+            "SIGNATURE_SCHEME_RSA_PSS_SHA384" => Some(Self::RsaPssSha384),
+            "SIGNATURE_SCHEME_RSA_PSS_SHA512" => Some(Self::RsaPssSha512),
+            "SIGNATURE_SCHEME_RSA_PKCS1_SHA256" => Some(Self::RsaPkcs1Sha256),
+            "SIGNATURE_SCHEME_RSA_PKCS1_SHA384" => Some(Self::RsaPkcs1Sha384),
+            "SIGNATURE_SCHEME_RSA_PKCS1_SHA512" => Some(Self::RsaPkcs1Sha512),
+            "SIGNATURE_SCHEME_ED25519" => Some(Self::Ed25519),
+            "SIGNATURE_SCHEME_ML_DSA" => Some(Self::MlDsa),
+            _ => None,
+        }
+    }
+}
+/// How a shared secret becomes a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum KeyDerivation {
+    /// NONE.
+    Unspecified = 0,
+    /// The shared secret as it is: to be put into a key derivation, never used as a key.
+    None = 1,
+    /// HKDF with SHA-256 (RFC 5869).
+    HkdfSha256 = 2,
+}
+impl KeyDerivation {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "KEY_DERIVATION_UNSPECIFIED",
+            Self::None => "KEY_DERIVATION_NONE",
+            Self::HkdfSha256 => "KEY_DERIVATION_HKDF_SHA256",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "KEY_DERIVATION_UNSPECIFIED" => Some(Self::Unspecified),
+            "KEY_DERIVATION_NONE" => Some(Self::None),
+            "KEY_DERIVATION_HKDF_SHA256" => Some(Self::HkdfSha256),
+            _ => None,
+        }
+    }
+}
+/// The form of a public key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum PublicKeyFormat {
+    /// DER.
+    Unspecified = 0,
+    /// SubjectPublicKeyInfo (RFC 5280).
+    Der = 1,
+    /// The same, in PEM (RFC 7468).
+    Pem = 2,
+    /// A JSON Web Key (RFC 7517).
+    Jwk = 3,
+}
+impl PublicKeyFormat {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "PUBLIC_KEY_FORMAT_UNSPECIFIED",
+            Self::Der => "PUBLIC_KEY_FORMAT_DER",
+            Self::Pem => "PUBLIC_KEY_FORMAT_PEM",
+            Self::Jwk => "PUBLIC_KEY_FORMAT_JWK",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "PUBLIC_KEY_FORMAT_UNSPECIFIED" => Some(Self::Unspecified),
+            "PUBLIC_KEY_FORMAT_DER" => Some(Self::Der),
+            "PUBLIC_KEY_FORMAT_PEM" => Some(Self::Pem),
+            "PUBLIC_KEY_FORMAT_JWK" => Some(Self::Jwk),
+            _ => None,
+        }
+    }
+}
+/// How material that is imported is protected on its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum ImportWrapping {
+    /// Not stated: refused with INVALID_ARGUMENT.
+    Unspecified = 0,
+    /// An ephemeral AES-256 key under RSA-OAEP with SHA-256 (512 bytes), then the material under AES-KWP
+    /// (CKM_RSA_AES_KEY_WRAP, PKCS#11 3.0).
+    RsaAes = 1,
+    /// HPKE (RFC 9180), base mode, DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, AES-256-GCM: the
+    /// encapsulated key (32 bytes), then the ciphertext.
+    Hpke = 2,
+    /// In the clear, protected by the mutual TLS of the connection only.
+    Plain = 3,
+}
+impl ImportWrapping {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "IMPORT_WRAPPING_UNSPECIFIED",
+            Self::RsaAes => "IMPORT_WRAPPING_RSA_AES",
+            Self::Hpke => "IMPORT_WRAPPING_HPKE",
+            Self::Plain => "IMPORT_WRAPPING_PLAIN",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "IMPORT_WRAPPING_UNSPECIFIED" => Some(Self::Unspecified),
+            "IMPORT_WRAPPING_RSA_AES" => Some(Self::RsaAes),
+            "IMPORT_WRAPPING_HPKE" => Some(Self::Hpke),
+            "IMPORT_WRAPPING_PLAIN" => Some(Self::Plain),
+            _ => None,
+        }
+    }
+}
+/// Generated client implementations.
+pub mod crypto_service_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    /// Work with keys that never leave the node. Every call needs a client certificate and an access
+    /// token. A key does what it was made for (`KeyMetadata.purpose`) and nothing else; it is named,
+    /// hidden and refused as in PolykeyService. Whoever created a key may use it, and so may its
+    /// authorized contexts; on the keys of others a call needs the permission named here together with
+    /// `keys:all`. What fails to open or to verify says "decryption failed" (INVALID_ARGUMENT) and
+    /// nothing else.
+    #[derive(Debug, Clone)]
+    pub struct CryptoServiceClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl CryptoServiceClient<tonic::transport::Channel> {
+        /// Attempt to create a new client by connecting to a given endpoint.
+        pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
+        where
+            D: TryInto<tonic::transport::Endpoint>,
+            D::Error: Into<StdError>,
+        {
+            let conn = tonic::transport::Endpoint::new(dst)?.connect().await?;
+            Ok(Self::new(conn))
+        }
+    }
+    impl<T> CryptoServiceClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> CryptoServiceClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            CryptoServiceClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Encrypts up to 4 MiB. Needs `crypto:encrypt`.
+        pub async fn encrypt(
+            &mut self,
+            request: impl tonic::IntoRequest<super::EncryptRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::EncryptResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.CryptoService/Encrypt",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.CryptoService", "Encrypt"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Decrypts what Encrypt or GenerateDataKey made. Needs `crypto:decrypt`.
+        pub async fn decrypt(
+            &mut self,
+            request: impl tonic::IntoRequest<super::DecryptRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DecryptResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.CryptoService/Decrypt",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.CryptoService", "Decrypt"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Encrypts a ciphertext anew, under another version or key, without showing the plaintext. Needs
+        /// `crypto:rewrap` on its key and, where another key is named, `crypto:encrypt` on that one.
+        pub async fn rewrap(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RewrapRequest>,
+        ) -> std::result::Result<tonic::Response<super::RewrapResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.CryptoService/Rewrap",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.CryptoService", "Rewrap"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Makes a data key (or a key pair) and encrypts it under a key. Needs `crypto:data-key`, or
+        /// `crypto:encrypt` where the plaintext is not asked for.
+        pub async fn generate_data_key(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GenerateDataKeyRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GenerateDataKeyResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.CryptoService/GenerateDataKey",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.CryptoService", "GenerateDataKey"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Signs a message or a digest. Needs `crypto:sign`.
+        pub async fn sign(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SignRequest>,
+        ) -> std::result::Result<tonic::Response<super::SignResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.CryptoService/Sign",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.CryptoService", "Sign"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Verifies a signature. Needs `crypto:verify`.
+        pub async fn verify(
+            &mut self,
+            request: impl tonic::IntoRequest<super::VerifyRequest>,
+        ) -> std::result::Result<tonic::Response<super::VerifyResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.CryptoService/Verify",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.CryptoService", "Verify"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Makes a message authentication code. Needs `crypto:mac`.
+        pub async fn generate_mac(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GenerateMacRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GenerateMacResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.CryptoService/GenerateMac",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.CryptoService", "GenerateMac"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Verifies a message authentication code, in constant time. Needs `crypto:verify`.
+        pub async fn verify_mac(
+            &mut self,
+            request: impl tonic::IntoRequest<super::VerifyMacRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::VerifyMacResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.CryptoService/VerifyMac",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.CryptoService", "VerifyMac"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Derives a key from a secret (HKDF, RFC 5869). Needs `crypto:derive`.
+        pub async fn derive_key(
+            &mut self,
+            request: impl tonic::IntoRequest<super::DeriveKeyRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DeriveKeyResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.CryptoService/DeriveKey",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.CryptoService", "DeriveKey"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Agrees on a shared secret with the holder of another key pair (ECDH). Needs `crypto:agree`.
+        pub async fn agree(
+            &mut self,
+            request: impl tonic::IntoRequest<super::AgreeRequest>,
+        ) -> std::result::Result<tonic::Response<super::AgreeResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.CryptoService/Agree",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.CryptoService", "Agree"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Makes a shared secret and a ciphertext from which the key gets it (KEM). Needs
+        /// `crypto:encapsulate`.
+        pub async fn encapsulate(
+            &mut self,
+            request: impl tonic::IntoRequest<super::EncapsulateRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::EncapsulateResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.CryptoService/Encapsulate",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.CryptoService", "Encapsulate"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Gets the shared secret from a ciphertext (KEM). Needs `crypto:decapsulate`.
+        pub async fn decapsulate(
+            &mut self,
+            request: impl tonic::IntoRequest<super::DecapsulateRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DecapsulateResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.CryptoService/Decapsulate",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.CryptoService", "Decapsulate"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Wraps key material, the caller's or that of an exportable key: AES-KWP (RFC 5649) or RSA-OAEP.
+        /// Needs `crypto:wrap`, and `keys:export` on a key that is wrapped.
+        pub async fn wrap_key(
+            &mut self,
+            request: impl tonic::IntoRequest<super::WrapKeyRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::WrapKeyResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.CryptoService/WrapKey",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.CryptoService", "WrapKey"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Unwraps key material. Needs `crypto:unwrap`.
+        pub async fn unwrap_key(
+            &mut self,
+            request: impl tonic::IntoRequest<super::UnwrapKeyRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::UnwrapKeyResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.CryptoService/UnwrapKey",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.CryptoService", "UnwrapKey"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Random bytes from the generator of the node. Needs `crypto:random`.
+        pub async fn generate_random(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GenerateRandomRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GenerateRandomResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.CryptoService/GenerateRandom",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.CryptoService", "GenerateRandom"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// The public part of a key pair. Needs `keys:describe`.
+        pub async fn get_public_key(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetPublicKeyRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetPublicKeyResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.CryptoService/GetPublicKey",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.CryptoService", "GetPublicKey"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// A one-time public key under which material can be imported. Needs `keys:import`.
+        pub async fn get_import_parameters(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetImportParametersRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetImportParametersResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.CryptoService/GetImportParameters",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("polykey.v2.CryptoService", "GetImportParameters"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
+        /// Makes a key from material that exists. Needs `keys:import`, and `keys:import-plain` where the
+        /// material comes in the clear.
+        pub async fn import_key(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ImportKeyRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ImportKeyResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.CryptoService/ImportKey",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.CryptoService", "ImportKey"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Up to 1,000 of the operations above in one call, of any kinds. Each is authorized and answered as
+        /// if it had come alone.
+        pub async fn batch_crypto(
+            &mut self,
+            request: impl tonic::IntoRequest<super::BatchCryptoRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::BatchCryptoResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.CryptoService/BatchCrypto",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.CryptoService", "BatchCrypto"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// The operations above, one a message, answered in order. The next ones are taken only while the
+        /// answers are read.
+        pub async fn stream_crypto(
+            &mut self,
+            request: impl tonic::IntoStreamingRequest<Message = super::CryptoOperation>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::CryptoResult>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.CryptoService/StreamCrypto",
+            );
+            let mut req = request.into_streaming_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.CryptoService", "StreamCrypto"));
+            self.inner.streaming(req, path, codec).await
+        }
+        /// Encrypts data of any size in constant memory. Needs `crypto:encrypt`.
+        pub async fn encrypt_stream(
+            &mut self,
+            request: impl tonic::IntoStreamingRequest<
+                Message = super::EncryptStreamRequest,
+            >,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::EncryptStreamResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.CryptoService/EncryptStream",
+            );
+            let mut req = request.into_streaming_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.CryptoService", "EncryptStream"));
+            self.inner.streaming(req, path, codec).await
+        }
+        /// Decrypts what EncryptStream made. What has been sent is authentic; a missing end is an error
+        /// at the end, so nothing may be used before the stream has ended well. Needs `crypto:decrypt`.
+        pub async fn decrypt_stream(
+            &mut self,
+            request: impl tonic::IntoStreamingRequest<
+                Message = super::DecryptStreamRequest,
+            >,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::DecryptStreamResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.CryptoService/DecryptStream",
+            );
+            let mut req = request.into_streaming_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.CryptoService", "DecryptStream"));
+            self.inner.streaming(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+pub mod crypto_service_server {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with CryptoServiceServer.
+    #[async_trait]
+    pub trait CryptoService: std::marker::Send + std::marker::Sync + 'static {
+        /// Encrypts up to 4 MiB. Needs `crypto:encrypt`.
+        async fn encrypt(
+            &self,
+            request: tonic::Request<super::EncryptRequest>,
+        ) -> std::result::Result<tonic::Response<super::EncryptResponse>, tonic::Status>;
+        /// Decrypts what Encrypt or GenerateDataKey made. Needs `crypto:decrypt`.
+        async fn decrypt(
+            &self,
+            request: tonic::Request<super::DecryptRequest>,
+        ) -> std::result::Result<tonic::Response<super::DecryptResponse>, tonic::Status>;
+        /// Encrypts a ciphertext anew, under another version or key, without showing the plaintext. Needs
+        /// `crypto:rewrap` on its key and, where another key is named, `crypto:encrypt` on that one.
+        async fn rewrap(
+            &self,
+            request: tonic::Request<super::RewrapRequest>,
+        ) -> std::result::Result<tonic::Response<super::RewrapResponse>, tonic::Status>;
+        /// Makes a data key (or a key pair) and encrypts it under a key. Needs `crypto:data-key`, or
+        /// `crypto:encrypt` where the plaintext is not asked for.
+        async fn generate_data_key(
+            &self,
+            request: tonic::Request<super::GenerateDataKeyRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GenerateDataKeyResponse>,
+            tonic::Status,
+        >;
+        /// Signs a message or a digest. Needs `crypto:sign`.
+        async fn sign(
+            &self,
+            request: tonic::Request<super::SignRequest>,
+        ) -> std::result::Result<tonic::Response<super::SignResponse>, tonic::Status>;
+        /// Verifies a signature. Needs `crypto:verify`.
+        async fn verify(
+            &self,
+            request: tonic::Request<super::VerifyRequest>,
+        ) -> std::result::Result<tonic::Response<super::VerifyResponse>, tonic::Status>;
+        /// Makes a message authentication code. Needs `crypto:mac`.
+        async fn generate_mac(
+            &self,
+            request: tonic::Request<super::GenerateMacRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GenerateMacResponse>,
+            tonic::Status,
+        >;
+        /// Verifies a message authentication code, in constant time. Needs `crypto:verify`.
+        async fn verify_mac(
+            &self,
+            request: tonic::Request<super::VerifyMacRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::VerifyMacResponse>,
+            tonic::Status,
+        >;
+        /// Derives a key from a secret (HKDF, RFC 5869). Needs `crypto:derive`.
+        async fn derive_key(
+            &self,
+            request: tonic::Request<super::DeriveKeyRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DeriveKeyResponse>,
+            tonic::Status,
+        >;
+        /// Agrees on a shared secret with the holder of another key pair (ECDH). Needs `crypto:agree`.
+        async fn agree(
+            &self,
+            request: tonic::Request<super::AgreeRequest>,
+        ) -> std::result::Result<tonic::Response<super::AgreeResponse>, tonic::Status>;
+        /// Makes a shared secret and a ciphertext from which the key gets it (KEM). Needs
+        /// `crypto:encapsulate`.
+        async fn encapsulate(
+            &self,
+            request: tonic::Request<super::EncapsulateRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::EncapsulateResponse>,
+            tonic::Status,
+        >;
+        /// Gets the shared secret from a ciphertext (KEM). Needs `crypto:decapsulate`.
+        async fn decapsulate(
+            &self,
+            request: tonic::Request<super::DecapsulateRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DecapsulateResponse>,
+            tonic::Status,
+        >;
+        /// Wraps key material, the caller's or that of an exportable key: AES-KWP (RFC 5649) or RSA-OAEP.
+        /// Needs `crypto:wrap`, and `keys:export` on a key that is wrapped.
+        async fn wrap_key(
+            &self,
+            request: tonic::Request<super::WrapKeyRequest>,
+        ) -> std::result::Result<tonic::Response<super::WrapKeyResponse>, tonic::Status>;
+        /// Unwraps key material. Needs `crypto:unwrap`.
+        async fn unwrap_key(
+            &self,
+            request: tonic::Request<super::UnwrapKeyRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::UnwrapKeyResponse>,
+            tonic::Status,
+        >;
+        /// Random bytes from the generator of the node. Needs `crypto:random`.
+        async fn generate_random(
+            &self,
+            request: tonic::Request<super::GenerateRandomRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GenerateRandomResponse>,
+            tonic::Status,
+        >;
+        /// The public part of a key pair. Needs `keys:describe`.
+        async fn get_public_key(
+            &self,
+            request: tonic::Request<super::GetPublicKeyRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetPublicKeyResponse>,
+            tonic::Status,
+        >;
+        /// A one-time public key under which material can be imported. Needs `keys:import`.
+        async fn get_import_parameters(
+            &self,
+            request: tonic::Request<super::GetImportParametersRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetImportParametersResponse>,
+            tonic::Status,
+        >;
+        /// Makes a key from material that exists. Needs `keys:import`, and `keys:import-plain` where the
+        /// material comes in the clear.
+        async fn import_key(
+            &self,
+            request: tonic::Request<super::ImportKeyRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ImportKeyResponse>,
+            tonic::Status,
+        >;
+        /// Up to 1,000 of the operations above in one call, of any kinds. Each is authorized and answered as
+        /// if it had come alone.
+        async fn batch_crypto(
+            &self,
+            request: tonic::Request<super::BatchCryptoRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::BatchCryptoResponse>,
+            tonic::Status,
+        >;
+        /// Server streaming response type for the StreamCrypto method.
+        type StreamCryptoStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::CryptoResult, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// The operations above, one a message, answered in order. The next ones are taken only while the
+        /// answers are read.
+        async fn stream_crypto(
+            &self,
+            request: tonic::Request<tonic::Streaming<super::CryptoOperation>>,
+        ) -> std::result::Result<
+            tonic::Response<Self::StreamCryptoStream>,
+            tonic::Status,
+        >;
+        /// Server streaming response type for the EncryptStream method.
+        type EncryptStreamStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::EncryptStreamResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Encrypts data of any size in constant memory. Needs `crypto:encrypt`.
+        async fn encrypt_stream(
+            &self,
+            request: tonic::Request<tonic::Streaming<super::EncryptStreamRequest>>,
+        ) -> std::result::Result<
+            tonic::Response<Self::EncryptStreamStream>,
+            tonic::Status,
+        >;
+        /// Server streaming response type for the DecryptStream method.
+        type DecryptStreamStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::DecryptStreamResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Decrypts what EncryptStream made. What has been sent is authentic; a missing end is an error
+        /// at the end, so nothing may be used before the stream has ended well. Needs `crypto:decrypt`.
+        async fn decrypt_stream(
+            &self,
+            request: tonic::Request<tonic::Streaming<super::DecryptStreamRequest>>,
+        ) -> std::result::Result<
+            tonic::Response<Self::DecryptStreamStream>,
+            tonic::Status,
+        >;
+    }
+    /// Work with keys that never leave the node. Every call needs a client certificate and an access
+    /// token. A key does what it was made for (`KeyMetadata.purpose`) and nothing else; it is named,
+    /// hidden and refused as in PolykeyService. Whoever created a key may use it, and so may its
+    /// authorized contexts; on the keys of others a call needs the permission named here together with
+    /// `keys:all`. What fails to open or to verify says "decryption failed" (INVALID_ARGUMENT) and
+    /// nothing else.
+    #[derive(Debug)]
+    pub struct CryptoServiceServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> CryptoServiceServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for CryptoServiceServer<T>
+    where
+        T: CryptoService,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(
+            &mut self,
+            _cx: &mut Context<'_>,
+        ) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/polykey.v2.CryptoService/Encrypt" => {
+                    #[allow(non_camel_case_types)]
+                    struct EncryptSvc<T: CryptoService>(pub Arc<T>);
+                    impl<
+                        T: CryptoService,
+                    > tonic::server::UnaryService<super::EncryptRequest>
+                    for EncryptSvc<T> {
+                        type Response = super::EncryptResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::EncryptRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CryptoService>::encrypt(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = EncryptSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.CryptoService/Decrypt" => {
+                    #[allow(non_camel_case_types)]
+                    struct DecryptSvc<T: CryptoService>(pub Arc<T>);
+                    impl<
+                        T: CryptoService,
+                    > tonic::server::UnaryService<super::DecryptRequest>
+                    for DecryptSvc<T> {
+                        type Response = super::DecryptResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::DecryptRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CryptoService>::decrypt(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DecryptSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.CryptoService/Rewrap" => {
+                    #[allow(non_camel_case_types)]
+                    struct RewrapSvc<T: CryptoService>(pub Arc<T>);
+                    impl<
+                        T: CryptoService,
+                    > tonic::server::UnaryService<super::RewrapRequest>
+                    for RewrapSvc<T> {
+                        type Response = super::RewrapResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RewrapRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CryptoService>::rewrap(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RewrapSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.CryptoService/GenerateDataKey" => {
+                    #[allow(non_camel_case_types)]
+                    struct GenerateDataKeySvc<T: CryptoService>(pub Arc<T>);
+                    impl<
+                        T: CryptoService,
+                    > tonic::server::UnaryService<super::GenerateDataKeyRequest>
+                    for GenerateDataKeySvc<T> {
+                        type Response = super::GenerateDataKeyResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GenerateDataKeyRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CryptoService>::generate_data_key(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GenerateDataKeySvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.CryptoService/Sign" => {
+                    #[allow(non_camel_case_types)]
+                    struct SignSvc<T: CryptoService>(pub Arc<T>);
+                    impl<
+                        T: CryptoService,
+                    > tonic::server::UnaryService<super::SignRequest> for SignSvc<T> {
+                        type Response = super::SignResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SignRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CryptoService>::sign(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SignSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.CryptoService/Verify" => {
+                    #[allow(non_camel_case_types)]
+                    struct VerifySvc<T: CryptoService>(pub Arc<T>);
+                    impl<
+                        T: CryptoService,
+                    > tonic::server::UnaryService<super::VerifyRequest>
+                    for VerifySvc<T> {
+                        type Response = super::VerifyResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::VerifyRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CryptoService>::verify(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = VerifySvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.CryptoService/GenerateMac" => {
+                    #[allow(non_camel_case_types)]
+                    struct GenerateMacSvc<T: CryptoService>(pub Arc<T>);
+                    impl<
+                        T: CryptoService,
+                    > tonic::server::UnaryService<super::GenerateMacRequest>
+                    for GenerateMacSvc<T> {
+                        type Response = super::GenerateMacResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GenerateMacRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CryptoService>::generate_mac(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GenerateMacSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.CryptoService/VerifyMac" => {
+                    #[allow(non_camel_case_types)]
+                    struct VerifyMacSvc<T: CryptoService>(pub Arc<T>);
+                    impl<
+                        T: CryptoService,
+                    > tonic::server::UnaryService<super::VerifyMacRequest>
+                    for VerifyMacSvc<T> {
+                        type Response = super::VerifyMacResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::VerifyMacRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CryptoService>::verify_mac(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = VerifyMacSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.CryptoService/DeriveKey" => {
+                    #[allow(non_camel_case_types)]
+                    struct DeriveKeySvc<T: CryptoService>(pub Arc<T>);
+                    impl<
+                        T: CryptoService,
+                    > tonic::server::UnaryService<super::DeriveKeyRequest>
+                    for DeriveKeySvc<T> {
+                        type Response = super::DeriveKeyResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::DeriveKeyRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CryptoService>::derive_key(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DeriveKeySvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.CryptoService/Agree" => {
+                    #[allow(non_camel_case_types)]
+                    struct AgreeSvc<T: CryptoService>(pub Arc<T>);
+                    impl<
+                        T: CryptoService,
+                    > tonic::server::UnaryService<super::AgreeRequest> for AgreeSvc<T> {
+                        type Response = super::AgreeResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::AgreeRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CryptoService>::agree(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = AgreeSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.CryptoService/Encapsulate" => {
+                    #[allow(non_camel_case_types)]
+                    struct EncapsulateSvc<T: CryptoService>(pub Arc<T>);
+                    impl<
+                        T: CryptoService,
+                    > tonic::server::UnaryService<super::EncapsulateRequest>
+                    for EncapsulateSvc<T> {
+                        type Response = super::EncapsulateResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::EncapsulateRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CryptoService>::encapsulate(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = EncapsulateSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.CryptoService/Decapsulate" => {
+                    #[allow(non_camel_case_types)]
+                    struct DecapsulateSvc<T: CryptoService>(pub Arc<T>);
+                    impl<
+                        T: CryptoService,
+                    > tonic::server::UnaryService<super::DecapsulateRequest>
+                    for DecapsulateSvc<T> {
+                        type Response = super::DecapsulateResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::DecapsulateRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CryptoService>::decapsulate(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DecapsulateSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.CryptoService/WrapKey" => {
+                    #[allow(non_camel_case_types)]
+                    struct WrapKeySvc<T: CryptoService>(pub Arc<T>);
+                    impl<
+                        T: CryptoService,
+                    > tonic::server::UnaryService<super::WrapKeyRequest>
+                    for WrapKeySvc<T> {
+                        type Response = super::WrapKeyResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::WrapKeyRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CryptoService>::wrap_key(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = WrapKeySvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.CryptoService/UnwrapKey" => {
+                    #[allow(non_camel_case_types)]
+                    struct UnwrapKeySvc<T: CryptoService>(pub Arc<T>);
+                    impl<
+                        T: CryptoService,
+                    > tonic::server::UnaryService<super::UnwrapKeyRequest>
+                    for UnwrapKeySvc<T> {
+                        type Response = super::UnwrapKeyResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::UnwrapKeyRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CryptoService>::unwrap_key(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = UnwrapKeySvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.CryptoService/GenerateRandom" => {
+                    #[allow(non_camel_case_types)]
+                    struct GenerateRandomSvc<T: CryptoService>(pub Arc<T>);
+                    impl<
+                        T: CryptoService,
+                    > tonic::server::UnaryService<super::GenerateRandomRequest>
+                    for GenerateRandomSvc<T> {
+                        type Response = super::GenerateRandomResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GenerateRandomRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CryptoService>::generate_random(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GenerateRandomSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.CryptoService/GetPublicKey" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetPublicKeySvc<T: CryptoService>(pub Arc<T>);
+                    impl<
+                        T: CryptoService,
+                    > tonic::server::UnaryService<super::GetPublicKeyRequest>
+                    for GetPublicKeySvc<T> {
+                        type Response = super::GetPublicKeyResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetPublicKeyRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CryptoService>::get_public_key(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetPublicKeySvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.CryptoService/GetImportParameters" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetImportParametersSvc<T: CryptoService>(pub Arc<T>);
+                    impl<
+                        T: CryptoService,
+                    > tonic::server::UnaryService<super::GetImportParametersRequest>
+                    for GetImportParametersSvc<T> {
+                        type Response = super::GetImportParametersResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetImportParametersRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CryptoService>::get_import_parameters(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetImportParametersSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.CryptoService/ImportKey" => {
+                    #[allow(non_camel_case_types)]
+                    struct ImportKeySvc<T: CryptoService>(pub Arc<T>);
+                    impl<
+                        T: CryptoService,
+                    > tonic::server::UnaryService<super::ImportKeyRequest>
+                    for ImportKeySvc<T> {
+                        type Response = super::ImportKeyResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ImportKeyRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CryptoService>::import_key(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ImportKeySvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.CryptoService/BatchCrypto" => {
+                    #[allow(non_camel_case_types)]
+                    struct BatchCryptoSvc<T: CryptoService>(pub Arc<T>);
+                    impl<
+                        T: CryptoService,
+                    > tonic::server::UnaryService<super::BatchCryptoRequest>
+                    for BatchCryptoSvc<T> {
+                        type Response = super::BatchCryptoResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::BatchCryptoRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CryptoService>::batch_crypto(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = BatchCryptoSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.CryptoService/StreamCrypto" => {
+                    #[allow(non_camel_case_types)]
+                    struct StreamCryptoSvc<T: CryptoService>(pub Arc<T>);
+                    impl<
+                        T: CryptoService,
+                    > tonic::server::StreamingService<super::CryptoOperation>
+                    for StreamCryptoSvc<T> {
+                        type Response = super::CryptoResult;
+                        type ResponseStream = T::StreamCryptoStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<
+                                tonic::Streaming<super::CryptoOperation>,
+                            >,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CryptoService>::stream_crypto(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = StreamCryptoSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.CryptoService/EncryptStream" => {
+                    #[allow(non_camel_case_types)]
+                    struct EncryptStreamSvc<T: CryptoService>(pub Arc<T>);
+                    impl<
+                        T: CryptoService,
+                    > tonic::server::StreamingService<super::EncryptStreamRequest>
+                    for EncryptStreamSvc<T> {
+                        type Response = super::EncryptStreamResponse;
+                        type ResponseStream = T::EncryptStreamStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<
+                                tonic::Streaming<super::EncryptStreamRequest>,
+                            >,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CryptoService>::encrypt_stream(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = EncryptStreamSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.CryptoService/DecryptStream" => {
+                    #[allow(non_camel_case_types)]
+                    struct DecryptStreamSvc<T: CryptoService>(pub Arc<T>);
+                    impl<
+                        T: CryptoService,
+                    > tonic::server::StreamingService<super::DecryptStreamRequest>
+                    for DecryptStreamSvc<T> {
+                        type Response = super::DecryptStreamResponse;
+                        type ResponseStream = T::DecryptStreamStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<
+                                tonic::Streaming<super::DecryptStreamRequest>,
+                            >,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CryptoService>::decrypt_stream(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DecryptStreamSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => {
+                    Box::pin(async move {
+                        let mut response = http::Response::new(
+                            tonic::body::Body::default(),
+                        );
+                        let headers = response.headers_mut();
+                        headers
+                            .insert(
+                                tonic::Status::GRPC_STATUS,
+                                (tonic::Code::Unimplemented as i32).into(),
+                            );
+                        headers
+                            .insert(
+                                http::header::CONTENT_TYPE,
+                                tonic::metadata::GRPC_CONTENT_TYPE,
+                            );
+                        Ok(response)
+                    })
+                }
+            }
+        }
+    }
+    impl<T> Clone for CryptoServiceServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "polykey.v2.CryptoService";
+    impl<T> tonic::server::NamedService for CryptoServiceServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
 }
 /// Enables a key.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

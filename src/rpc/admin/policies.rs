@@ -191,6 +191,7 @@ fn new_key(creator: &str) -> KeyFacts {
         creator: creator.to_owned(),
         authorized_contexts: Vec::new(),
         key_type: "aes-256".to_owned(),
+        purpose: "encrypt".to_owned(),
         state: "enabled".to_owned(),
         data_classification: String::new(),
         exportable: false,

@@ -233,7 +233,7 @@ fn rsa_encrypts_up_to_its_limit() {
         let long = vec![7; modulus - 65];
         is_input(encrypt.seal_raw(&long), "plaintext");
         is_input(encrypt_to(algorithm, &public, &long), "plaintext");
-        is_input(wrap.wrap(&KeyMaterial::from_secret(long).unwrap()), "key");
+        is_input(wrap.wrap(&KeyMaterial::from_secret(long).unwrap()), "key_material");
         // One error for whatever does not open.
         let sealed = encrypt.seal_raw(b"plaintext").unwrap();
         let mut changed = sealed.clone();

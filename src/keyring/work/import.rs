@@ -1,0 +1,179 @@
+//! Material from outside: one-time keys that protect it on its way, each used once.
+
+use polykey_hsm::import as protection;
+use polykey_hsm::{KeyMaterial, algorithm, random};
+use polykey_proto::polykey::record::v1::ImportRecord;
+use zeroize::Zeroizing;
+
+use super::Keyring;
+use crate::authz::Resource;
+use crate::command::crypto::{GetImportParameters, Import, Protection};
+use crate::context::Context;
+use crate::error::Error;
+use crate::time::Time;
+use crate::vault::Tx;
+
+/// Seconds for which a one-time key can be used: a day.
+const LIFE: i64 = 86_400;
+
+/// A one-time public key.
+#[derive(Debug)]
+pub struct ImportParameters {
+    /// SubjectPublicKeyInfo (RSA) or 32 raw bytes (X25519).
+    pub public: Vec<u8>,
+    /// Names it in the import.
+    pub id: [u8; 16],
+    /// Until when.
+    pub expires_at: Time,
+    /// What HPKE must bind.
+    pub info: Vec<u8>,
+}
+
+fn wrapping(protection: Protection) -> protection::ImportWrapping {
+    match protection {
+        Protection::RsaAes => protection::ImportWrapping::RsaAes,
+        Protection::Hpke => protection::ImportWrapping::Hpke,
+    }
+}
+
+fn code(protection: Protection) -> u32 {
+    match protection {
+        Protection::RsaAes => 1,
+        Protection::Hpke => 2,
+    }
+}
+
+/// One text for every token that is of no use: unknown, used, expired, of another client.
+fn no_token() -> Error {
+    Error::invalid("import_token", "is unknown, used up, expired or another client's")
+}
+
+impl Keyring {
+    /// Makes a one-time key for an import by this client.
+    ///
+    /// # Errors
+    /// Whatever forbids it.
+    pub async fn import_parameters(
+        &self,
+        cx: &Context,
+        command: &GetImportParameters,
+    ) -> Result<ImportParameters, Error> {
+        let permit = self.authorize(cx, Resource::Node, command).await?;
+        let kind = command.protection;
+        let make = move || protection::generate_one_time_key(wrapping(kind));
+        let made = self.forge.run(make).await?.map_err(|e| Error::internal(e.to_string()))?;
+        let public = made.public.map(|p| p.spki_der).unwrap_or_default();
+        let id: [u8; 16] = random::array().map_err(|e| Error::internal(e.to_string()))?;
+        let expires_at = cx.now.plus_seconds(LIFE);
+        let record = ImportRecord {
+            wrapping: code(kind),
+            private_key: made.material.expose_for_export().to_vec().into(),
+            client_id: cx.caller.client_id().to_owned(),
+            expires_at: expires_at.micros(),
+        };
+        let mut tx = self.vault.begin().await?;
+        tx.insert(&id, &record)?;
+        let about = permit.decision_id().to_string();
+        let outcome = polykey_proto::polykey::record::v1::audit_event::Outcome::Success;
+        let action = crate::authz::Action::GetImportParameters.name();
+        tx.event(cx.origin().event(action, None, outcome, 0, &about).build());
+        tx.commit().await?;
+        let raw = public.last_chunk::<32>().copied().unwrap_or_default();
+        Ok(match kind {
+            Protection::RsaAes => ImportParameters { public, id, expires_at, info: Vec::new() },
+            Protection::Hpke => {
+                let info = self.import_info(id).encode(&raw);
+                ImportParameters { public: raw.to_vec(), id, expires_at, info }
+            }
+        })
+    }
+
+    /// Opens imported material.
+    pub(in crate::keyring) async fn imported(
+        &self,
+        cx: &Context,
+        key_algorithm: polykey_hsm::Algorithm,
+        import: &Import,
+    ) -> Result<algorithm::Generated, Error> {
+        let refused = |e: algorithm::AlgorithmError| match e {
+            algorithm::AlgorithmError::Crypto(_) => Error::internal(e.to_string()),
+            _ => Error::invalid("material", e.to_string()),
+        };
+        let material = match import {
+            Import::Plain(bytes) => {
+                if let Some(jwk) = jwk(key_algorithm, bytes) {
+                    let take = move || protection::import_jwk(key_algorithm, &jwk);
+                    return self.forge.run(take).await?.map_err(refused);
+                }
+                KeyMaterial::from_secret(bytes.to_vec())
+                    .map_err(|e| Error::invalid("material", e.to_string()))?
+            }
+            Import::Wrapped { protection: kind, id, bytes } => {
+                let record = self.vault.get::<ImportRecord>(id).await?.map(|l| l.record);
+                let record = record.filter(|r| usable(r, cx, *kind)).ok_or_else(no_token)?;
+                let private = KeyMaterial::from_secret(record.private_key.to_vec())
+                    .map_err(|_| Error::data_loss("an import record without a key"))?;
+                let (kind, bytes, info) = (*kind, bytes.clone(), self.import_info(*id));
+                let open = move || match kind {
+                    Protection::RsaAes => protection::unwrap_rsa_aes(&private, &bytes),
+                    Protection::Hpke => protection::unwrap_hpke(&private, &info, &bytes),
+                };
+                self.slow.run(open).await?.map_err(|_| Error::Crypto)?
+            }
+        };
+        let take = move || algorithm::import(key_algorithm, material);
+        self.forge.run(take).await?.map_err(refused)
+    }
+
+    fn import_info(&self, id: [u8; 16]) -> protection::ImportInfo {
+        protection::ImportInfo { node: self.vault.node_id(), token: id.to_vec() }
+    }
+
+    /// Uses a one-time key up, in the transaction of the import.
+    pub(in crate::keyring) async fn use_up(
+        &self,
+        tx: &mut Tx<'_>,
+        cx: &Context,
+        import: &Import,
+    ) -> Result<(), Error> {
+        let Import::Wrapped { protection: kind, id, .. } = import else { return Ok(()) };
+        let found = tx.get::<ImportRecord>(id).await?.map(|l| l.record);
+        found.filter(|r| usable(r, cx, *kind)).ok_or_else(no_token)?;
+        tx.delete::<ImportRecord>(id);
+        Ok(())
+    }
+
+    /// Removes one-time keys that have expired, at most `limit`; returns whether there may be more.
+    ///
+    /// # Errors
+    /// As [`Tx::commit`].
+    pub async fn sweep_imports(&self, now: Time, limit: usize) -> Result<bool, Error> {
+        let mut tx = self.vault.begin().await?;
+        let all = polykey_storage::all();
+        let forward = polykey_storage::Direction::Forward;
+        let rows = self.vault.scan::<ImportRecord>(all, forward, limit).await?;
+        let full = rows.len() == limit;
+        let expired = rows.into_iter().filter(|(_, r)| r.record.expires_at <= now.micros());
+        let rows: Vec<Vec<u8>> = expired.map(|(row, _)| row).collect();
+        for row in &rows {
+            tx.delete::<ImportRecord>(row);
+        }
+        if !rows.is_empty() {
+            tx.commit().await?;
+        }
+        Ok(full && !rows.is_empty())
+    }
+}
+
+fn usable(record: &ImportRecord, cx: &Context, kind: Protection) -> bool {
+    record.client_id == cx.caller.client_id()
+        && record.expires_at > cx.now.micros()
+        && record.wrapping == code(kind)
+}
+
+/// A private JSON Web Key, where the bytes are one.
+fn jwk(algorithm: polykey_hsm::Algorithm, bytes: &[u8]) -> Option<Zeroizing<String>> {
+    let text = std::str::from_utf8(bytes).ok()?.trim();
+    let is = text.starts_with('{') && algorithm != polykey_hsm::Algorithm::ApiKey;
+    is.then(|| Zeroizing::new(text.to_owned()))
+}
