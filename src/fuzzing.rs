@@ -10,9 +10,10 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
+use polykey_hsm::work::{self, Binding, ChunkSize, STREAM_HEADER_LEN};
 use polykey_hsm::{
-    Algorithm, BlobHeader, BlobKey, KeyMaterial, MaterialContext, MaterialState, RecordBinding,
-    Ring, RootKey, WrappedBlob, WrappedKey,
+    Algorithm, BlobHeader, BlobKey, KeyMaterial, MaterialContext, MaterialState, Purpose,
+    RecordBinding, Ring, RootKey, WorkingKey, WrappedBlob, WrappedKey,
 };
 use polykey_proto::polykey::record::v1 as record;
 use polykey_proto::polykey::v2 as pb;
@@ -44,6 +45,7 @@ pub const TARGETS: &[Target] = &[
     ("record", record),
     ("blob", blob),
     ("wrapped", wrapped),
+    ("ciphertext", ciphertext),
     ("page_token", page_token),
     ("config", config),
     ("metadata", metadata),
@@ -227,6 +229,49 @@ pub fn wrapped(data: &[u8]) {
     for bytes in [data, &forged(sealed, data)] {
         let opens = Ring::open(root, bytes).is_ok();
         assert_eq!(opens, bytes == sealed.as_slice(), "a ring that was not sealed");
+    }
+}
+
+/// Ciphertexts of messages and of streams, and their printable form.
+pub fn ciphertext(data: &[u8]) {
+    struct Genuine {
+        key: WorkingKey,
+        message: Vec<u8>,
+        stream: Vec<u8>,
+    }
+    let binding = Binding { key_id: NODE, version: 1, context: b"context", aad: b"aad" };
+    let elsewhere = Binding { context: b"aad", aad: b"context", ..binding };
+    static GENUINE: OnceLock<Genuine> = OnceLock::new();
+    let Genuine { key, message, stream } = GENUINE.get_or_init(|| {
+        let material = KeyMaterial::from_secret(vec![4; 32]).expect("material");
+        let key = WorkingKey::new(Algorithm::Aes256, Purpose::Encrypt, &material).expect("a key");
+        let message = key.seal(&binding, b"the plaintext of a message").expect("a message");
+        let (mut stream, sealer) = key.seal_stream(&binding, ChunkSize::MIN).expect("a stream");
+        stream.extend(sealer.finish(&[5; 4100]).expect("two chunks"));
+        Genuine { key, message, stream }
+    });
+    for bytes in [data, &forged(message, data)] {
+        if let Ok(header) = work::header(bytes) {
+            assert_eq!(header.header_len + header.body_len, bytes.len());
+        }
+        let opens = key.open(&binding, bytes).is_ok();
+        assert_eq!(opens, bytes == message.as_slice(), "a message that was not sealed");
+        assert!(key.open(&elsewhere, bytes).is_err(), "a message opened in another context");
+    }
+    let opens = |binding, bytes: &[u8]| {
+        bytes.split_at_checked(STREAM_HEADER_LEN).is_some_and(|(header, body)| {
+            key.open_stream(binding, header).and_then(|opener| opener.finish(body)).is_ok()
+        })
+    };
+    for bytes in [data, &forged(stream, data)] {
+        let genuine = bytes == stream.as_slice();
+        assert_eq!(opens(&binding, bytes), genuine, "a stream that was not sealed");
+        assert!(!opens(&elsewhere, bytes), "a stream opened in another context");
+    }
+    if let Ok(text) = std::str::from_utf8(data)
+        && let Ok(blob) = work::from_text(text)
+    {
+        assert_eq!(work::to_text(&blob), text, "two spellings of one ciphertext");
     }
 }
 

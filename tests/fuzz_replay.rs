@@ -107,7 +107,8 @@ macro_rules! targets {
 }
 
 targets! {
-    token record blob wrapped page_token config metadata certificate policy audit_export request
+    token record blob wrapped ciphertext page_token config metadata certificate policy audit_export
+    request
 }
 
 #[test]

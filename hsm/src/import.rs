@@ -14,7 +14,9 @@ use zeroize::Zeroizing;
 
 use crate::algorithm::{self, AlgorithmError, curve25519, jwk};
 use crate::work::asymmetric::{Pair, encrypt_to};
-use crate::{Algorithm, CryptoFailure, Generated, GenerationParams, KeyMaterial, PublicKey, Purpose, random};
+use crate::{
+    Algorithm, CryptoFailure, Generated, GenerationParams, KeyMaterial, PublicKey, Purpose, random,
+};
 
 const LABEL: &[u8] = b"polykey-import-v1";
 const HPKE_ENC: usize = 32;
@@ -107,8 +109,8 @@ pub fn generate_one_time_key(wrapping: ImportWrapping) -> Result<Generated, Algo
 /// # Errors
 /// [`ImportError::Unwrap`], whatever the reason; [`ImportError::Crypto`].
 pub fn unwrap_rsa_aes(private: &KeyMaterial, wrapped: &[u8]) -> Result<KeyMaterial, ImportError> {
-    let pair =
-        Pair::new(Algorithm::Rsa4096, Purpose::Encrypt, private).map_err(|_| ImportError::Unwrap)?;
+    let pair = Pair::new(Algorithm::Rsa4096, Purpose::Encrypt, private)
+        .map_err(|_| ImportError::Unwrap)?;
     // Where RSA opens nothing, a random key goes on in its place, so that both failures do the same work.
     let substitute = random::secret::<32>()?;
     let (head, tail) = wrapped.split_at_checked(512).ok_or(ImportError::Unwrap)?;

@@ -240,7 +240,11 @@ impl WorkingKey {
     ///
     /// # Errors
     /// As [`asymmetric::Pair::sign`].
-    pub fn sign(&self, scheme: SignatureScheme, input: SignInput<'_>) -> Result<Vec<u8>, WorkError> {
+    pub fn sign(
+        &self,
+        scheme: SignatureScheme,
+        input: SignInput<'_>,
+    ) -> Result<Vec<u8>, WorkError> {
         match &self.inner {
             Inner::Pair(pair) => pair.sign(scheme, input),
             _ => self.wrong_purpose(),

@@ -3,7 +3,7 @@
 //! Memcheck follows values that it calls undefined and reports each branch and each address that depends on one (as
 //! ctgrind does it: Langley, 2010). Here the undefined values are the secrets. This test runs its own binary under
 //! valgrind; what a report may show is the outcome of a comparison and nothing else.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;

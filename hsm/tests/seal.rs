@@ -182,7 +182,7 @@ proptest! {
             0 => other.node[byte] ^= 1,
             1 => other.key_id[byte] ^= 1,
             2 => other.version ^= 1 << byte,
-            3 => other.algorithm = Algorithm::ALL.into_iter().find(|a| *a != algorithm).unwrap(),
+            3 => other.algorithm = Algorithm::ALL.iter().copied().find(|a| *a != algorithm).unwrap(),
             4 => other.exportable = !exportable,
             _ => (other.node, other.key_id) = (cx.key_id, cx.node),
         }

@@ -566,7 +566,7 @@ fn inspect(app: &App, args: &InspectArgs) -> Result<(), CliError> {
         key_id: Uuid::from_bytes(header.key_id).to_string(),
         version: header.version,
         algorithm: header.algorithm.name(),
-        chunk_size: header.chunk_size.map(polykey_hsm::work::ChunkSize::bytes),
+        chunk_size: header.chunk_size.map(work::ChunkSize::bytes),
         ciphertext_bytes: blob.len(),
         plaintext_bytes: header.plaintext_len,
     })

@@ -57,7 +57,7 @@ fn metadata() -> pb::KeyMetadata {
         rotation_period_seconds: 86_400,
         next_rotation_at: at(7),
         read_after_expiry: true,
-        public_key_der: vec![1; 60].into(),
+        public_key_der: vec![0x30; 60].into(),
         origin: pb::KeyOrigin::Generated.into(),
         version_state: pb::KeyVersionState::Primary.into(),
         min_available_version: 1,
@@ -65,6 +65,10 @@ fn metadata() -> pb::KeyMetadata {
         staged_effective_at: at(8),
         version_created_at: at(9),
         revoked_at: at(10),
+        purpose: pb::KeyPurpose::Sign.into(),
+        convergent: false,
+        rotate_after_uses: 1000,
+        max_uses: 2000,
     }
 }
 

@@ -106,7 +106,7 @@ impl Call<'_> {
             signature: done.signature.into(),
             key_id: done.key.to_string(),
             version: number(done.version),
-            scheme: parse::wire_scheme(done.scheme).into(),
+            scheme: wire_scheme(done.scheme).into(),
         })
     }
 
@@ -226,7 +226,7 @@ impl Call<'_> {
             version: number(done.version),
             key_type: convert::key_type(done.algorithm).into(),
             purpose: convert::purpose(done.purpose).into(),
-            schemes: done.schemes.into_iter().map(|s| parse::wire_scheme(s).into()).collect(),
+            schemes: done.schemes.into_iter().map(|s| wire_scheme(s).into()).collect(),
         })
     }
 

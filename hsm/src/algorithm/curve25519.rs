@@ -29,12 +29,17 @@ pub(super) fn canonical_ed25519(material: &KeyMaterial) -> Result<KeyMaterial, A
 }
 
 /// The key of a seed and its public key, if they belong together.
-pub(super) fn ed25519_from_parts(seed: &[u8], public: &[u8]) -> Result<KeyMaterial, AlgorithmError> {
+pub(super) fn ed25519_from_parts(
+    seed: &[u8],
+    public: &[u8],
+) -> Result<KeyMaterial, AlgorithmError> {
     // A longer seed would be cut.
     if seed.len() != 32 {
         return Err(NOT_ED25519);
     }
-    encode_ed25519(&Ed25519KeyPair::from_seed_and_public_key(seed, public).map_err(|_| NOT_ED25519)?)
+    encode_ed25519(
+        &Ed25519KeyPair::from_seed_and_public_key(seed, public).map_err(|_| NOT_ED25519)?,
+    )
 }
 
 pub(crate) fn parse_ed25519(material: &KeyMaterial) -> Result<Ed25519KeyPair, AlgorithmError> {
@@ -79,7 +84,10 @@ pub(super) fn canonical_x25519(material: &KeyMaterial) -> Result<KeyMaterial, Al
 }
 
 /// The key of its private and public bytes, if they belong together.
-pub(super) fn x25519_from_parts(private: &[u8], public: &[u8]) -> Result<KeyMaterial, AlgorithmError> {
+pub(super) fn x25519_from_parts(
+    private: &[u8],
+    public: &[u8],
+) -> Result<KeyMaterial, AlgorithmError> {
     let private: &[u8; 32] = private.try_into().map_err(|_| NOT_X25519)?;
     if public_of(&load_x25519(private)?)?.as_ref() == public {
         encode_x25519(private)
@@ -93,7 +101,9 @@ pub(crate) fn load_x25519(private: &[u8; 32]) -> Result<agreement::PrivateKey, A
     agreement::PrivateKey::from_private_key(&agreement::X25519, private).map_err(|_| NOT_X25519)
 }
 
-pub(crate) fn parse_x25519(material: &KeyMaterial) -> Result<agreement::PrivateKey, AlgorithmError> {
+pub(crate) fn parse_x25519(
+    material: &KeyMaterial,
+) -> Result<agreement::PrivateKey, AlgorithmError> {
     load_x25519(private_x25519(material.bytes()).ok_or(NOT_X25519)?)
 }
 
@@ -102,7 +112,9 @@ pub(crate) fn bytes_x25519(material: &KeyMaterial) -> Result<&[u8; 32], Algorith
     private_x25519(material.bytes()).ok_or(NOT_X25519)
 }
 
-pub(super) fn public_of(key: &agreement::PrivateKey) -> Result<agreement::PublicKey, AlgorithmError> {
+pub(super) fn public_of(
+    key: &agreement::PrivateKey,
+) -> Result<agreement::PublicKey, AlgorithmError> {
     key.compute_public_key().map_err(|_| NOT_X25519)
 }
 

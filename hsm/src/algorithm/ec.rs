@@ -3,8 +3,9 @@
 
 use aws_lc_rs::agreement;
 use aws_lc_rs::signature::{
-    ECDSA_P256_SHA256_ASN1_SIGNING, ECDSA_P256K1_SHA256_ASN1_SIGNING, ECDSA_P384_SHA384_ASN1_SIGNING,
-    ECDSA_P521_SHA512_ASN1_SIGNING, EcdsaKeyPair, EcdsaSigningAlgorithm, KeyPair,
+    ECDSA_P256_SHA256_ASN1_SIGNING, ECDSA_P256K1_SHA256_ASN1_SIGNING,
+    ECDSA_P384_SHA384_ASN1_SIGNING, ECDSA_P521_SHA512_ASN1_SIGNING, EcdsaKeyPair,
+    EcdsaSigningAlgorithm, KeyPair,
 };
 
 use super::{Algorithm, AlgorithmError, PublicKey};
@@ -44,12 +45,19 @@ fn encode(pair: &EcdsaKeyPair) -> Result<KeyMaterial, AlgorithmError> {
 }
 
 /// The same key in this library's own PKCS#8.
-pub(super) fn canonical(algorithm: Algorithm, material: &KeyMaterial) -> Result<KeyMaterial, AlgorithmError> {
+pub(super) fn canonical(
+    algorithm: Algorithm,
+    material: &KeyMaterial,
+) -> Result<KeyMaterial, AlgorithmError> {
     encode(&parse(algorithm, material)?)
 }
 
 /// The key of a private scalar and x ‖ y, both at the full length of the field, if they belong together.
-pub(super) fn from_parts(algorithm: Algorithm, scalar: &[u8], point: &[u8]) -> Result<KeyMaterial, AlgorithmError> {
+pub(super) fn from_parts(
+    algorithm: Algorithm,
+    scalar: &[u8],
+    point: &[u8],
+) -> Result<KeyMaterial, AlgorithmError> {
     let wrong = AlgorithmError::NotAKey(algorithm);
     let curve = curve(algorithm).ok_or(wrong)?;
     if 2 * scalar.len() != point.len() {
@@ -61,7 +69,10 @@ pub(super) fn from_parts(algorithm: Algorithm, scalar: &[u8], point: &[u8]) -> R
     encode(&pair)
 }
 
-pub(crate) fn parse(algorithm: Algorithm, material: &KeyMaterial) -> Result<EcdsaKeyPair, AlgorithmError> {
+pub(crate) fn parse(
+    algorithm: Algorithm,
+    material: &KeyMaterial,
+) -> Result<EcdsaKeyPair, AlgorithmError> {
     let wrong = AlgorithmError::NotAKey(algorithm);
     EcdsaKeyPair::from_pkcs8(curve(algorithm).ok_or(wrong)?, material.bytes()).map_err(|_| wrong)
 }
@@ -76,7 +87,10 @@ pub(crate) fn parse_agreement(
     agreement::PrivateKey::from_private_key_der(by, material.bytes()).map_err(|_| wrong)
 }
 
-pub(super) fn public_key(algorithm: Algorithm, material: &KeyMaterial) -> Result<PublicKey, AlgorithmError> {
+pub(super) fn public_key(
+    algorithm: Algorithm,
+    material: &KeyMaterial,
+) -> Result<PublicKey, AlgorithmError> {
     let pair = parse(algorithm, material)?;
     // An uncompressed point (SEC 1): 4 ‖ x ‖ y.
     pair.public_key()

@@ -3,7 +3,8 @@
 
 use aws_lc_rs::encoding::AsRawBytes;
 use aws_lc_rs::signature::{
-    KeyPair, ML_DSA_44_SIGNING, ML_DSA_65_SIGNING, ML_DSA_87_SIGNING, PqdsaKeyPair, PqdsaSigningAlgorithm,
+    KeyPair, ML_DSA_44_SIGNING, ML_DSA_65_SIGNING, ML_DSA_87_SIGNING, PqdsaKeyPair,
+    PqdsaSigningAlgorithm,
 };
 
 use super::{Algorithm, AlgorithmError, PublicKey, layout};
@@ -39,23 +40,39 @@ fn encode(algorithm: Algorithm, pair: &PqdsaKeyPair) -> Result<KeyMaterial, Algo
 }
 
 /// The same key in the stored form, from any of the three of RFC 9881 (one with both must be of one key).
-pub(super) fn canonical(algorithm: Algorithm, material: &KeyMaterial) -> Result<KeyMaterial, AlgorithmError> {
+pub(super) fn canonical(
+    algorithm: Algorithm,
+    material: &KeyMaterial,
+) -> Result<KeyMaterial, AlgorithmError> {
     encode(algorithm, &parse(algorithm, material)?)
 }
 
 /// The key of a seed of 32 bytes and its public key, if they belong together.
-pub(super) fn from_parts(algorithm: Algorithm, seed: &[u8], public: &[u8]) -> Result<KeyMaterial, AlgorithmError> {
+pub(super) fn from_parts(
+    algorithm: Algorithm,
+    seed: &[u8],
+    public: &[u8],
+) -> Result<KeyMaterial, AlgorithmError> {
     let wrong = AlgorithmError::NotAKey(algorithm);
-    let pair = PqdsaKeyPair::from_seed(parameters(algorithm).ok_or(wrong)?, seed).map_err(|_| wrong)?;
+    let pair =
+        PqdsaKeyPair::from_seed(parameters(algorithm).ok_or(wrong)?, seed).map_err(|_| wrong)?;
     if pair.public_key().as_ref() == public { encode(algorithm, &pair) } else { Err(wrong) }
 }
 
-pub(crate) fn parse(algorithm: Algorithm, material: &KeyMaterial) -> Result<PqdsaKeyPair, AlgorithmError> {
+pub(crate) fn parse(
+    algorithm: Algorithm,
+    material: &KeyMaterial,
+) -> Result<PqdsaKeyPair, AlgorithmError> {
     let wrong = AlgorithmError::NotAKey(algorithm);
-    PqdsaKeyPair::from_pkcs8(parameters(algorithm).ok_or(wrong)?, material.bytes()).map_err(|_| wrong)
+    PqdsaKeyPair::from_pkcs8(parameters(algorithm).ok_or(wrong)?, material.bytes())
+        .map_err(|_| wrong)
 }
 
-pub(super) fn public_key(algorithm: Algorithm, material: &KeyMaterial) -> Result<PublicKey, AlgorithmError> {
+pub(super) fn public_key(
+    algorithm: Algorithm,
+    material: &KeyMaterial,
+) -> Result<PublicKey, AlgorithmError> {
     let pair = parse(algorithm, material)?;
-    PublicKey::from_raw(algorithm, pair.public_key().as_ref()).ok_or(AlgorithmError::NotAKey(algorithm))
+    PublicKey::from_raw(algorithm, pair.public_key().as_ref())
+        .ok_or(AlgorithmError::NotAKey(algorithm))
 }

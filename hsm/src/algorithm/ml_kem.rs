@@ -4,9 +4,9 @@
 //! takes that form alone. The seed of a key from outside is expanded on import and not kept. The hybrid has no
 //! registered PKCS#8; its own form is the decapsulation key of ML-KEM-768 (2400 bytes) ‖ the X25519 private key (32).
 
+use aws_lc_rs::agreement;
 use aws_lc_rs::digest;
 use aws_lc_rs::kem::{self, DecapsulationKey, EncapsulationKey};
-use aws_lc_rs::agreement;
 #[expect(deprecated, reason = "the expanded form is what aws-lc-rs takes")]
 use ml_kem::ExpandedKeyEncoding;
 use ml_kem::{MlKem768, MlKem1024};
@@ -58,7 +58,10 @@ fn encode(algorithm: Algorithm, expanded: &[u8]) -> Result<KeyMaterial, Algorith
 }
 
 /// The same key in the stored form, from any of the three of RFC 9935 (one with both must be of one key).
-pub(super) fn canonical(algorithm: Algorithm, material: &KeyMaterial) -> Result<KeyMaterial, AlgorithmError> {
+pub(super) fn canonical(
+    algorithm: Algorithm,
+    material: &KeyMaterial,
+) -> Result<KeyMaterial, AlgorithmError> {
     let pkcs8 = material.bytes();
     if algorithm != Algorithm::X25519MlKem768 {
         if let Some(seed) = layout::read_seed(algorithm, pkcs8) {
@@ -123,7 +126,8 @@ fn public_within(algorithm: Algorithm, expanded: &[u8]) -> Option<(&[u8], &[u8])
 /// The hash check of a decapsulation key (FIPS 203, 7.3) and the checks of the encapsulation key within it (7.2).
 fn check(algorithm: Algorithm, expanded: &[u8]) -> Result<(), AlgorithmError> {
     let sound = public_within(algorithm, expanded).is_some_and(|(public, hash)| {
-        digest::digest(&digest::SHA3_256, public).as_ref() == hash && takes_encapsulation(algorithm, public)
+        digest::digest(&digest::SHA3_256, public).as_ref() == hash
+            && takes_encapsulation(algorithm, public)
     });
     if sound { Ok(()) } else { Err(AlgorithmError::NotAKey(algorithm)) }
 }
@@ -141,7 +145,10 @@ pub(crate) fn encapsulation_key(algorithm: Algorithm, public: &[u8]) -> Option<E
     EncapsulationKey::new(parameters(algorithm)?, public).ok()
 }
 
-pub(crate) fn parse(algorithm: Algorithm, material: &KeyMaterial) -> Result<DecapsulationKey, AlgorithmError> {
+pub(crate) fn parse(
+    algorithm: Algorithm,
+    material: &KeyMaterial,
+) -> Result<DecapsulationKey, AlgorithmError> {
     let wrong = AlgorithmError::NotAKey(algorithm);
     let parameters = parameters(algorithm).ok_or(wrong)?;
     DecapsulationKey::new(parameters, expanded(algorithm, material)?).map_err(|_| wrong)
@@ -152,7 +159,10 @@ pub(crate) fn parse_curve(material: &KeyMaterial) -> Result<agreement::PrivateKe
     curve25519::load_x25519(split_hybrid(material)?.1)
 }
 
-pub(super) fn public_key(algorithm: Algorithm, material: &KeyMaterial) -> Result<PublicKey, AlgorithmError> {
+pub(super) fn public_key(
+    algorithm: Algorithm,
+    material: &KeyMaterial,
+) -> Result<PublicKey, AlgorithmError> {
     let wrong = AlgorithmError::NotAKey(algorithm);
     let expanded = expanded(algorithm, material)?;
     let (public, _) = public_within(algorithm, expanded).ok_or(wrong)?;

@@ -197,7 +197,9 @@ fn check_pair(
         .and_then(|pair| pair.belongs_to(public));
     match consistent {
         Ok(true) => Ok(()),
-        Ok(false) | Err(WorkError::Failed | WorkError::Input { .. }) => Err(AlgorithmError::Inconsistent),
+        Ok(false) | Err(WorkError::Failed | WorkError::Input { .. }) => {
+            Err(AlgorithmError::Inconsistent)
+        }
         Err(WorkError::Crypto(failure)) => Err(failure.into()),
         Err(_) => Err(AlgorithmError::NotAKey(algorithm)),
     }

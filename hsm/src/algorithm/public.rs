@@ -2,8 +2,8 @@
 
 use aws_lc_rs::agreement;
 use aws_lc_rs::signature::{
-    self, ECDSA_P256_SHA256_ASN1, ECDSA_P256K1_SHA256_ASN1, ECDSA_P384_SHA384_ASN1, ECDSA_P521_SHA512_ASN1,
-    RSA_PSS_2048_8192_SHA256, VerificationAlgorithm,
+    self, ECDSA_P256_SHA256_ASN1, ECDSA_P256K1_SHA256_ASN1, ECDSA_P384_SHA384_ASN1,
+    ECDSA_P521_SHA512_ASN1, RSA_PSS_2048_8192_SHA256, VerificationAlgorithm,
 };
 use curve25519_dalek::edwards::CompressedEdwardsY;
 
@@ -84,7 +84,8 @@ impl PublicKey {
         match self.algorithm {
             // The first bit of a modulus of exactly so many bits is one.
             Algorithm::Rsa2048 | Algorithm::Rsa3072 | Algorithm::Rsa4096 => {
-                raw.first().is_some_and(|first| first & 0x80 != 0) && parses(&RSA_PSS_2048_8192_SHA256)
+                raw.first().is_some_and(|first| first & 0x80 != 0)
+                    && parses(&RSA_PSS_2048_8192_SHA256)
             }
             Algorithm::EcdsaP256 | Algorithm::EcdhP256 => parses(&ECDSA_P256_SHA256_ASN1),
             Algorithm::EcdsaP384 | Algorithm::EcdhP384 => parses(&ECDSA_P384_SHA384_ASN1),
@@ -96,7 +97,9 @@ impl PublicKey {
                 .and_then(|point| point.decompress())
                 .is_some_and(|point| !point.is_small_order()),
             Algorithm::X25519 => has_full_order(raw),
-            Algorithm::MlKem768 | Algorithm::MlKem1024 => ml_kem::takes_encapsulation(self.algorithm, raw),
+            Algorithm::MlKem768 | Algorithm::MlKem1024 => {
+                ml_kem::takes_encapsulation(self.algorithm, raw)
+            }
             Algorithm::X25519MlKem768 => raw.split_at_checked(1184).is_some_and(|(kem, curve)| {
                 ml_kem::takes_encapsulation(Algorithm::MlKem768, kem) && has_full_order(curve)
             }),

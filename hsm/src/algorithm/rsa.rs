@@ -19,7 +19,8 @@ const fn size(algorithm: Algorithm) -> Option<KeySize> {
 
 pub(super) fn generate(algorithm: Algorithm) -> Result<KeyMaterial, AlgorithmError> {
     let size = size(algorithm).ok_or(AlgorithmError::NotAKey(algorithm))?;
-    let pair = RsaKeyPair::generate(size).map_err(|_| CryptoFailure("RSA key generation failed"))?;
+    let pair =
+        RsaKeyPair::generate(size).map_err(|_| CryptoFailure("RSA key generation failed"))?;
     encode(&pair)
 }
 
@@ -30,7 +31,10 @@ fn encode(pair: &RsaKeyPair) -> Result<KeyMaterial, AlgorithmError> {
 }
 
 /// The same key in this library's own PKCS#8.
-pub(super) fn canonical(algorithm: Algorithm, material: &KeyMaterial) -> Result<KeyMaterial, AlgorithmError> {
+pub(super) fn canonical(
+    algorithm: Algorithm,
+    material: &KeyMaterial,
+) -> Result<KeyMaterial, AlgorithmError> {
     let pair = parse(algorithm, material)?;
     public(algorithm, &pair)?;
     encode(&pair)
@@ -47,7 +51,10 @@ pub(super) fn from_components(
     encode(&pair)
 }
 
-pub(crate) fn parse(algorithm: Algorithm, material: &KeyMaterial) -> Result<RsaKeyPair, AlgorithmError> {
+pub(crate) fn parse(
+    algorithm: Algorithm,
+    material: &KeyMaterial,
+) -> Result<RsaKeyPair, AlgorithmError> {
     let wrong = AlgorithmError::NotAKey(algorithm);
     let pair = RsaKeyPair::from_pkcs8(material.bytes()).map_err(|_| wrong)?;
     if size(algorithm).is_some_and(|size| size.len() == pair.public_modulus_len()) {
@@ -64,7 +71,11 @@ pub(crate) fn parse_decrypting(
 ) -> Result<PrivateDecryptingKey, AlgorithmError> {
     let wrong = AlgorithmError::NotAKey(algorithm);
     let key = PrivateDecryptingKey::from_pkcs8(material.bytes()).map_err(|_| wrong)?;
-    if size(algorithm).is_some_and(|size| size.len() * 8 == key.key_size_bits()) { Ok(key) } else { Err(wrong) }
+    if size(algorithm).is_some_and(|size| size.len() * 8 == key.key_size_bits()) {
+        Ok(key)
+    } else {
+        Err(wrong)
+    }
 }
 
 /// The public part, whose layout admits only a modulus of the right length and 65537.
@@ -74,6 +85,9 @@ fn public(algorithm: Algorithm, pair: &RsaKeyPair) -> Result<PublicKey, Algorith
     PublicKey::from_spki(algorithm, der.as_ref()).map_err(|_| wrong)
 }
 
-pub(super) fn public_key(algorithm: Algorithm, material: &KeyMaterial) -> Result<PublicKey, AlgorithmError> {
+pub(super) fn public_key(
+    algorithm: Algorithm,
+    material: &KeyMaterial,
+) -> Result<PublicKey, AlgorithmError> {
     public(algorithm, &parse(algorithm, material)?)
 }

@@ -23,7 +23,9 @@ fn names_never_change() {
 fn rsa_and_aes_wrap_what_opens_for_its_key_alone() {
     let one = generate_one_time_key(ImportWrapping::RsaAes).unwrap();
     let public = one.public.unwrap();
-    for key in [material(&[7]), material(&[7; 16]), material(&[7; 32]), pkcs8(), material(&[7; 65_536])] {
+    for key in
+        [material(&[7]), material(&[7; 16]), material(&[7; 32]), pkcs8(), material(&[7; 65_536])]
+    {
         let wrapped = wrap_rsa_aes(&public, &key).unwrap();
         assert_eq!(wrapped.len(), 512 + key.len().next_multiple_of(8) + 8);
         assert_eq!(unwrap_rsa_aes(&one.material, &wrapped).unwrap().bytes(), key.bytes());
@@ -36,7 +38,9 @@ fn rsa_and_aes_wrap_what_opens_for_its_key_alone() {
         assert_eq!(refused, ImportError::Unwrap, "changed at {at}");
     }
     let longer = [&wrapped[..], &[0; 8]].concat();
-    for broken in [&b""[..], &wrapped[..511], &wrapped[..512], &wrapped[..520], &wrapped[1..], &longer] {
+    for broken in
+        [&b""[..], &wrapped[..511], &wrapped[..512], &wrapped[..520], &wrapped[1..], &longer]
+    {
         assert_eq!(unwrap_rsa_aes(&one.material, broken).unwrap_err(), ImportError::Unwrap);
     }
     // An ephemeral key of another length.
@@ -50,7 +54,8 @@ fn rsa_and_aes_wrap_what_opens_for_its_key_alone() {
     let wrapped = [&head[..], tail].concat();
     assert_eq!(unwrap_rsa_aes(&one.material, &wrapped).unwrap_err(), ImportError::Unwrap);
     // To another key, and with the wrong kind of key.
-    let (hpke, other) = (ImportWrapping::Hpke, generate_one_time_key(ImportWrapping::RsaAes).unwrap());
+    let (hpke, other) =
+        (ImportWrapping::Hpke, generate_one_time_key(ImportWrapping::RsaAes).unwrap());
     let wrapped = wrap_rsa_aes(&other.public.unwrap(), &material(&[7; 32])).unwrap();
     assert_eq!(unwrap_rsa_aes(&one.material, &wrapped).unwrap_err(), ImportError::Unwrap);
     let hpke = generate_one_time_key(hpke).unwrap();

@@ -9,8 +9,8 @@ use aws_lc_rs::rsa::{
     OAEP_SHA256_MGF1SHA256, OaepPrivateDecryptingKey, OaepPublicEncryptingKey, PublicEncryptingKey,
 };
 use aws_lc_rs::signature::{
-    self, EcdsaKeyPair, Ed25519KeyPair, ParsedPublicKey, PqdsaKeyPair, RsaKeyPair, RsaSignatureEncoding,
-    VerificationAlgorithm,
+    self, EcdsaKeyPair, Ed25519KeyPair, ParsedPublicKey, PqdsaKeyPair, RsaKeyPair,
+    RsaSignatureEncoding, VerificationAlgorithm,
 };
 use zeroize::Zeroizing;
 
@@ -53,13 +53,19 @@ impl Pair {
     /// # Errors
     /// [`WorkError::WrongPurpose`] where such keys are not made for this or have no private half;
     /// [`WorkError::Material`].
-    pub fn new(algorithm: Algorithm, purpose: Purpose, material: &KeyMaterial) -> Result<Self, WorkError> {
+    pub fn new(
+        algorithm: Algorithm,
+        purpose: Purpose,
+        material: &KeyMaterial,
+    ) -> Result<Self, WorkError> {
         let wrong = |_| WorkError::Material(algorithm);
         if !algorithm.serves(purpose) {
             return Err(WorkError::WrongPurpose { algorithm, purpose });
         }
         let key = match (Family::of(algorithm), purpose) {
-            (Family::Rsa, Purpose::Sign) => Key::Rsa(rsa::parse(algorithm, material).map_err(wrong)?),
+            (Family::Rsa, Purpose::Sign) => {
+                Key::Rsa(rsa::parse(algorithm, material).map_err(wrong)?)
+            }
             (Family::Rsa, _) => {
                 let key = rsa::parse_decrypting(algorithm, material).map_err(wrong)?;
                 let unusable = |_| WorkError::Material(algorithm);
@@ -68,10 +74,18 @@ impl Pair {
                     private: OaepPrivateDecryptingKey::new(key).map_err(unusable)?,
                 }
             }
-            (Family::Ec, Purpose::Sign) => Key::Ecdsa(ec::parse(algorithm, material).map_err(wrong)?),
-            (Family::Ec, _) => Key::Agreement(ec::parse_agreement(algorithm, material).map_err(wrong)?),
-            (Family::Ed25519, _) => Key::Ed25519(curve25519::parse_ed25519(material).map_err(wrong)?),
-            (Family::X25519, _) => Key::Agreement(curve25519::parse_x25519(material).map_err(wrong)?),
+            (Family::Ec, Purpose::Sign) => {
+                Key::Ecdsa(ec::parse(algorithm, material).map_err(wrong)?)
+            }
+            (Family::Ec, _) => {
+                Key::Agreement(ec::parse_agreement(algorithm, material).map_err(wrong)?)
+            }
+            (Family::Ed25519, _) => {
+                Key::Ed25519(curve25519::parse_ed25519(material).map_err(wrong)?)
+            }
+            (Family::X25519, _) => {
+                Key::Agreement(curve25519::parse_x25519(material).map_err(wrong)?)
+            }
             (Family::MlKem, _) => {
                 let kem = ml_kem::parse(algorithm, material).map_err(wrong)?;
                 if algorithm == Algorithm::X25519MlKem768 {
@@ -109,7 +123,11 @@ impl Pair {
     /// # Errors
     /// [`WorkError::WrongPurpose`]; [`WorkError::Input`] for a scheme of other keys and for a digest of a wrong length
     /// or where the scheme takes none.
-    pub fn sign(&self, scheme: SignatureScheme, input: SignInput<'_>) -> Result<Vec<u8>, WorkError> {
+    pub fn sign(
+        &self,
+        scheme: SignatureScheme,
+        input: SignInput<'_>,
+    ) -> Result<Vec<u8>, WorkError> {
         if self.purpose != Purpose::Sign {
             return Err(self.wrong_purpose());
         }
@@ -152,7 +170,10 @@ impl Pair {
         }
     }
 
-    fn oaep(&self, purpose: Purpose) -> Result<(&OaepPrivateDecryptingKey, &OaepPublicEncryptingKey), WorkError> {
+    fn oaep(
+        &self,
+        purpose: Purpose,
+    ) -> Result<(&OaepPrivateDecryptingKey, &OaepPublicEncryptingKey), WorkError> {
         match &self.key {
             Key::Oaep { private, public } if self.purpose == purpose => Ok((private, public)),
             _ => Err(self.wrong_purpose()),
@@ -181,7 +202,7 @@ impl Pair {
     /// # Errors
     /// As for [`Self::seal_raw`].
     pub fn wrap(&self, key: &KeyMaterial) -> Result<Vec<u8>, WorkError> {
-        seal_oaep(self.oaep(Purpose::Wrap)?.1, "key", key.bytes())
+        seal_oaep(self.oaep(Purpose::Wrap)?.1, "key_material", key.bytes())
     }
 
     /// Opens what [`Self::wrap`], or anyone with the public key, encrypted.
@@ -213,10 +234,13 @@ impl Pair {
     /// [`WorkError::WrongPurpose`]; [`WorkError::Input`] for a wrong length; [`WorkError::Failed`] where the hybrid's
     /// X25519 part is of small order.
     pub fn decapsulate(&self, ciphertext: &[u8]) -> Result<Zeroizing<Vec<u8>>, WorkError> {
-        const LENGTH: WorkError =
-            WorkError::input("ciphertext", "its length is not that of a ciphertext of this type of key");
+        const LENGTH: WorkError = WorkError::input(
+            "ciphertext",
+            "its length is not that of a ciphertext of this type of key",
+        );
         let open = |kem: &DecapsulationKey, ciphertext: &[u8]| {
-            let secret = kem.decapsulate(Ciphertext::from(ciphertext)).map_err(|_| WorkError::Failed)?;
+            let secret =
+                kem.decapsulate(Ciphertext::from(ciphertext)).map_err(|_| WorkError::Failed)?;
             Ok(Zeroizing::new(secret.as_ref().to_vec()))
         };
         match &self.key {
@@ -227,7 +251,8 @@ impl Pair {
                 open(kem, ciphertext)
             }
             Key::Hybrid { kem, curve } => {
-                let (lattice, point) = ciphertext.split_at_checked(HYBRID_CIPHERTEXT).ok_or(LENGTH)?;
+                let (lattice, point) =
+                    ciphertext.split_at_checked(HYBRID_CIPHERTEXT).ok_or(LENGTH)?;
                 if point.len() != 32 {
                     return Err(LENGTH);
                 }
@@ -314,7 +339,10 @@ const fn rsa_encoding(scheme: SignatureScheme) -> Option<&'static RsaSignatureEn
     }
 }
 
-fn verification(algorithm: Algorithm, scheme: SignatureScheme) -> Option<&'static dyn VerificationAlgorithm> {
+fn verification(
+    algorithm: Algorithm,
+    scheme: SignatureScheme,
+) -> Option<&'static dyn VerificationAlgorithm> {
     use SignatureScheme as S;
     Some(match (algorithm, scheme) {
         (Algorithm::EcdsaP256, S::EcdsaSha256) => &signature::ECDSA_P256_SHA256_ASN1,
@@ -376,7 +404,11 @@ pub fn verify(
 ///
 /// # Errors
 /// [`WorkError::Input`] for a public key of another type, and for a plaintext longer than the modulus less 66 bytes.
-pub fn encrypt_to(algorithm: Algorithm, public: &PublicKey, plaintext: &[u8]) -> Result<Vec<u8>, WorkError> {
+pub fn encrypt_to(
+    algorithm: Algorithm,
+    public: &PublicKey,
+    plaintext: &[u8],
+) -> Result<Vec<u8>, WorkError> {
     expect(algorithm, public)?;
     if Family::of(algorithm) != Family::Rsa {
         return Err(PUBLIC_KEY);
@@ -386,7 +418,11 @@ pub fn encrypt_to(algorithm: Algorithm, public: &PublicKey, plaintext: &[u8]) ->
     seal_oaep(&key, "plaintext", plaintext)
 }
 
-fn seal_oaep(key: &OaepPublicEncryptingKey, field: &'static str, plaintext: &[u8]) -> Result<Vec<u8>, WorkError> {
+fn seal_oaep(
+    key: &OaepPublicEncryptingKey,
+    field: &'static str,
+    plaintext: &[u8],
+) -> Result<Vec<u8>, WorkError> {
     if plaintext.len() > key.max_plaintext_size(&OAEP_SHA256_MGF1SHA256) {
         return Err(WorkError::input(
             field,
@@ -402,7 +438,10 @@ fn seal_oaep(key: &OaepPublicEncryptingKey, field: &'static str, plaintext: &[u8
     Ok(out)
 }
 
-pub(crate) fn open_oaep(key: &OaepPrivateDecryptingKey, ciphertext: &[u8]) -> Result<Zeroizing<Vec<u8>>, WorkError> {
+pub(crate) fn open_oaep(
+    key: &OaepPrivateDecryptingKey,
+    ciphertext: &[u8],
+) -> Result<Zeroizing<Vec<u8>>, WorkError> {
     let mut out = Zeroizing::new(vec![0; key.min_output_size()]);
     let written = key
         .decrypt(&OAEP_SHA256_MGF1SHA256, ciphertext, &mut out, None)

@@ -63,7 +63,9 @@ impl SignatureScheme {
             Algorithm::EcdsaP256 | Algorithm::EcdsaSecp256k1 => Some(Self::EcdsaSha256),
             Algorithm::EcdsaP384 => Some(Self::EcdsaSha384),
             Algorithm::EcdsaP521 => Some(Self::EcdsaSha512),
-            Algorithm::Rsa2048 | Algorithm::Rsa3072 | Algorithm::Rsa4096 => Some(Self::RsaPssSha256),
+            Algorithm::Rsa2048 | Algorithm::Rsa3072 | Algorithm::Rsa4096 => {
+                Some(Self::RsaPssSha256)
+            }
             Algorithm::Ed25519 => Some(Self::Ed25519),
             Algorithm::MlDsa44 | Algorithm::MlDsa65 | Algorithm::MlDsa87 => Some(Self::MlDsa),
             _ => None,
@@ -97,15 +99,18 @@ impl SignatureScheme {
     /// What digests the message; `None` where the message itself is signed.
     pub(super) fn digest(self) -> Option<&'static digest::Algorithm> {
         match self {
-            Self::EcdsaSha256 | Self::EcdsaSha256P1363 | Self::RsaPssSha256 | Self::RsaPkcs1Sha256 => {
-                Some(&digest::SHA256)
-            }
-            Self::EcdsaSha384 | Self::EcdsaSha384P1363 | Self::RsaPssSha384 | Self::RsaPkcs1Sha384 => {
-                Some(&digest::SHA384)
-            }
-            Self::EcdsaSha512 | Self::EcdsaSha512P1363 | Self::RsaPssSha512 | Self::RsaPkcs1Sha512 => {
-                Some(&digest::SHA512)
-            }
+            Self::EcdsaSha256
+            | Self::EcdsaSha256P1363
+            | Self::RsaPssSha256
+            | Self::RsaPkcs1Sha256 => Some(&digest::SHA256),
+            Self::EcdsaSha384
+            | Self::EcdsaSha384P1363
+            | Self::RsaPssSha384
+            | Self::RsaPkcs1Sha384 => Some(&digest::SHA384),
+            Self::EcdsaSha512
+            | Self::EcdsaSha512P1363
+            | Self::RsaPssSha512
+            | Self::RsaPkcs1Sha512 => Some(&digest::SHA512),
             Self::Ed25519 | Self::MlDsa => None,
         }
     }
@@ -148,7 +153,10 @@ impl<'a> SignInput<'a> {
                     "this scheme signs messages, not digests: send the message",
                 ))?;
                 digest::Digest::import_less_safe(bytes, by).map(Signed::Digest).map_err(|_| {
-                    WorkError::input("digest", "it must be as long as the output of the scheme's hash function")
+                    WorkError::input(
+                        "digest",
+                        "it must be as long as the output of the scheme's hash function",
+                    )
                 })
             }
         }

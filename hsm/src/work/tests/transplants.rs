@@ -80,7 +80,7 @@ impl Case {
     }
 }
 
-const KINDS: [&str; 16] = [
+const KINDS: [&str; 17] = [
     "another key",
     "another key id",
     "another key id, in the header too",
@@ -96,6 +96,7 @@ const KINDS: [&str; 16] = [
     "cut off",
     "a bit changed",
     "bytes appended",
+    "other additional data",
     "a part of another blob of the same key",
 ];
 
@@ -181,6 +182,15 @@ fn transplant(kind: usize, case: &Case, choices: &mut Choices) -> bool {
         14 => {
             blob.extend((0..=choices.below(20)).map(|_| choices.next() as u8));
             case.opens(&binding, &blob)
+        }
+        15 => {
+            let mut aad = case.aad.clone();
+            match (aad.is_empty(), choices.below(3)) {
+                (false, 0) => drop(aad.pop()),
+                (false, 1) => aad[choices.below(case.aad.len())] ^= 1 << choices.below(8),
+                _ => aad.push(choices.next() as u8),
+            }
+            case.opens(&Binding { aad: &aad, ..binding }, &blob)
         }
         _ => {
             // The other is as long, and differs in its last byte.
