@@ -52,6 +52,8 @@ and `polykey-plaintext-bin`, as trailers.
 | UNAVAILABLE | the store or a key backend is away, with `google.rpc.RetryInfo` |
 | DATA_LOSS | a stored record fails authentication; the request id, nothing else |
 
+The key types and signature schemes, one by one: [algorithms.md](algorithms.md).
+
 Errors come in this order: authentication, the form of the fields, visibility, permission, state.
 ";
 

@@ -130,7 +130,7 @@ fn mistakes_are_refused_with_exit_code_2() {
 frobnicate
 key
 key create
-key create --type aes-128
+key create --type aes-192
 key create --type aes-256 --tag a
 key create --type aes-256 --expires tomorrow
 key create --type aes-256 --policy x

@@ -245,16 +245,18 @@ impl Call<'_> {
     }
 
     async fn import_key(&self, mut m: pb::ImportKeyRequest) -> Result<pb::ImportKeyResponse, Error> {
-        if let Some(key) = &mut m.key {
-            key.requester_context = None;
-        }
+        let requester = m.key.as_mut().and_then(|key| key.requester_context.take());
+        let cx = self
+            .admitted
+            .context(requester.as_ref(), None)
+            .map_err(|error| parse::within("key", error))?;
         let encoded = m.encode_to_vec();
         let command = parse::import(m, self.admitted.times_from())?;
         let mutation = Mutation::Create(Box::new(command));
         let place = self.import;
         let (done, view) =
-            self.service.change_item(&self.cx, self.admitted, &mutation, place, encoded).await?;
-        let key = convert::create_response(&done, &view, self.cx.now);
+            self.service.change_item(&cx, self.admitted, &mutation, place, encoded).await?;
+        let key = convert::create_response(&done, &view, cx.now);
         Ok(pb::ImportKeyResponse { key: Some(key) })
     }
 

@@ -151,6 +151,37 @@ async fn planted_secrets_are_in_no_log_no_error_no_audit_row_and_no_store() {
         .unwrap();
     assert_eq!(out.header_bin("polykey-plaintext-bin").unwrap(), rotated);
 
+    // What keys work on, and what they give out.
+    let plaintext = b"CANARY-plaintext-5b1d0c7e9a3f-of-an-encryption".to_vec();
+    let aad = b"CANARY-additional-data-0f8e7d6c5b4a-unrecorded".to_vec();
+    let outside = b"CANARY-imported-hmac-key-9f8e7d6".to_vec();
+    secrets.push(("plaintext", plaintext.clone()));
+    secrets.push(("additional data", aad.clone()));
+    secrets.push(("imported material", outside.clone()));
+    let worker = admin.create(json!({})).await;
+    let body = json!({"key_id": worker, "plaintext": base64(&plaintext), "additional_data": base64(&aad)});
+    let sealed = admin.call("Encrypt", body.clone()).await.unwrap();
+    let open = json!({"ciphertext": sealed["ciphertext"], "additional_data": base64(&aad)});
+    admin.call("Decrypt", open).await.unwrap();
+    let mut wrong = body;
+    wrong["version"] = 9.into();
+    errors += &format!("{:?}", admin.call("Encrypt", wrong).await.unwrap_err());
+    let open = json!({"ciphertext": sealed["ciphertext"], "additional_data": base64(&plaintext)});
+    errors += &format!("{:?}", admin.call("Decrypt", open).await.unwrap_err());
+    let made = admin.call("GenerateDataKey", json!({"key_id": worker})).await.unwrap();
+    let plain = made["plaintext"].as_str().unwrap();
+    secrets.push(("data key", data_encoding::BASE64.decode(plain.as_bytes()).unwrap()));
+    let import = json!({"key": {"key_type": "KEY_TYPE_HMAC_SHA256"}, "wrapping": "IMPORT_WRAPPING_PLAIN", "material": base64(&outside)});
+    let imported = admin.call("ImportKey", import.clone()).await.unwrap();
+    let mut wrong = import;
+    wrong["key"]["key_type"] = "KEY_TYPE_AES_128".into();
+    errors += &format!("{:?}", admin.call("ImportKey", wrong).await.unwrap_err());
+    let body = json!({"key_id": imported["key"]["key_id"], "message": base64(&plaintext)});
+    let mac = admin.call("GenerateMac", body).await.unwrap();
+    assert!(mac["mac"].is_string());
+    let batch = json!({"operations": [{"encrypt": {"key_id": worker, "plaintext": base64(&plaintext)}}, {"sign": {"key_id": worker, "message": base64(&plaintext)}}], "continue_on_error": true});
+    errors += &admin.call("BatchCrypto", batch).await.unwrap()["results"][1]["error"].to_string();
+
     // Tokens and logins, good and bad.
     secrets.push(("access token", a.token.clone().into_bytes()));
     secrets.push(("refresh token", a.refresh.clone().into_bytes()));

@@ -13,6 +13,7 @@
 mod common;
 
 mod canary;
+mod crypto;
 mod fields;
 mod go_batch;
 mod go_lifecycle;

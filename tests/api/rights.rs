@@ -54,6 +54,28 @@ ListKeyVersions         + + ? + ?
 UpdateKeyVersionBounds  + + ? - ?
 TrimKeyVersions         + + ? - ?
 GetKeyHistory           + - ? + ?
+Encrypt                 + - ? - ?
+Decrypt                 + - ? - ?
+Rewrap                  + - ? - ?
+GenerateDataKey         + - ? - ?
+Sign                    + - ? - ?
+Verify                  + - ? - ?
+GenerateMac             + - ? - ?
+VerifyMac               + - ? - ?
+DeriveKey               + - ? - ?
+Agree                   + - ? - ?
+Encapsulate             + - ? - ?
+Decapsulate             + - ? - ?
+WrapKey                 + - ? - ?
+UnwrapKey               + - ? - ?
+BatchCrypto             + - ? - ?
+StreamCrypto            + - ? - ?
+EncryptStream           + - ? - ?
+DecryptStream           + - ? - ?
+GenerateRandom          + - + - -
+GetPublicKey            + + ? + ?
+GetImportParameters     + + + - -
+ImportKey               + - - - -
 WhoAmI                  + + + + +
 CreateClient            + - - - -
 GetClient               + + - - -
@@ -121,6 +143,16 @@ async fn every_method_but_five_needs_a_token() {
     anonymous.call("RefreshToken", refresh).await.unwrap();
 }
 
+/// A ciphertext that names a key and is none of it: what the header says decides whose right is looked at.
+fn ciphertext(magic: &[u8], key: &str, length: usize) -> String {
+    let mut blob = magic.to_vec();
+    blob.push(1);
+    blob.extend_from_slice(uuid::Uuid::parse_str(key).unwrap().as_bytes());
+    blob.extend_from_slice(&[0, 0, 0, 1, 0, 1, 16]);
+    blob.resize(length, 7);
+    data_encoding::BASE64.encode(&blob)
+}
+
 /// A request in order for a method, about `key`, `alias` and `client`, which are there for this call alone.
 fn request(method: &str, key: &str, alias: &str, client: &str, token: &str, n: usize) -> Value {
     let create = json!({"key_type": "KEY_TYPE_AES_256"});
@@ -137,6 +169,22 @@ fn request(method: &str, key: &str, alias: &str, client: &str, token: &str, n: u
     let identity =
         json!([{"kind": "CERTIFICATE_IDENTITY_KIND_DNS", "value": format!("c{n}.example.org")}]);
     match method {
+        "BatchCrypto" => json!({"operations": [{"encrypt": item}]}),
+        "StreamCrypto" => json!({"encrypt": item}),
+        "Encrypt" | "GenerateDataKey" | "Encapsulate" | "GenerateMac" | "VerifyMac"
+        | "GetPublicKey" => item,
+        "Decrypt" | "Rewrap" => json!({"ciphertext": ciphertext(b"PKC", key, 120)}),
+        "Sign" | "Verify" => with(json!({"message": "eA=="})),
+        "DeriveKey" => with(json!({"context": {"for": "x"}})),
+        "Agree" => with(json!({"peer_public_key": "eA=="})),
+        "Decapsulate" => with(json!({"ciphertext": "eA=="})),
+        "WrapKey" => with(json!({"key_material": "eA=="})),
+        "UnwrapKey" => with(json!({"wrapped_key": "eA=="})),
+        "EncryptStream" => json!({"header": item}),
+        "DecryptStream" => json!({"header": {}}),
+        "GenerateRandom" => json!({"length": 8}),
+        "GetImportParameters" => json!({"wrapping": "IMPORT_WRAPPING_HPKE"}),
+        "ImportKey" => json!({"key": create, "wrapping": "IMPORT_WRAPPING_PLAIN", "material": data_encoding::BASE64.encode(&[7; 32])}),
         m if m.starts_with("Batch") => json!({"keys": [item]}),
         "StreamGetKeys" => item,
         m if m.starts_with("Stream") => json!({"request": item}),
@@ -231,13 +279,18 @@ async fn every_method_is_in_the_golden_matrix_and_obeys_it() {
                 }
                 _ => {}
             }
+            let works = method.parent_service().name() == "CryptoService";
             let mut own = client.clone();
             if name == "RevokeToken" {
                 own.login().await.unwrap();
             }
             let body = request(&name, &key, &alias, &id, &own.token, n);
-            let request = message(method.input(), &body);
-            let call = own.send(&method, vec![request], &[]);
+            let mut requests = vec![message(method.input(), &body)];
+            if name == "DecryptStream" {
+                let header = json!({"ciphertext": ciphertext(b"PKS", &key, 91)});
+                requests.push(message(method.input(), &header));
+            }
+            let call = own.send(&method, requests, &[]);
             // What follows for ever is allowed when it does not refuse.
             let result = if name == "FollowAudit" {
                 match tokio::time::timeout(std::time::Duration::from_secs(2), call).await {
@@ -251,7 +304,8 @@ async fn every_method_is_in_the_golden_matrix_and_obeys_it() {
                 Err(fail) => fail.code,
                 Ok(body) => {
                     let first = body.get("results").unwrap_or(body).get(0);
-                    let code = first.and_then(|f| f["error_code"].as_i64()).unwrap_or(0);
+                    let of = |f: &Value| f["error_code"].as_i64().or(f["error"]["code"].as_i64());
+                    let code = first.and_then(of).unwrap_or(0);
                     Code::from(i32::try_from(code).unwrap())
                 }
             };
@@ -261,6 +315,8 @@ async fn every_method_is_in_the_golden_matrix_and_obeys_it() {
                 Code::NotFound if name == "DeleteRole" => "+",
                 Code::NotFound => "?",
                 Code::Ok | Code::FailedPrecondition => "+",
+                // The right is looked at before what the key was made for.
+                Code::InvalidArgument if works => "+",
                 _ => "!",
             };
             if got != *expected {

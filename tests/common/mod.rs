@@ -21,6 +21,15 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 /// The binary under test.
 pub(crate) const POLYKEY: &str = env!("CARGO_BIN_EXE_polykey");
 
+/// Notes that a test cannot run here, and why; it returns then.
+pub(crate) fn skip(test: &str, why: &str) {
+    use std::io::Write as _;
+    if let Some(path) = std::env::var_os("POLYKEY_TEST_SKIPS") {
+        let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
+        writeln!(file.unwrap(), "{test}: {why}").unwrap();
+    }
+}
+
 /// How to start it.
 #[derive(Default, Clone)]
 pub(crate) struct Options {

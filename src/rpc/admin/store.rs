@@ -32,7 +32,7 @@ const STEP: usize = 4096;
 /// Rows of the schedule that one page looks at before it returns short.
 const LOOKED_AT: usize = 20_000;
 
-const SPACES: [(Space, &str); 15] = [
+const SPACES: [(Space, &str); 17] = [
     (space::KEYS, "keys"),
     (space::VERSIONS, "versions"),
     (space::LIST, "list"),
@@ -48,6 +48,8 @@ const SPACES: [(Space, &str); 15] = [
     (space::JOBS, "jobs"),
     (space::IDEMPOTENCY, "idempotency"),
     (space::USAGE, "usage"),
+    (space::IMPORTS, "imports"),
+    (space::COUNTS, "use counts"),
 ];
 
 fn space_name(space: Space) -> String {
