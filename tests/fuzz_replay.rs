@@ -107,7 +107,7 @@ macro_rules! targets {
 }
 
 targets! {
-    token record blob wrapped page_token config metadata certificate policy audit_export request
+    token record blob wrapped page_token config metadata certificate policy audit_export request key
 }
 
 #[test]
