@@ -12,8 +12,8 @@ use std::sync::OnceLock;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use polykey_hsm::work::{self, Binding, ChunkSize, STREAM_HEADER_LEN};
 use polykey_hsm::{
-    Algorithm, BlobHeader, BlobKey, KeyMaterial, MaterialContext, MaterialState, Purpose,
-    RecordBinding, Ring, RootKey, WorkingKey, WrappedBlob, WrappedKey,
+    Algorithm, BlobHeader, BlobKey, KeyMaterial, MaterialContext, MaterialState, PublicKey, Purpose,
+    RecordBinding, Ring, RootKey, WorkingKey, WrappedBlob, WrappedKey, algorithm, import,
 };
 use polykey_proto::polykey::record::v1 as record;
 use polykey_proto::polykey::v2 as pb;
@@ -53,6 +53,7 @@ pub const TARGETS: &[Target] = &[
     ("policy", policy),
     ("audit_export", audit_export),
     ("request", request),
+    ("key", key),
 ];
 
 const NODE: [u8; 16] = [7; 16];
@@ -354,6 +355,42 @@ pub fn audit_export(data: &[u8]) {
     assert_eq!(report.covered, 0, "vouched for by a key that signed nothing");
     if let Some(checkpoint) = std::str::from_utf8(data).ok().and_then(Checkpoint::parse) {
         assert!(checkpoint.verify(&keys).is_none());
+    }
+}
+
+/// Keys from outside: the first byte chooses the type, the rest is read as PKCS#8 (or what the type has), as a public
+/// key in each of its forms, and as a JSON Web Key.
+pub fn key(data: &[u8]) {
+    let Some((choice, data)) = data.split_first() else { return };
+    let choice = usize::from(*choice) % Algorithm::ALL.len();
+    let Some(&algorithm) = Algorithm::ALL.get(choice) else { return };
+    let made = |made: algorithm::Generated| {
+        assert_eq!(made.public.is_some(), algorithm.is_asymmetric());
+        if let Some(public) = made.public {
+            let again = PublicKey::from_spki(algorithm, &public.spki_der);
+            assert_eq!(again.as_ref(), Ok(&public), "a public key that is refused");
+            if let Ok(pem) = public.to_pem() {
+                assert_eq!(PublicKey::from_pem(algorithm, &pem).as_ref(), Ok(&public));
+            }
+            if let Ok(jwk) = public.to_jwk() {
+                assert_eq!(PublicKey::from_jwk(algorithm, &jwk.to_string()).as_ref(), Ok(&public));
+            }
+        }
+    };
+    if let Ok(material) = KeyMaterial::from_secret(data.to_vec())
+        && let Ok(key) = algorithm::import(algorithm, material)
+    {
+        made(key);
+    }
+    if let Ok(public) = PublicKey::from_spki(algorithm, data) {
+        assert_eq!(public.spki_der, data, "one encoding");
+    }
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    for public in [PublicKey::from_pem(algorithm, text), PublicKey::from_jwk(algorithm, text)] {
+        assert!(public.is_err() || algorithm.is_asymmetric());
+    }
+    if let Ok(key) = import::import_jwk(algorithm, text) {
+        made(key);
     }
 }
 

@@ -108,7 +108,7 @@ macro_rules! targets {
 
 targets! {
     token record blob wrapped ciphertext page_token config metadata certificate policy audit_export
-    request
+    request key
 }
 
 #[test]

@@ -5,7 +5,6 @@
 //! registered PKCS#8; its own form is the decapsulation key of ML-KEM-768 (2400 bytes) ‖ the X25519 private key (32).
 
 use aws_lc_rs::agreement;
-use aws_lc_rs::digest;
 use aws_lc_rs::kem::{self, DecapsulationKey, EncapsulationKey};
 #[expect(deprecated, reason = "the expanded form is what aws-lc-rs takes")]
 use ml_kem::ExpandedKeyEncoding;
@@ -76,8 +75,8 @@ pub(super) fn canonical(
             };
         }
     }
-    let expanded = expanded(algorithm, material)?;
-    check(algorithm, expanded)?;
+    // The hash within (FIPS 203, 7.3) is checked by aws-lc whenever it decapsulates, first for the pair's consistency.
+    expanded(algorithm, material)?;
     Ok(KeyMaterial::from_secret(pkcs8.to_vec())?)
 }
 
@@ -114,22 +113,10 @@ fn split_hybrid(material: &KeyMaterial) -> Result<(&[u8], &[u8; 32]), AlgorithmE
     Ok((kem, curve.try_into().map_err(|_| WRONG)?))
 }
 
-/// The encapsulation key within a decapsulation key: it ends 64 bytes before the end, with its hash and the rejection
-/// value behind it.
-fn public_within(algorithm: Algorithm, expanded: &[u8]) -> Option<(&[u8], &[u8])> {
+/// The encapsulation key within a decapsulation key: its hash and the rejection value follow it, 32 bytes each.
+fn public_within(algorithm: Algorithm, expanded: &[u8]) -> Option<&[u8]> {
     let (len, public) = lengths(algorithm);
-    let tail = expanded.get(len.checked_sub(64 + public)?..)?;
-    let (public, rest) = tail.split_at_checked(public)?;
-    Some((public, rest.get(..32)?))
-}
-
-/// The hash check of a decapsulation key (FIPS 203, 7.3) and the checks of the encapsulation key within it (7.2).
-fn check(algorithm: Algorithm, expanded: &[u8]) -> Result<(), AlgorithmError> {
-    let sound = public_within(algorithm, expanded).is_some_and(|(public, hash)| {
-        digest::digest(&digest::SHA3_256, public).as_ref() == hash
-            && takes_encapsulation(algorithm, public)
-    });
-    if sound { Ok(()) } else { Err(AlgorithmError::NotAKey(algorithm)) }
+    expanded.get(len.checked_sub(64 + public)?..len.checked_sub(64)?)
 }
 
 /// Whether aws-lc encapsulates to a bare encapsulation key: it does when all coefficients are below the modulus (FIPS
@@ -165,7 +152,7 @@ pub(super) fn public_key(
 ) -> Result<PublicKey, AlgorithmError> {
     let wrong = AlgorithmError::NotAKey(algorithm);
     let expanded = expanded(algorithm, material)?;
-    let (public, _) = public_within(algorithm, expanded).ok_or(wrong)?;
+    let public = public_within(algorithm, expanded).ok_or(wrong)?;
     if algorithm == Algorithm::X25519MlKem768 {
         let curve = curve25519::public_of(&parse_curve(material)?)?;
         return PublicKey::from_raw(algorithm, &[public, curve.as_ref()].concat()).ok_or(wrong);

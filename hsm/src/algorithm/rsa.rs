@@ -35,9 +35,7 @@ pub(super) fn canonical(
     algorithm: Algorithm,
     material: &KeyMaterial,
 ) -> Result<KeyMaterial, AlgorithmError> {
-    let pair = parse(algorithm, material)?;
-    public(algorithm, &pair)?;
-    encode(&pair)
+    encode(&parse(algorithm, material)?)
 }
 
 /// The key of its components, if they belong together.
@@ -47,7 +45,6 @@ pub(super) fn from_components(
 ) -> Result<KeyMaterial, AlgorithmError> {
     let pair =
         RsaKeyPair::from_components(components).map_err(|_| AlgorithmError::NotAKey(algorithm))?;
-    public(algorithm, &pair)?;
     encode(&pair)
 }
 

@@ -127,8 +127,8 @@ macro_rules! algorithms {
                 match self { $(Self::$variant => $public),* }
             }
 
-            /// Whether making a key, or working with its private part, takes more than 100 µs of CPU: run it off
-            /// the threads of requests.
+            /// Whether parsing its private part, or working with it, takes more than 100 µs of CPU: run it off the
+            /// threads of requests. Making any asymmetric key takes as long, and RSA up to seconds.
             #[must_use]
             pub const fn is_slow(self) -> bool {
                 match self { $(Self::$variant => $slow),* }

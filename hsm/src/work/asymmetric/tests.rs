@@ -326,6 +326,9 @@ fn a_public_key_of_another_type_does_nothing() {
     let input = SignInput::Message(b"message");
     let signature = pair.sign(scheme, input).unwrap();
     is_input(verify(Algorithm::EcdsaSecp256k1, scheme, &public, input, &signature), "public_key");
+    // The same bytes as a key for agreement.
+    let agreement = PublicKey::from_spki(Algorithm::EcdhP256, &public.spki_der).unwrap();
+    is_input(verify(Algorithm::EcdsaP256, scheme, &agreement, input, &signature), "public_key");
     let claimed =
         PublicKey { algorithm: Algorithm::EcdsaSecp256k1, spki_der: public.spki_der.clone() };
     is_input(verify(Algorithm::EcdsaSecp256k1, scheme, &claimed, input, &signature), "public_key");
