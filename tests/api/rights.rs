@@ -81,6 +81,7 @@ ExportAuditLog          + - - + -
 GetStoreStatus          + + - - -
 VerifyStore             + - - - -
 ListJobs                + + - - -
+ConfirmClock            + - - - -
 GetConfiguration        + + - - -
 ";
 
