@@ -5043,7 +5043,8 @@ pub mod batch_get_keys_result {
 /// The outcomes of BatchGetKeys.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct BatchGetKeysResponse {
-    /// The outcomes, in the order of the request, one for each item.
+    /// The outcomes, in the order of the request, one for each item. When they come near 4 MiB together,
+    /// the rest is not read: RESOURCE_EXHAUSTED, ANSWER_FULL, to be asked for in another call.
     #[prost(message, repeated, tag = "1")]
     pub results: ::prost::alloc::vec::Vec<BatchGetKeysResult>,
     /// When the server answered.
@@ -5562,7 +5563,8 @@ pub mod batch_get_key_metadata_result {
 /// The outcomes of BatchGetKeyMetadata.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct BatchGetKeyMetadataResponse {
-    /// The outcomes, in the order of the request, one for each item.
+    /// The outcomes, in the order of the request, one for each item. When they come near 4 MiB together,
+    /// the rest is not read: RESOURCE_EXHAUSTED, ANSWER_FULL, to be asked for in another call.
     #[prost(message, repeated, tag = "1")]
     pub results: ::prost::alloc::vec::Vec<BatchGetKeyMetadataResult>,
     /// When the server answered.
