@@ -262,6 +262,7 @@ impl App {
             forge,
         ));
         let jobs = Runner::new(Arc::clone(&vault), alarm, handler(&keyring, &directory, &clock));
+        jobs.resume().await?;
         let stopping = Arc::new(AtomicBool::new(false));
         let health = Health::new(report::checks(&vault, &trail, &tls, &jobs, &stopping));
         Ok(Self {
@@ -386,6 +387,7 @@ impl App {
     /// Makes what is not durable so.
     async fn rest(&self) -> Result<(), Error> {
         self.jobs.shutdown();
+        self.jobs.note_clock().await;
         self.trail.shutdown(LAST_WORDS).await
     }
 }

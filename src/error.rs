@@ -70,6 +70,8 @@ pub enum Reason {
     LastAdministrator,
     /// Irreversible work is held back until the clock is confirmed.
     ClockUnconfirmed,
+    /// The key is to be revoked at an earlier time already.
+    RevocationScheduled,
 }
 
 impl Reason {
@@ -98,6 +100,7 @@ impl Reason {
             Self::InUse => "IN_USE",
             Self::LastAdministrator => "LAST_ADMINISTRATOR",
             Self::ClockUnconfirmed => "CLOCK_UNCONFIRMED",
+            Self::RevocationScheduled => "REVOCATION_SCHEDULED",
         }
     }
 
@@ -128,6 +131,9 @@ impl Reason {
                 "it is the last enabled administrator; appoint another one first"
             }
             Self::ClockUnconfirmed => "the node's clock has jumped; an operator must confirm it",
+            Self::RevocationScheduled => {
+                "the key is to be revoked earlier than that already, which cannot be put off"
+            }
         }
     }
 }
@@ -252,6 +258,12 @@ fn describe(violations: &[FieldViolation]) -> String {
 
 impl From<polykey_storage::ReadError> for Error {
     fn from(error: polykey_storage::ReadError) -> Self {
-        Self::unavailable(format!("reading the store: {error}"))
+        use polykey_storage::{ReadError, StoreError};
+        let text = format!("reading the store: {error}");
+        match error {
+            // It will be no better the next time.
+            ReadError::Store(StoreError::Damaged(_)) => Self::data_loss(text),
+            _ => Self::unavailable(text),
+        }
     }
 }

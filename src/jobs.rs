@@ -12,26 +12,29 @@ use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt};
 use parking_lot::Mutex;
 use polykey_hsm::random;
-use polykey_proto::polykey::record::v1::JobRecord;
 use polykey_proto::polykey::record::v1::job_record::Kind;
+use polykey_proto::polykey::record::v1::{AuditEvent, ClockRecord, JobRecord};
 use polykey_storage::{Direction, KeyRange, RowKey};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, Reason};
+use crate::keyring::Remember;
 use crate::time::Time;
-use crate::vault::space::JOBS;
-use crate::vault::{Invalidate, Tx, Vault};
+use crate::vault::space::{JOBS, meta};
+use crate::vault::{Invalidate, Loaded, Receipt, Tx, Vault};
 
+mod clock;
 #[cfg(test)]
 mod tests;
+
+pub use clock::Doubt;
+use clock::{Guard, Moment};
 
 /// Jobs that run at once.
 const CONCURRENCY: usize = 4;
 /// Rows read at a time.
 const PAGE: usize = 256;
-/// The clock may run ahead of the time since boot by this much before it is doubted.
-const JUMP: Duration = Duration::from_secs(3600);
 /// Longest sleep, so that a changed clock is noticed.
 const NAP: Duration = Duration::from_secs(30);
 const FIRST_RETRY: Duration = Duration::from_secs(1);
@@ -50,9 +53,31 @@ impl Job {
     /// When it is tried next: at first its `due`.
     #[must_use]
     pub fn at(&self) -> Time {
-        let micros = self.row.first_chunk().map_or(0, |bytes| u64::from_be_bytes(*bytes));
-        Time::from_micros(i64::try_from(micros).unwrap_or(i64::MAX))
+        tried_at(&self.row)
     }
+}
+
+/// When the job of a row is tried next.
+fn tried_at(row: &[u8]) -> Time {
+    let micros = row.first_chunk().map_or(0, |bytes| u64::from_be_bytes(*bytes));
+    Time::from_micros(i64::try_from(micros).unwrap_or(i64::MAX))
+}
+
+/// What a row key alone tells of its job, for one whose record does not open: it is shown, and nothing
+/// is done by it. `None` for what is no row of the schedule.
+#[must_use]
+pub fn from_row(row: &[u8]) -> Option<JobRecord> {
+    let (due, rest) = row.split_first_chunk::<8>()?;
+    let (&kind, rest) = rest.split_first()?;
+    let (id, version) = rest.split_first_chunk::<16>()?;
+    let key_id = if *id == [0; 16] { Vec::new() } else { id.to_vec() };
+    Some(JobRecord {
+        kind: kind.into(),
+        due: i64::try_from(u64::from_be_bytes(*due)).ok()?,
+        key_id: key_id.into(),
+        version: u32::from_be_bytes(version.try_into().ok()?),
+        ..JobRecord::default()
+    })
 }
 
 /// The row key of a job that has not been tried: due (u64 BE, µs) ‖ kind u8 ‖ key id (16 bytes, zeros for none) ‖ version
@@ -119,31 +144,8 @@ pub struct Report {
     pub failed: usize,
     /// Held back because the clock is in doubt.
     pub held: usize,
-}
-
-/// Compares the clock with the time since boot, which nobody sets.
-#[derive(Debug, Default)]
-struct Guard {
-    /// (time since boot, clock) when the clock was last believed.
-    anchor: Option<(Duration, Time)>,
-    held: bool,
-}
-
-impl Guard {
-    /// Whether irreversible work is held back.
-    fn check(&mut self, now: Time, since_boot: Duration) -> bool {
-        let &mut (boot, time) = self.anchor.get_or_insert((since_boot, now));
-        let expected = time.plus(since_boot.saturating_sub(boot));
-        if !self.held && now.since(expected) > JUMP {
-            self.held = true;
-            tracing::error!(
-                clock = %now, %expected,
-                "the clock has jumped ahead: destruction, scheduled revocations and the end of \
-                 grace periods wait until an operator confirms it (use is refused meanwhile)"
-            );
-        }
-        self.held
-    }
+    /// Due by their row keys, but the records do not open: left as they are.
+    pub damaged: usize,
 }
 
 /// Carries out what is due.
@@ -156,19 +158,14 @@ pub struct Runner {
     stop: CancellationToken,
 }
 
-/// Time since boot, sleep included, so that a laptop that wakes is not mistaken for a changed clock.
-fn since_boot() -> Duration {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
-}
-
 /// What cannot be undone.
 fn irreversible(job: &JobRecord) -> bool {
     matches!(job.kind(), Kind::Destroy | Kind::EndGrace | Kind::Revoke)
 }
 
 impl Runner {
-    /// A runner over the schedule of `vault`, which tells `alarm` of changes.
+    /// A runner over the schedule of `vault`, which tells `alarm` of changes. It believes the clock
+    /// until [`Self::resume`].
     #[must_use]
     pub fn new(vault: Arc<Vault>, alarm: Arc<Alarm>, handler: Handler) -> Arc<Self> {
         let now = vault.clock().now();
@@ -180,7 +177,7 @@ impl Runner {
                  caught up"
             );
         }
-        let guard = Mutex::new(Guard { anchor: Some((since_boot(), now)), held: false });
+        let guard = Mutex::new(Guard::believing(Moment::now(now)));
         Arc::new(Self {
             vault,
             alarm,
@@ -189,6 +186,44 @@ impl Runner {
             running: tokio::sync::Mutex::new(()),
             stop: CancellationToken::new(),
         })
+    }
+
+    /// Judges the clock by what the store knows of it from before, and writes down where it stands.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] or [`Error::DataLoss`] if the store cannot be read.
+    pub async fn resume(&self) -> Result<(), Error> {
+        let stored = self.vault.get::<ClockRecord>(meta::CLOCK).await?.map(|l| l.record);
+        let now = Moment::now(self.vault.clock().now());
+        let guard = Guard::resume(stored.as_ref(), self.vault.last_time(), now);
+        *self.guard.lock() = guard;
+        self.note_clock().await;
+        Ok(())
+    }
+
+    /// Writes down how far the clock is believed, for the next start. What cannot be written now is
+    /// written the next time; the older note is the more cautious one.
+    pub async fn note_clock(&self) {
+        self.note_clock_at(Moment::now(self.vault.clock().now())).await;
+    }
+
+    async fn note_clock_at(&self, now: Moment) {
+        let record = {
+            let mut guard = self.guard.lock();
+            guard.check(now);
+            guard.record(now)
+        };
+        let Some(record) = record else { return };
+        let write = async {
+            let mut tx = self.vault.begin().await?;
+            tx.get::<ClockRecord>(meta::CLOCK).await?;
+            tx.put(meta::CLOCK, &record)?;
+            tx.commit().await
+        };
+        if let Err(error) = write.await {
+            let detail = error.internal_text().unwrap_or_default();
+            tracing::debug!(%error, detail, "where the clock stands was not written");
+        }
     }
 
     /// Runs until [`Self::shutdown`]; the jobs that have begun by then are finished.
@@ -225,7 +260,7 @@ impl Runner {
         let range = polykey_storage::from(after.to_be_bytes());
         let next = self.scan(range, 1).await?;
         let now = self.vault.clock().now();
-        let next = next.first().map(|job| job.at().since(now));
+        let next = next.first().map(|(row, _)| tried_at(row).since(now));
         Ok(next.unwrap_or(NAP).min(NAP))
     }
 
@@ -235,21 +270,30 @@ impl Runner {
     /// [`Error::Unavailable`] or [`Error::DataLoss`] if the schedule cannot be read. Failures of
     /// jobs are not errors: they are stored with the job, which is tried again later.
     pub async fn run_due(&self, now: Time) -> Result<Report, Error> {
-        self.run_due_at(now, since_boot()).await
+        self.run_due_at(now, Moment::now(now)).await
     }
 
-    async fn run_due_at(&self, now: Time, since_boot: Duration) -> Result<Report, Error> {
+    async fn run_due_at(&self, now: Time, moment: Moment) -> Result<Report, Error> {
         let _only_one = self.running.lock().await;
-        let held = self.guard.lock().check(now, since_boot);
+        let (before, held) = {
+            let mut guard = self.guard.lock();
+            (guard.doubt(), guard.check(moment))
+        };
+        if held != before.is_some() {
+            self.note_clock_at(moment).await;
+        }
         let end = u64::try_from(now.micros()).unwrap_or(0).saturating_add(1);
         let end = std::ops::Bound::Excluded(end.to_be_bytes().to_vec());
         let mut start = std::ops::Bound::Unbounded;
         let mut report = Report::default();
         while !self.stop.is_cancelled() {
             let range = (start, end.clone());
-            let jobs = self.scan(range, PAGE).await?;
-            let Some(last) = jobs.last() else { break };
-            start = std::ops::Bound::Excluded(last.row.clone());
+            let rows = self.scan(range, PAGE).await?;
+            let Some((last, _)) = rows.last() else { break };
+            start = std::ops::Bound::Excluded(last.clone());
+            let found = rows.len();
+            let jobs: Vec<Job> = rows.into_iter().filter_map(|(_, job)| job).collect();
+            report.damaged += found - jobs.len();
             let (wait, go): (Vec<_>, Vec<_>) =
                 jobs.into_iter().partition(|job| held && irreversible(&job.record));
             report.held += wait.len();
@@ -325,38 +369,72 @@ impl Runner {
         tx.commit().await.map(drop)
     }
 
-    /// The first `limit` jobs, the next one first.
+    /// The first `limit` jobs, the next one first, without those whose records do not open.
     ///
     /// # Errors
-    /// As [`Vault::scan`].
+    /// As [`Vault::scan_each`].
     pub async fn list(&self, limit: usize) -> Result<Vec<Job>, Error> {
-        self.scan(polykey_storage::all(), limit).await
+        let rows = self.scan(polykey_storage::all(), limit).await?;
+        Ok(rows.into_iter().filter_map(|(_, job)| job).collect())
     }
 
-    async fn scan(&self, range: KeyRange, limit: usize) -> Result<Vec<Job>, Error> {
-        let rows = self.vault.scan::<JobRecord>(range, Direction::Forward, limit).await?;
-        Ok(rows.into_iter().map(|(row, loaded)| Job { row, record: loaded.record }).collect())
+    /// Rows of the schedule, with the job where the record opens.
+    async fn scan(
+        &self,
+        range: KeyRange,
+        limit: usize,
+    ) -> Result<Vec<(Vec<u8>, Option<Job>)>, Error> {
+        let rows = self.vault.scan_each::<JobRecord>(range, Direction::Forward, limit).await?;
+        let job = |(row, loaded): (Vec<u8>, Result<Loaded<JobRecord>, Error>)| {
+            let job = loaded.ok().map(|l| Job { row: row.clone(), record: l.record });
+            (row, job)
+        };
+        Ok(rows.into_iter().map(job).collect())
     }
 
-    /// Whether irreversible jobs are held back because the clock jumped.
+    /// Whether irreversible jobs are held back because of the clock.
     #[must_use]
     pub fn clock_in_doubt(&self) -> bool {
-        self.guard.lock().held
+        self.clock_doubt().is_some()
     }
 
-    /// An operator says that the clock is right: what was held back goes on.
+    /// Why irreversible jobs are held back, if they are.
+    #[must_use]
+    pub fn clock_doubt(&self) -> Option<Doubt> {
+        self.guard.lock().doubt()
+    }
+
+    /// An operator says that the clock is right: what was held back goes on. The confirmation is
+    /// durable with its event. Returns the time confirmed.
     ///
     /// # Errors
-    /// [`Reason::ClockUnconfirmed`] if the clock is behind the store's last commit, and so cannot be
-    /// right.
-    pub fn confirm_clock(&self) -> Result<(), Error> {
-        let now = self.vault.clock().now();
-        if self.vault.head().last_time > now {
+    /// [`Reason::ClockUnconfirmed`] if the clock is behind the store's last commit though it has not
+    /// jumped, and so cannot be right; as [`Tx::commit`].
+    pub async fn confirm_clock(
+        &self,
+        event: AuditEvent,
+        remember: Option<Remember>,
+    ) -> Result<(Time, Receipt), Error> {
+        let now = Moment::now(self.vault.clock().now());
+        let jumped = self.clock_doubt() == Some(Doubt::Jumped);
+        // After a jump the last commit may be what carries the wrong time.
+        if !jumped && self.vault.last_time() > now.clock {
             return Err(Error::State(Reason::ClockUnconfirmed));
         }
-        *self.guard.lock() = Guard { anchor: Some((since_boot(), now)), held: false };
+        let believing = Guard::believing(now);
+        let mut tx = self.vault.begin().await?;
+        tx.get::<ClockRecord>(meta::CLOCK).await?;
+        if let Some(record) = believing.record(now) {
+            tx.put(meta::CLOCK, &record)?;
+        }
+        if let Some(remember) = &remember {
+            remember.write(&mut tx).await?;
+        }
+        tx.event(event);
+        let receipt = tx.commit().await?;
+        *self.guard.lock() = believing;
         self.alarm.0.notify_one();
-        Ok(())
+        Ok((now.clock, receipt))
     }
 }
 

@@ -306,7 +306,7 @@ pub fn enable(record: &mut KeyRecord, now: Time) -> Result<(), Reason> {
     Ok(())
 }
 
-/// Revokes a key, now or at a later time.
+/// Revokes a key, now or at a later time; one that is to be revoked already, only earlier than that.
 ///
 /// # Errors
 /// The reason why not: what is revoked stays so with its first reason.
@@ -316,6 +316,9 @@ pub fn revoke(record: &mut KeyRecord, at: Time, reason: &str, now: Time) -> Resu
         KeyState::Revoked => return Err(Reason::KeyRevoked),
         KeyState::PendingDestruction => return Err(Reason::KeyPendingDestruction),
         KeyState::Destroyed => return Err(Reason::KeyDestroyed),
+    }
+    if Time::optional(record.revoke_at).is_some_and(|due| at > due) {
+        return Err(Reason::RevocationScheduled);
     }
     record.revocation_reason = reason.to_owned();
     if at <= now {

@@ -46,6 +46,7 @@ pub mod net;
 pub mod pki;
 pub mod rpc;
 pub mod setup;
+mod share;
 pub mod telemetry;
 pub mod time;
 pub mod vault;

@@ -3,6 +3,7 @@
 //!
 //! It knows the ring and the store, and no rule of any key's life.
 
+mod damage;
 #[cfg(test)]
 pub(crate) mod faulty;
 mod head;
@@ -28,6 +29,7 @@ use polykey_storage::{
 
 use crate::error::Error;
 use crate::time::{Clock, Time};
+use damage::Damage;
 use head::Head;
 pub use reseal::{Position, Stale};
 pub use sequencer::Receipt;
@@ -127,6 +129,7 @@ pub struct Vault {
     fence: Arc<AtomicU32>,
     intact: AtomicBool,
     unread: AtomicBool,
+    damage: Damage,
     metrics: Arc<Metrics>,
     sequencer: Sequencer,
     clock: Clock,
@@ -254,6 +257,7 @@ impl Vault {
             fence,
             intact: AtomicBool::new(true),
             unread: AtomicBool::new(false),
+            damage: Damage::default(),
             metrics,
             sequencer,
             clock,
@@ -305,6 +309,12 @@ impl Vault {
     #[must_use]
     pub fn unread(&self) -> bool {
         self.unread.load(Ordering::Acquire)
+    }
+
+    /// Rows that were met since the last whole verification and did not open, at most 1,000.
+    #[must_use]
+    pub fn damaged(&self) -> usize {
+        self.damage.count()
     }
 
     /// Figures of the writer.
@@ -366,8 +376,15 @@ impl Vault {
             entry = again;
             sealer = self.ring.load().sealer();
         }
-        let (record, _) = seal::open::<R>(&sealer, key, &entry.value)?;
+        let record = self.opened::<R>(&sealer, key, &entry.value)?;
         Ok(Some(Loaded { record, revision: entry.revision }))
+    }
+
+    /// The record of a row. One that does not open is noted.
+    fn opened<R: Record>(&self, sealer: &Sealer, key: &[u8], value: &[u8]) -> Result<R, Error> {
+        seal::open::<R>(sealer, key, value)
+            .map(|(record, _)| record)
+            .inspect_err(|error| self.damage.note(RowKey::new(R::SPACE, key), error))
     }
 
     /// A snapshot, and a ring that holds every epoch in it.
@@ -406,15 +423,30 @@ impl Vault {
         direction: Direction,
         limit: usize,
     ) -> Result<Vec<(Vec<u8>, Loaded<R>)>, Error> {
+        let rows = self.scan_each(range, direction, limit).await?;
+        rows.into_iter().map(|(key, loaded)| Ok((key, loaded?))).collect()
+    }
+
+    /// As [`Self::scan`], with each record for itself, for walks that one damaged row must not stop: it
+    /// stands in its place with its error, and is noted.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] or [`Error::DataLoss`] if the rows cannot be read.
+    pub async fn scan_each<R: Record>(
+        &self,
+        range: KeyRange,
+        direction: Direction,
+        limit: usize,
+    ) -> Result<Vec<(Vec<u8>, Result<Loaded<R>, Error>)>, Error> {
         let (snapshot, ring) = self.steady().await?;
         let sealer = ring.sealer();
         let entries = self.read(snapshot.scan(R::SPACE, range, direction, limit).await)?;
         drop(snapshot);
         let open = |entry: Entry| {
-            let (record, _) = seal::open::<R>(&sealer, &entry.key, &entry.value)?;
-            Ok((entry.key, Loaded { record, revision: entry.revision }))
+            let opened = self.opened::<R>(&sealer, &entry.key, &entry.value);
+            (entry.key, opened.map(|record| Loaded { record, revision: entry.revision }))
         };
-        entries.into_iter().map(open).collect()
+        Ok(entries.into_iter().map(open).collect())
     }
 
     /// Reads at most `limit` row keys of a range, in order, opening nothing.

@@ -9,7 +9,7 @@ use prost_types::Timestamp;
 use super::App;
 use crate::audit::Trail;
 use crate::health::{Check, Health, STOPPING, State};
-use crate::jobs::Runner;
+use crate::jobs::{Doubt, Runner};
 use crate::metrics::RequestMetrics;
 use crate::net::NetMetrics;
 use crate::net::tls::TlsState;
@@ -45,6 +45,10 @@ pub(super) fn checks(
                 State::NotServing("the store takes no commits")
             } else if store.unread() {
                 State::Degraded("the store could not be read to the end by its last verification")
+            } else if store.damaged() > 0 {
+                State::Degraded(
+                    "stored rows are damaged and left out: `polykey store verify` names them",
+                )
             } else {
                 State::Serving
             }
@@ -60,14 +64,15 @@ pub(super) fn checks(
             }
         }),
         Box::new(move || certificates(&tls)),
-        Box::new(move || {
-            if jobs.clock_in_doubt() {
-                State::Degraded(
-                    "the clock has jumped: destruction and the end of grace wait for an operator",
-                )
-            } else {
-                State::Serving
-            }
+        Box::new(move || match jobs.clock_doubt() {
+            None => State::Serving,
+            Some(Doubt::Jumped) => State::Degraded(
+                "the clock has jumped: destruction and the end of grace wait for an operator",
+            ),
+            Some(Doubt::Settling) => State::Degraded(
+                "the clock is far ahead after a start of the machine: destruction and the end of \
+                     grace wait until it has stood for an hour",
+            ),
         }),
     ]
 }

@@ -18,7 +18,7 @@ use crate::time::Time;
 const TICK: Duration = Duration::from_secs(1);
 /// How often the certificate files are looked at.
 const LOOK: Duration = Duration::from_secs(10);
-/// How often what has expired is swept away.
+/// How often what has expired is swept away, and it is written down where the clock stands.
 const SWEEP: Duration = Duration::from_secs(600);
 /// Rows swept in one commit.
 const BATCH: usize = 256;
@@ -83,6 +83,7 @@ async fn sweep(app: Arc<App>) {
     sweeps.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         sweeps.tick().await;
+        app.jobs.note_clock().await;
         // A revocation that is forgotten too early would revive its token.
         if app.jobs.clock_in_doubt() {
             continue;

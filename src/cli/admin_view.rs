@@ -402,6 +402,7 @@ pub(super) struct StoreView {
     pub(super) audit_leaves: u64,
     pub(super) last_verified_at: Option<String>,
     pub(super) last_verification_ok: bool,
+    pub(super) damaged_records: u64,
 }
 
 impl From<pb::GetStoreStatusResponse> for StoreView {
@@ -419,6 +420,7 @@ impl From<pb::GetStoreStatusResponse> for StoreView {
             audit_leaves: s.audit_tree_size,
             last_verified_at: time(s.last_verified_at.as_ref()),
             last_verification_ok: s.last_verification_ok,
+            damaged_records: s.damaged_records,
         }
     }
 }
@@ -444,6 +446,9 @@ impl View for StoreView {
             ("audit leaves", self.audit_leaves.to_string()),
             ("verified", verified.unwrap_or_else(|| "never".to_owned())),
         ];
+        if self.damaged_records > 0 {
+            fields.push(("damaged records", self.damaged_records.to_string()));
+        }
         fields.extend(self.records.iter().map(|(space, n)| ("records", format!("{space}: {n}"))));
         Human::Record(fields)
     }
@@ -458,6 +463,7 @@ pub(super) struct JobView {
     pub(super) version: Option<i32>,
     pub(super) attempts: i32,
     pub(super) last_error: Option<String>,
+    pub(super) damaged: bool,
 }
 
 impl From<pb::JobRecord> for JobView {
@@ -469,6 +475,7 @@ impl From<pb::JobRecord> for JobView {
             version: (j.version != 0).then_some(j.version),
             attempts: j.attempts,
             last_error: (!j.last_error.is_empty()).then_some(j.last_error),
+            damaged: j.damaged,
         }
     }
 }

@@ -263,6 +263,7 @@ fn the_node() {
             free_bytes: 9,
             last_verified_at: at(0),
             last_verification_ok: true,
+            damaged_records: 0,
             audit_tree_size: 3,
             format: 1,
             node_id: "0011".into(),
@@ -292,6 +293,7 @@ fn the_node() {
         version: 1,
         attempts: 2,
         last_error: "e".into(),
+        damaged: false,
     };
     check("jobs.json", &JobsView { jobs: vec![JobView::from(job)], clock_suspended: false });
     let metrics = MetricsView::from(pb::HealthCheckResponse {

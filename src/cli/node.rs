@@ -115,6 +115,9 @@ pub struct JobsArgs {
     /// At most so many.
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
+    /// First say that the server's clock is right, so that what waits because of it goes on.
+    #[arg(long)]
+    pub confirm_clock: bool,
 }
 
 /// A new root key.
@@ -278,6 +281,10 @@ pub(super) async fn store(app: &App, command: StoreCommand) -> Result<(), CliErr
 
 pub(super) async fn jobs(app: &App, args: JobsArgs) -> Result<(), CliError> {
     let remote = app.connect().await?;
+    if args.confirm_clock {
+        let request = pb::ConfirmClockRequest {};
+        remote.mutate(request, rpc!(AdminServiceClient, confirm_clock)).await?;
+    }
     let kind = args.kind.map_or(pb::JobKind::Unspecified, pb::JobKind::from);
     let key_id = args.key.unwrap_or_default();
     let mut clock_suspended = false;
@@ -297,7 +304,8 @@ pub(super) async fn jobs(app: &App, args: JobsArgs) -> Result<(), CliError> {
     app.out.print(&JobsView { jobs, clock_suspended })?;
     if clock_suspended {
         super::output::remark(
-            "The server's clock has jumped: jobs that cannot be undone wait until it is confirmed.",
+            "The server's clock is in doubt: jobs that cannot be undone wait until it is right again \
+             or confirmed with `polykey jobs --confirm-clock`.",
         );
     }
     Ok(())

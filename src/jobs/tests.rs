@@ -67,7 +67,7 @@ async fn what_is_due_runs_once_and_the_rest_stays() {
     let (handler, seen) = noting(|_| false);
     let runner = Runner::new(Arc::clone(&vault), alarm, handler);
     let report = runner.run_due(now).await.unwrap();
-    assert_eq!(report, Report { done: 599, failed: 0, held: 0 });
+    assert_eq!(report, Report { done: 599, ..Report::default() });
     let mut versions = std::mem::take(&mut *seen.lock());
     versions.sort_unstable();
     assert_eq!(versions, (0..600).filter(|&i| i != 7).collect::<Vec<_>>());
@@ -89,7 +89,7 @@ async fn a_failing_job_stops_nothing_and_keeps_its_due_time() {
     let (handler, _) = noting(|version| version == 1);
     let runner = Runner::new(Arc::clone(&vault), alarm, handler);
     let report = runner.run_due(now).await.unwrap();
-    assert_eq!(report, Report { done: 1, failed: 2, held: 0 });
+    assert_eq!(report, Report { done: 1, failed: 2, ..Report::default() });
     let mut at = now;
     for attempt in 1..20 {
         let left = runner.list(10).await.unwrap();
@@ -122,24 +122,90 @@ async fn a_jump_of_the_clock_holds_back_what_cannot_be_undone() {
     put(&vault, &[job(Kind::Rotate, due, 3)]).await;
     let (handler, seen) = noting(|_| false);
     let runner = Runner::new(Arc::clone(&vault), alarm, handler);
-    let boot = since_boot();
+    let start = Moment::now(now);
+    let at = |clock: Time, running: Duration| Moment {
+        clock,
+        since_boot: start.since_boot + running,
+        ..start
+    };
+    *runner.guard.lock() = Guard::believing(start);
     // The clock and the time since boot go together: two days have passed.
-    *runner.guard.lock() = Guard { anchor: Some((boot, now)), held: false };
-    assert_eq!(runner.run_due_at(due, boot + HOUR * 47).await.unwrap().done, 3, "within an hour");
+    let report = runner.run_due_at(due, at(due, HOUR * 47)).await.unwrap();
+    assert_eq!(report.done, 3, "within an hour");
     assert_eq!(std::mem::take(&mut *seen.lock()).len(), 3);
 
     put(&vault, &[job(Kind::Destroy, due, 1), job(Kind::EndGrace, due, 2)]).await;
     put(&vault, &[job(Kind::Rotate, due, 3)]).await;
-    let report = runner.run_due_at(due.plus(HOUR * 2), boot + HOUR * 48).await.unwrap();
-    assert_eq!(report, Report { done: 1, failed: 0, held: 2 });
-    assert!(runner.clock_in_doubt());
-    // Setting it back does not end the doubt; only a confirmation does.
-    let report = runner.run_due_at(due, boot + HOUR * 48).await.unwrap();
-    assert_eq!(report.held, 2);
+    let late = due.plus(HOUR * 2);
+    let report = runner.run_due_at(late, at(late, HOUR * 48)).await.unwrap();
+    assert_eq!(report, Report { done: 1, held: 2, ..Report::default() });
+    assert_eq!(runner.clock_doubt(), Some(Doubt::Jumped));
     vault.clock().advance(HOUR * 50);
-    runner.confirm_clock().unwrap();
+    runner.confirm_clock(AuditEvent::default(), None).await.unwrap();
     assert_eq!(runner.run_due(vault.clock().now()).await.unwrap().done, 2);
     assert_eq!(runner.list(1).await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn a_restart_does_not_believe_a_clock_that_jumped() {
+    let alarm = Arc::new(Alarm::default());
+    let vault = vault(&alarm).await;
+    let due = vault.clock().now().plus(HOUR * 48);
+    put(&vault, &[job(Kind::Destroy, due, 1)]).await;
+    let (handler, seen) = noting(|_| false);
+    let start = async || {
+        let runner = Runner::new(Arc::clone(&vault), Arc::clone(&alarm), Arc::clone(&handler));
+        runner.resume().await.unwrap();
+        runner
+    };
+    assert_eq!(start().await.clock_doubt(), None);
+    // The clock is set ahead while the server is off, in one boot of the machine.
+    vault.clock().advance(HOUR * 50);
+    for restart in 0..2 {
+        let runner = start().await;
+        assert_eq!(runner.clock_doubt(), Some(Doubt::Jumped), "restart {restart}");
+        let report = runner.run_due(vault.clock().now()).await.unwrap();
+        assert_eq!(report, Report { held: 1, ..Report::default() });
+    }
+    assert!(seen.lock().is_empty());
+    start().await.confirm_clock(AuditEvent::default(), None).await.unwrap();
+    let runner = start().await;
+    assert_eq!(runner.clock_doubt(), None);
+    assert_eq!(runner.run_due(vault.clock().now()).await.unwrap().done, 1);
+}
+
+#[tokio::test]
+async fn a_damaged_job_is_left_where_it_is_and_stops_no_other() {
+    let alarm = Arc::new(Alarm::default());
+    let vault = vault(&alarm).await;
+    let now = vault.clock().now();
+    let jobs: Vec<_> = (0..300).map(|i| job(Kind::Rotate, now, i)).collect();
+    put(&vault, &jobs).await;
+    // One in the middle, and one at the end of a page.
+    let damaged = [row(&jobs[100]), row(&jobs[PAGE - 1])];
+    for row in &damaged {
+        let entry = vault.store().get(JOBS, row).await.unwrap().unwrap();
+        let mut value = entry.value.to_vec();
+        *value.last_mut().unwrap() ^= 1;
+        let commit = polykey_storage::Commit::new().put(JOBS, row.clone(), value);
+        let done = vault.store().commit(vec![commit], &mut polykey_storage::NoFinish).await;
+        assert!(done.unwrap().any());
+    }
+    let (handler, seen) = noting(|_| false);
+    let runner = Runner::new(Arc::clone(&vault), alarm, handler);
+    let report = runner.run_due(now).await.unwrap();
+    assert_eq!(report, Report { done: 298, damaged: 2, ..Report::default() });
+    assert_eq!(seen.lock().len(), 298);
+    assert_eq!(vault.damaged(), 2);
+    for row in &damaged {
+        assert!(vault.store().get(JOBS, row).await.unwrap().is_some());
+        let told = from_row(row).unwrap();
+        assert!(jobs.contains(&told), "{told:?}");
+    }
+    assert!(runner.turn().await.unwrap() > Duration::ZERO, "it does not spin on what is damaged");
+    let report = vault.verify(true, |_| ()).await.unwrap();
+    assert_eq!(report.findings.len(), 2, "{report:?}");
+    assert!(vault.writable(), "the others are as they were");
 }
 
 #[tokio::test]
@@ -194,7 +260,7 @@ async fn a_scheduled_revocation_is_not_made_final_by_a_clock_in_doubt() {
     put(&vault, &[job(Kind::Revoke, now, 1)]).await;
     let (handler, seen) = noting(|_| false);
     let runner = Runner::new(vault, alarm, handler);
-    let report = runner.run_due_at(now.plus(2 * HOUR), since_boot()).await.unwrap();
+    let report = runner.run_due(now.plus(2 * HOUR)).await.unwrap();
     assert_eq!(report, Report { held: 1, ..Report::default() });
     assert!(seen.lock().is_empty());
 }

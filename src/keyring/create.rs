@@ -123,7 +123,8 @@ impl Keyring {
             supplied: command.value.as_ref().map(supplied).transpose()?,
             prefix: command.prefix.clone(),
         };
-        Ok(Prepared::Material(self.forge.make(command.algorithm, params).await?))
+        let client = Some(cx.caller.client_id());
+        Ok(Prepared::Material(self.forge.make(client, command.algorithm, params).await?))
     }
 
     async fn authorize_create(
@@ -189,7 +190,7 @@ impl Keyring {
             leaf: None,
             erased: 0,
         };
-        Ok(Planned { done, event: event.into() })
+        Ok(Planned { done, event: event.into(), beside: None })
     }
 
     /// Wraps material into a new version row.

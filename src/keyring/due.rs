@@ -121,7 +121,7 @@ impl Keyring {
             supplied: None,
             prefix: key.record.generation_params.get("prefix").cloned(),
         };
-        let made = self.forge.make(key.algorithm, params).await?;
+        let made = self.forge.make(None, key.algorithm, params).await?;
         let version = Version::new(key.record.latest_version.saturating_add(1))
             .ok_or_else(|| Error::internal("out of versions"))?;
         self.new_version_at(tx, key, version, (&made, GENERATED), now)?;

@@ -7,12 +7,14 @@ use polykey_hsm::{Algorithm, Generated, GenerationParams, algorithm};
 use tokio::sync::Semaphore;
 
 use crate::error::Error;
+use crate::share::Places;
 
 /// A bounded place for slow key generation.
 #[derive(Clone, Debug)]
 pub struct Forge {
     running: Arc<Semaphore>,
-    waiting: Arc<Semaphore>,
+    /// Of those that run and those that wait.
+    places: Places<String>,
 }
 
 impl Forge {
@@ -20,25 +22,25 @@ impl Forge {
     #[must_use]
     pub fn new(running: usize, waiting: usize) -> Self {
         let running = running.max(1);
-        Self {
-            running: Arc::new(Semaphore::new(running)),
-            waiting: Arc::new(Semaphore::new(running + waiting)),
-        }
+        Self { running: Arc::new(Semaphore::new(running)), places: Places::new(running + waiting) }
     }
 
-    /// Makes a key: symmetric ones at once, the others on a thread of their own.
+    /// Makes a key: symmetric ones at once, the others on a thread of their own. One client has half of
+    /// the places at most; the node's own work, without a client, has no such limit.
     ///
     /// # Errors
-    /// [`Error::Exhausted`] if the queue is full, [`Error::Invalid`] if the parameters do not fit.
+    /// [`Error::Exhausted`] if the queue or the client's share of it is full, [`Error::Invalid`] if the
+    /// parameters do not fit.
     pub async fn make(
         &self,
+        client: Option<&str>,
         algorithm: Algorithm,
         params: GenerationParams,
     ) -> Result<Generated, Error> {
         if !algorithm.is_asymmetric() {
             return generate(algorithm, params);
         }
-        self.run(move || generate(algorithm, params)).await?
+        self.run(client, move || generate(algorithm, params)).await?
     }
 
     /// Has something slow done on a thread of its own.
@@ -47,13 +49,11 @@ impl Forge {
     /// [`Error::Exhausted`] if the queue is full.
     pub async fn run<T: Send + 'static>(
         &self,
+        client: Option<&str>,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Error> {
-        let _place = self
-            .waiting
-            .clone()
-            .try_acquire_owned()
-            .map_err(|_| Error::Exhausted { retry_after: Duration::from_secs(1) })?;
+        let place = self.places.take(client.map(str::to_owned).as_ref());
+        let _place = place.ok_or(Error::Exhausted { retry_after: Duration::from_secs(1) })?;
         let turn = self
             .running
             .clone()

@@ -59,6 +59,8 @@ pub(super) enum Prepared {
 pub(super) struct Planned {
     pub(super) done: Done,
     pub(super) event: AuditEvent,
+    /// What the change means to another key: an event of its own, behind the first.
+    pub(super) beside: Option<AuditEvent>,
 }
 
 /// Whoever lost a race for a key waits for its turn, so that any number of callers get theirs in the
@@ -155,6 +157,9 @@ impl Keyring {
                 let plan = Box::pin(self.plan(cx, &mut tx, mutation, prepared));
                 let plan = plan.await.map_err(|e| (i, e))?;
                 tx.event(plan.event.clone());
+                if let Some(event) = &plan.beside {
+                    tx.event(event.clone());
+                }
                 if let Some(Some(key)) = idempotency.get(i) {
                     key.remember(&mut tx, cx, &plan.done).await.map_err(|e| (i, e))?;
                 }
@@ -182,11 +187,13 @@ impl Keyring {
     fn finish(&self, planned: Vec<Planned>, receipt: Receipt) -> Vec<Done> {
         let mut leaf = receipt.leaf;
         let mut all = Vec::with_capacity(planned.len());
-        for Planned { mut done, event } in planned {
+        for Planned { mut done, event, beside } in planned {
             done.leaf = leaf;
-            if let Some(index) = leaf {
-                self.trail.observed(index, &event);
-                leaf = Some(index + 1);
+            for event in [Some(event), beside].into_iter().flatten() {
+                if let Some(index) = leaf {
+                    self.trail.observed(index, &event);
+                    leaf = Some(index + 1);
+                }
             }
             all.push(done);
         }
@@ -365,7 +372,7 @@ impl Keyring {
             leaf: None,
             erased: 0,
         };
-        Ok(Planned { done, event })
+        Ok(Planned { done, event, beside: None })
     }
 
     pub(super) fn event<C: Command>(
@@ -396,6 +403,7 @@ impl Keyring {
         key::may_change(&key.record, cx.now).map_err(Error::State)?;
         let SetAlias { alias, moves, from, .. } = permit.command();
         let mut after = key.record.clone();
+        let mut beside = None;
         if *moves {
             let name = KeyName::Alias(alias.clone());
             let found = self.load_in(tx, &name).await;
@@ -424,7 +432,11 @@ impl Keyring {
             }
             let mut stripped = old.record.clone();
             stripped.aliases.retain(|name| name != alias);
-            self.changed(cx, tx, &old, stripped, &permit).await?;
+            let taken = self.changed(cx, tx, &old, stripped, &permit).await?;
+            // Of the key that loses the name, it is the deletion of one.
+            let mut event = taken.event;
+            event.action = Action::DeleteAlias.name().to_owned();
+            beside = Some(event);
             release_alias(tx, alias).await?;
         }
         if after.aliases.len() >= crate::limits::ALIASES {
@@ -432,7 +444,8 @@ impl Keyring {
         }
         claim_alias(tx, alias, key.id, cx.now).await?;
         after.aliases.push(alias.clone());
-        self.changed(cx, tx, &key, after, &permit).await
+        let planned = self.changed(cx, tx, &key, after, &permit).await?;
+        Ok(Planned { beside, ..planned })
     }
 
     async fn plan_trim(

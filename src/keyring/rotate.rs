@@ -79,11 +79,12 @@ impl Keyring {
         if !makes_version(&key.record, command.strategy) {
             return Ok(Prepared::Nothing);
         }
-        Ok(Prepared::Material(self.material_for(&key, command).await?))
+        Ok(Prepared::Material(self.material_for(cx, &key, command).await?))
     }
 
     async fn material_for(
         &self,
+        cx: &Context,
         key: &Key,
         command: &RotateKey,
     ) -> Result<polykey_hsm::Generated, Error> {
@@ -91,7 +92,7 @@ impl Keyring {
             supplied: command.value.as_ref().map(supplied).transpose()?,
             prefix: key.record.generation_params.get("prefix").cloned(),
         };
-        self.forge.make(key.algorithm, params).await
+        self.forge.make(Some(cx.caller.client_id()), key.algorithm, params).await
     }
 
     pub(super) async fn plan_rotate(
@@ -116,7 +117,7 @@ impl Keyring {
                 Prepared::Material(made) => made,
                 // The staged version that was to be promoted is gone: somebody was faster.
                 Prepared::Nothing => {
-                    made = self.material_for(&key, command).await?;
+                    made = self.material_for(cx, &key, command).await?;
                     &made
                 }
             };

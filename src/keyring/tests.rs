@@ -478,6 +478,26 @@ async fn an_expected_revision_that_has_passed_is_a_conflict() {
 }
 
 #[tokio::test]
+async fn a_scheduled_revocation_can_come_earlier_and_not_later() {
+    let node = Node::new().await;
+    let cx = node.cx("a", "user");
+    let id = node.key(&cx).await;
+    let (soon, late) = (START.plus_seconds(3600), START.plus_seconds(7200));
+    node.do_it(&cx, revoke(id, Some(late))).await.unwrap();
+    let done = node.do_it(&cx, revoke(id, Some(soon))).await.unwrap();
+    assert_eq!(done.key.record.revoke_at, soon.micros());
+    let put_off = node.do_it(&cx, revoke(id, Some(late))).await;
+    assert!(matches!(put_off, Err(Error::State(Reason::RevocationScheduled))), "{put_off:?}");
+    // The same once more is no change of its mind.
+    node.do_it(&cx, revoke(id, Some(soon))).await.unwrap();
+    assert_eq!(node.keyring.load(id).await.unwrap().record.revoke_at, soon.micros());
+    node.clock.advance(Duration::from_secs(3601));
+    node.run_due().await;
+    let cx = node.cx("a", "user");
+    assert!(matches!(node.get(&cx, id, 0).await, Err(Error::State(Reason::KeyRevoked))));
+}
+
+#[tokio::test]
 async fn aliases_have_one_key_and_move_only_when_asked() {
     let node = Node::new().await;
     let cx = node.cx("a", "user");
@@ -494,6 +514,12 @@ async fn aliases_have_one_key_and_move_only_when_asked() {
     let by_alias = GetKey { key: KeyName::Alias("x".into()), version: 0, export: Export::None };
     assert_eq!(node.keyring.get(&cx, &by_alias).await.unwrap().metadata.key.id, two);
     assert!(node.keyring.load(one).await.unwrap().record.aliases.is_empty());
+    // The move stands in the history of both keys.
+    let last = async |id| {
+        let recent = node.keyring.trail.usage(&id).await.unwrap().recent;
+        recent.iter().rev().map(|e| e.action.clone()).find(|action| action != "GetKey").unwrap()
+    };
+    assert_eq!((last(one).await.as_str(), last(two).await.as_str()), ("DeleteAlias", "SetAlias"));
     let delete = Mutation::DeleteAlias(DeleteAlias { alias: "x".into() });
     node.do_it(&cx, delete).await.unwrap();
     assert!(matches!(node.keyring.get(&cx, &by_alias).await, Err(Error::NotFound)));

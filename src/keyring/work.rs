@@ -55,6 +55,8 @@ struct Ready {
     version: Arc<KeyVersion>,
     decision: DecisionId,
     action: Action,
+    /// Whose share of slow work it takes.
+    client: Arc<str>,
     epoch: u64,
     parsed: Arc<Parsed>,
 }
@@ -120,7 +122,8 @@ impl Keyring {
         }
         .map_err(Error::State)?;
         let (decision, action) = (permit.decision_id(), C::ACTION);
-        Ok(Ready { key, version, decision, action, epoch, parsed })
+        let client = Arc::clone(&cx.caller.facts.client);
+        Ok(Ready { key, version, decision, action, client, epoch, parsed })
     }
 
     /// Where the parsed keys of a key are remembered; to be taken before its rows are read.
@@ -154,6 +157,7 @@ impl Keyring {
             return f(&self.unwrapped(ready)?).map_err(failed);
         }
         let number = ready.number();
+        let client = Some(&*ready.client);
         let known = ready.parsed.0.lock().get(&number).cloned();
         let slow = ready.key.algorithm.is_slow();
         let working = match known {
@@ -164,14 +168,14 @@ impl Keyring {
                 let algorithm = ready.key.algorithm;
                 let purpose = purpose(&ready.key.record, algorithm);
                 let parse = move || WorkingKey::new(algorithm, purpose, &opened.material);
-                let parsed = if slow { self.slow.run(parse).await? } else { parse() };
+                let parsed = if slow { self.slow.run(client, parse).await? } else { parse() };
                 let working = Arc::new(parsed.map_err(failed)?);
                 ready.parsed.0.lock().insert(number, Arc::clone(&working));
                 working
             }
         };
         if slow {
-            self.slow.run(move || f(&working)).await?.map_err(failed)
+            self.slow.run(client, move || f(&working)).await?.map_err(failed)
         } else {
             f(&working).map_err(failed)
         }

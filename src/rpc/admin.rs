@@ -215,6 +215,7 @@ service! {
     get_audit_checkpoint(GetAuditCheckpointRequest) -> GetAuditCheckpointResponse;
     get_store_status(GetStoreStatusRequest) -> GetStoreStatusResponse;
     list_jobs(ListJobsRequest) -> ListJobsResponse;
+    confirm_clock(ConfirmClockRequest) -> ConfirmClockResponse;
     get_configuration(GetConfigurationRequest) -> GetConfigurationResponse;
     }
     {

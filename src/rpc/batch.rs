@@ -16,6 +16,9 @@ use crate::limits::{BATCH, Violations};
 
 /// Items of a batch worked on at the same time; they meet again in commit groups.
 const PARALLEL: usize = 64;
+/// Bytes of answers after which a batch reads no further: with one more of the largest they stay below
+/// the 4 MiB that a client takes unless it is told to take more.
+const ANSWER_BYTES: usize = (4 * 1024 - 256) * 1024;
 
 /// How a batch goes on after a failure.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -34,6 +37,8 @@ pub(super) enum Item<T> {
     Failed(Error),
     /// An earlier item failed first.
     NotTried,
+    /// The items before it have filled the answer.
+    NoRoom,
 }
 
 impl<T> Item<T> {
@@ -48,6 +53,11 @@ impl<T> Item<T> {
             Self::NotTried => {
                 let text = "not attempted: an earlier item failed".to_owned();
                 Some((text, tonic::Code::Aborted as i32, "NOT_ATTEMPTED".to_owned()))
+            }
+            Self::NoRoom => {
+                let text =
+                    "not attempted: the answer is full; ask for it in another call".to_owned();
+                Some((text, tonic::Code::ResourceExhausted as i32, "ANSWER_FULL".to_owned()))
             }
         }
     }
@@ -194,8 +204,9 @@ impl KeyService {
         }
     }
 
-    /// Reads, in order; stops at the first failure unless told to go on.
-    async fn read_all<C, T, F>(
+    /// Reads, in order; stops at the first failure unless told to go on, and anyway when the answer is
+    /// full: what is not sent is not read, so that the trail tells of no export that nobody got.
+    async fn read_all<C, T: Message, F>(
         &self,
         continue_on_error: bool,
         commands: Vec<Result<C, Error>>,
@@ -206,9 +217,15 @@ impl KeyService {
     {
         let mut results = Vec::with_capacity(commands.len());
         let mut stopped = false;
+        let mut bytes = 0;
         for (i, command) in commands.into_iter().enumerate() {
             if stopped {
                 results.push(Item::NotTried);
+                continue;
+            }
+            if bytes >= ANSWER_BYTES {
+                stopped = !continue_on_error;
+                results.push(Item::NoRoom);
                 continue;
             }
             let result = match command {
@@ -216,7 +233,10 @@ impl KeyService {
                 Err(error) => Err(in_item(error, i)),
             };
             results.push(match result {
-                Ok(done) => Item::Done(done),
+                Ok(done) => {
+                    bytes += done.encoded_len();
+                    Item::Done(done)
+                }
                 Err(error) => {
                     stopped = !continue_on_error;
                     Item::Failed(error)
@@ -230,7 +250,7 @@ impl KeyService {
 macro_rules! results {
     ($items:expr, $ids:expr, $Result:ident, $oneof:ident, $id_field:ident, |$done:ident| $success:expr) => {{
         let mut results = Vec::with_capacity($items.len());
-        for (index, (item, id)) in $items.iter().zip($ids).enumerate() {
+        for (index, (item, id)) in $items.into_iter().zip($ids).enumerate() {
             let index = i32::try_from(index).unwrap_or(i32::MAX);
             let mut result = pb::$Result { $id_field: id, index, ..Default::default() };
             match item {
@@ -270,13 +290,14 @@ pub(super) async fn get_keys(
     let cx_ref = &cx;
     let items = service
         .read_all(m.continue_on_error, commands, |(command, skip)| async move {
-            Ok((keyring.get(cx_ref, &command).await?, skip))
+            let got = keyring.get(cx_ref, &command).await?;
+            Ok(convert::get_response(&got, skip, cx_ref.now))
         })
         .await;
     let (successful_count, failed_count) = counts(&items);
     Ok(Response::new(pb::BatchGetKeysResponse {
         results: results!(items, ids, BatchGetKeysResult, batch_get_keys_result, key_id, |done| {
-            convert::get_response(&done.0, done.1, cx.now)
+            done
         }),
         response_timestamp: Some(convert::timestamp(cx.now)),
         successful_count,
@@ -302,7 +323,8 @@ pub(super) async fn get_metadata(
     let cx_ref = &cx;
     let items = service
         .read_all(m.continue_on_error, commands, |command| async move {
-            keyring.metadata(cx_ref, &command).await
+            let view = keyring.metadata(cx_ref, &command).await?;
+            Ok(convert::metadata_response(&view, cx_ref.now))
         })
         .await;
     let (successful_count, failed_count) = counts(&items);
@@ -313,7 +335,7 @@ pub(super) async fn get_metadata(
             BatchGetKeyMetadataResult,
             batch_get_key_metadata_result,
             key_id,
-            |done| convert::metadata_response(done, cx.now)
+            |done| done
         ),
         response_timestamp: Some(convert::timestamp(cx.now)),
         successful_count,

@@ -9,14 +9,14 @@ use std::time::Duration;
 
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::{Body as HttpBody, Frame, SizeHint};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::body::Body;
 use tower::Service;
 
 use super::{methods, status};
 use crate::authn::layer::REQUEST_ID;
 use crate::error::Error;
-use crate::net::RequestId;
+use crate::net::{Connection, RequestId};
+use crate::share::{Place, Places};
 
 /// Ends what takes longer than it may.
 #[derive(Clone, Debug)]
@@ -31,33 +31,34 @@ const STREAMS: usize = 4096;
 const WATCHES: usize = 256;
 const WATCH: &str = "/grpc.health.v1.Health/Watch";
 
-/// Places for streams. What watches health without a token has few of its own.
+/// Who holds the places of streams: a certificate, since they are taken before any token is read.
+type Holder = [u8; 32];
+
+/// Places for streams, half of them at most for one certificate. What watches health without a token has
+/// few of its own.
 #[derive(Clone, Debug)]
 pub(crate) struct StreamSlots {
-    streams: Arc<Semaphore>,
-    watches: Arc<Semaphore>,
+    streams: Places<Holder>,
+    watches: Places<Holder>,
 }
 
 impl Default for StreamSlots {
     fn default() -> Self {
-        Self {
-            streams: Arc::new(Semaphore::new(STREAMS)),
-            watches: Arc::new(Semaphore::new(WATCHES)),
-        }
+        Self { streams: Places::new(STREAMS), watches: Places::new(WATCHES) }
     }
 }
 
 impl StreamSlots {
-    fn take(&self, path: &str) -> Option<OwnedSemaphorePermit> {
+    fn take(&self, path: &str, holder: Option<Holder>) -> Option<Place<Holder>> {
         let places = if path == WATCH { &self.watches } else { &self.streams };
-        Arc::clone(places).try_acquire_owned().ok()
+        places.take(holder.as_ref())
     }
 }
 
 /// A body that keeps a stream's place until it has ended or is dropped.
 struct Held {
     body: Body,
-    _place: OwnedSemaphorePermit,
+    _place: Place<Holder>,
 }
 
 impl HttpBody for Held {
@@ -126,7 +127,9 @@ where
         };
         let id = request.extensions().get::<RequestId>().cloned();
         let place = if method.lasts {
-            let Some(place) = self.streams.take(request.uri().path()) else {
+            let connection = request.extensions().get::<Arc<Connection>>();
+            let holder = connection.map(|c| *c.certificate().thumbprint());
+            let Some(place) = self.streams.take(request.uri().path(), holder) else {
                 let full =
                     status::status(&Error::Exhausted { retry_after: Duration::from_secs(1) });
                 return Box::pin(async move { Ok(named(full, id.as_ref())) });

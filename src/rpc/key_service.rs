@@ -145,6 +145,7 @@ impl pb::polykey_service_server::PolykeyService for KeyService {
             next_page_token: page.next,
             total_count: i32::try_from(page.total).unwrap_or(i32::MAX),
             filtered_count: i32::try_from(page.filtered).unwrap_or(i32::MAX),
+            damaged_count: i32::try_from(page.damaged).unwrap_or(i32::MAX),
             response_timestamp: Some(convert::timestamp(cx.now)),
         }))
     }

@@ -149,6 +149,7 @@ methods! {
         "GetStoreStatus": right(Action::ReadNode);
         "VerifyStore" lasts: right(Action::VerifyStore);
         "ListJobs": right(Action::ReadNode);
+        "ConfirmClock": right(Action::ConfirmClock);
         "GetConfiguration": right(Action::ReadNode);
     }
     "grpc.health.v1.Health" {

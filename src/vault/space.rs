@@ -36,7 +36,7 @@ macro_rules! records {
 
 records! {
     /// Single rows of the node: see the constants of [`meta`].
-    META = 0 { CanaryRecord = 1, HeadRecord = 2, UsageMark = 3, ResealRecord = 4 }
+    META = 0 { CanaryRecord = 1, HeadRecord = 2, UsageMark = 3, ResealRecord = 4, ClockRecord = 5 }
     /// Keys: `key id`.
     KEYS = 1 { KeyRecord = 10 }
     /// Versions: `key id ‖ version (u32 BE)`.
@@ -87,6 +87,8 @@ pub mod meta {
     pub const USAGE_MARK: &[u8] = b"usage-mark";
     /// [`super::record::ResealRecord`].
     pub const RESEAL: &[u8] = b"reseal";
+    /// [`super::record::ClockRecord`].
+    pub const CLOCK: &[u8] = b"clock";
 }
 
 /// Whether a row is sealed and counted in the set hash. The others stand in the clear and carry
@@ -108,6 +110,7 @@ pub fn kind(row: &RowKey) -> Option<u8> {
             meta::HEAD => Some(record::HeadRecord::KIND),
             meta::USAGE_MARK => Some(record::UsageMark::KIND),
             meta::RESEAL => Some(record::ResealRecord::KIND),
+            meta::CLOCK => Some(record::ClockRecord::KIND),
             _ => None,
         };
     }

@@ -79,7 +79,8 @@ impl<'v> Tx<'v> {
         let entry = self.snapshot.get(R::SPACE, key).await?;
         self.read.insert(row, entry.as_ref().map(|e| e.revision));
         let Some(entry) = entry else { return Ok(None) };
-        let (record, _) = seal::open::<R>(&self.sealer(R::SPACE, &entry.value), key, &entry.value)?;
+        let sealer = self.sealer(R::SPACE, &entry.value);
+        let record = self.vault.opened::<R>(&sealer, key, &entry.value)?;
         Ok(Some(Loaded { record, revision: entry.revision }))
     }
 
@@ -104,7 +105,7 @@ impl<'v> Tx<'v> {
         let entries = self.snapshot.scan(R::SPACE, range, direction, limit).await?;
         let mut records = Vec::with_capacity(entries.len());
         for entry in entries {
-            let (record, _) = seal::open::<R>(&sealer, &entry.key, &entry.value)?;
+            let record = self.vault.opened::<R>(&sealer, &entry.key, &entry.value)?;
             self.read.insert(RowKey::new(R::SPACE, entry.key.clone()), Some(entry.revision));
             records.push((entry.key, Loaded { record, revision: entry.revision }));
         }

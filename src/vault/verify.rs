@@ -1,9 +1,10 @@
 //! The comparison of every row with the head: a row that was replayed, dropped or added shows.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 
 use polykey_proto::polykey::record::v1::{
-    AliasRecord, AuditLeaf, CanaryRecord, ClientRecord, HeadRecord, IdempotencyRecord,
+    AliasRecord, AuditLeaf, CanaryRecord, ClientRecord, ClockRecord, HeadRecord, IdempotencyRecord,
     IdentityRecord, ImportRecord, JobRecord, KeyRecord, ListRow, ResealRecord, RevokedTokenRecord,
     RoleRecord, SigningKeyRecord, TokenFamilyRecord, UsageMark, UsageRecord, UseCountRecord,
     VersionRecord,
@@ -40,7 +41,7 @@ pub struct VerifyReport {
     pub damaged: u64,
     /// Whether the rows are not those the head counts.
     pub foreign_rows: bool,
-    /// Whether the audit log is not the one the head names.
+    /// Whether the audit log is not the one the head names, or a leaf of it does not open.
     pub foreign_log: bool,
 }
 
@@ -51,6 +52,12 @@ impl VerifyReport {
             self.findings.push(text);
             self.at.push(Some(row.clone()));
         }
+    }
+
+    /// Whether the rows as a whole are not those that were written. A row that merely does not open is
+    /// known for what it is and never served.
+    fn stops(&self) -> bool {
+        self.foreign_rows || self.foreign_log
     }
 
     fn find(&mut self, text: String) {
@@ -66,7 +73,8 @@ const STEP: usize = 1024;
 impl Vault {
     /// Compares every row of one snapshot with the head of that snapshot. With `open`, every row
     /// is opened too, and every audit leaf hashed again; without it only the headers are read.
-    /// Whatever is found stops writing.
+    /// Rows other than those the head counts, another log, or pages that make no sense stop writing;
+    /// rows of the right counter that do not open are [`Self::damaged`].
     ///
     /// # Errors
     /// [`Error::Unavailable`] if the store cannot be read.
@@ -78,8 +86,14 @@ impl Vault {
         let report = self.verify_rows(open, &mut progress).await;
         self.unread.store(report.is_err(), Ordering::Release);
         let report = report?;
-        if !report.findings.is_empty() {
+        if open {
+            let rows: BTreeSet<RowKey> = report.at.iter().flatten().cloned().collect();
+            self.damage.settle(rows);
+        }
+        if report.stops() {
             self.intact.store(false, Ordering::Release);
+        }
+        if !report.findings.is_empty() {
             for finding in &report.findings {
                 tracing::error!(finding, "the store failed its verification");
             }
@@ -95,7 +109,10 @@ impl Vault {
         let (snapshot, ring) = self.steady().await?;
         let sealer = ring.sealer();
         let mut report = VerifyReport::default();
-        let entry = snapshot.get(HeadRecord::SPACE, meta::HEAD).await?;
+        let entry = match self.read(snapshot.get(HeadRecord::SPACE, meta::HEAD).await) {
+            Err(Error::DataLoss { .. }) => None,
+            read => read?,
+        };
         let head = entry
             .as_ref()
             .and_then(|e| seal::open::<HeadRecord>(&sealer, meta::HEAD, &e.value).ok())
@@ -113,7 +130,17 @@ impl Vault {
         for &space in space::ALL {
             let mut range = polykey_storage::all();
             loop {
-                let entries = snapshot.scan(space, range, Direction::Forward, STEP).await?;
+                let scanned = snapshot.scan(space, range, Direction::Forward, STEP).await;
+                let entries = match self.read(scanned) {
+                    Ok(entries) => entries,
+                    // Damaged pages are a finding; a disk that is away is none.
+                    Err(Error::DataLoss { internal }) => {
+                        (report.foreign_rows, report.foreign_log) = (true, true);
+                        report.find(format!("space {} cannot be read: {internal}", space.0));
+                        return Ok(report);
+                    }
+                    Err(error) => return Err(error),
+                };
                 let Some(last) = entries.last() else { break };
                 range = (std::ops::Bound::Excluded(last.key.clone()), std::ops::Bound::Unbounded);
                 for entry in &entries {
@@ -134,6 +161,7 @@ impl Vault {
                     if open && let Err(error) = open_any(&sealer, &row, &entry.value) {
                         let text = error.internal_text().unwrap_or("does not open").to_owned();
                         report.damage(&row, format!("row {row:?}: {text}"));
+                        report.foreign_log |= space == space::AUDIT;
                     }
                     if space == space::AUDIT {
                         if entry.key != report.leaves.to_be_bytes() {
@@ -207,6 +235,7 @@ fn open_any(sealer: &polykey_hsm::Sealer, row: &RowKey, value: &[u8]) -> Result<
             meta::CANARY => check::<CanaryRecord>(sealer, row, value),
             meta::USAGE_MARK => check::<UsageMark>(sealer, row, value),
             meta::RESEAL => check::<ResealRecord>(sealer, row, value),
+            meta::CLOCK => check::<ClockRecord>(sealer, row, value),
             _ => Err(Error::data_loss("no such row belongs there")),
         };
     }

@@ -103,6 +103,7 @@ ExportAuditLog          + - - + -
 GetStoreStatus          + + - - -
 VerifyStore             + - - - -
 ListJobs                + + - - -
+ConfirmClock            + - - - -
 GetConfiguration        + + - - -
 ";
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use futures::StreamExt;
 use polykey_proto::polykey::v2 as pb;
@@ -13,6 +13,8 @@ use crate::support::{Random, Wire, lost, no_panic, size};
 
 const CALLERS: usize = 8;
 const ITEMS: usize = 4;
+/// How much longer or shorter the longest limit becomes with each call.
+const STEP: f64 = 1.05;
 
 fn tagged(name: &str) -> BTreeMap<String, String> {
     [("op".to_owned(), name.to_owned())].into()
@@ -101,18 +103,20 @@ async fn a_dropped_call_happened_whole_or_not_at_all() {
             let wire = Wire::another(&admin);
             let body = create(&format!("k{caller}"));
             let key = wire.keys().create_key(wire.with(body)).await.unwrap().into_inner().key_id;
-            // Twice as long as a call takes, so that calls are met at all their points, the end included.
             let started = Instant::now();
             for _ in 0..4 {
                 call(&wire, 2, &format!("k{caller}"), &key).await;
             }
-            let longest = usize::try_from((started.elapsed() / 2).as_micros()).unwrap();
+            // The longest limit follows the quantile of the calls at which half of them are dropped, however fast
+            // the machine is at the moment: calls are met at all their points, the end included.
+            let mut longest = started.elapsed() / 2;
             let (mut dropped, mut names) = (0, Vec::new());
             for n in 0..calls / CALLERS {
                 let (kind, name) = (random.below(5), format!("c{caller}-{n}"));
-                let limit = Duration::from_micros(random.below(longest) as u64);
+                let limit = longest * u32::try_from(random.below(1000)).unwrap() / 1000;
                 let done = tokio::time::timeout(limit, call(&wire, kind, &name, &key)).await;
                 dropped += usize::from(done.is_err());
+                longest = longest.mul_f64(if done.is_err() { STEP } else { 1.0 / STEP });
                 // Lets the server see what was reset before it takes many of them for an attack.
                 if n % 4 == 3 {
                     let _ = wire.keys().health_check(()).await;
@@ -175,8 +179,8 @@ async fn a_dropped_call_happened_whole_or_not_at_all() {
     }
     println!("cancel: {dropped} of {calls} calls dropped");
     assert!(
-        (calls / 20..calls).contains(&dropped),
-        "not some of the calls were dropped: {dropped}"
+        (calls / 10..calls * 9 / 10).contains(&dropped),
+        "not about half of the calls were dropped: {dropped} of {calls}"
     );
     drop(admin);
     // Nothing is left in flight: the drain has nobody to wait for or to cut off.

@@ -1,6 +1,7 @@
 //! A disk that fails: nothing is acknowledged after a failed sync, health says so, and nothing acknowledged is lost.
 
 use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -11,12 +12,16 @@ use crate::first_start::traceable;
 use crate::support::{Random, Wire, deadline, lost, no_panic, size};
 
 /// Makes system calls of a running server fail, until it is dropped.
-struct Injector(Child);
+struct Injector {
+    child: Child,
+    log: PathBuf,
+}
 
 impl Injector {
-    fn attach(server: &Server, calls: &str, fault: &str) -> Self {
+    fn attach(server: &Server, log: &Path, calls: &str, fault: &str) -> Self {
         let mut child = Command::new("strace")
-            .args(["-f", "-o", "/dev/null", "-e", &format!("trace={calls}")])
+            .args(["-f", "-y", "-s", "0", "-o", &log.display().to_string()])
+            .args(["-e", &format!("trace={calls}")])
             .args(["-e", &format!("inject={calls}:{fault}")])
             .args(["-p", &server.pid().to_string()])
             .stdin(Stdio::null())
@@ -28,16 +33,24 @@ impl Injector {
         let attached = lines.by_ref().map_while(Result::ok).any(|line| line.contains("attached"));
         assert!(attached, "strace does not attach");
         std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
-        Self(child)
+        Self { child, log: log.to_owned() }
+    }
+
+    /// Lets go of the server, and names the calls that were made to fail.
+    fn release(self) -> Vec<String> {
+        let log = self.log.clone();
+        drop(self);
+        let text = std::fs::read_to_string(log).unwrap();
+        text.lines().filter(|line| line.contains("INJECTED")).map(str::to_owned).collect()
     }
 }
 
 impl Drop for Injector {
     fn drop(&mut self) {
         // SIGTERM makes strace let go of the server; SIGKILL might leave it stopped.
-        let pid = rustix::process::Pid::from_child(&self.0);
+        let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-        let _ = self.0.wait();
+        let _ = self.child.wait();
     }
 }
 
@@ -71,7 +84,8 @@ async fn run(server: Server, case: &Case, number: usize) -> Server {
     let wire = Wire::of(&admin);
     let sticky = if case.sticky { "+" } else { "" };
     let fault = format!("error={}:when={}{sticky}", case.error, case.at);
-    let injector = Injector::attach(&server, case.calls, &fault);
+    let log = server.state.join("strace.log");
+    let injector = Injector::attach(&server, &log, case.calls, &fault);
     let mut acknowledged = Vec::new();
     let mut failed = None;
     for n in 0..case.at * 4 + 20 {
@@ -103,7 +117,11 @@ async fn run(server: Server, case: &Case, number: usize) -> Server {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
-    drop(injector);
+    let hit = injector.release();
+    let met = failed.as_deref().unwrap_or("writing of the node's own");
+    println!("disk: {what}: {met} met {hit:?}");
+    // Whoever met the fault: it was on the store, and nothing else stands for it.
+    assert!(hit.first().is_some_and(|call| call.contains("polykey.redb")), "{what}: {hit:?}");
     // The disk is well again: without a restart the same request has one result.
     let since = Instant::now();
     let again = failed.unwrap_or_else(|| format!("c{number}-after"));

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use futures::{FutureExt, StreamExt};
 use polykey::vault::space::{self, KEYS, VERSIONS};
@@ -14,7 +15,7 @@ use polykey_storage::{Commit, Direction, NoFinish, Space, Store, all};
 use serde_json::json;
 use tonic::Code;
 
-use crate::common::{Options, Server};
+use crate::common::{Options, PATIENCE, Server};
 use crate::support::{Random, Wire, no_panic, size};
 
 const STORE: &str = "polykey.redb";
@@ -277,6 +278,10 @@ struct Tally {
     without_effect: usize,
 }
 
+fn locked(tally: &Mutex<Tally>) -> MutexGuard<'_, Tally> {
+    tally.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Whether a verification asked for finds the store whole.
 async fn whole(wire: &Wire) -> bool {
     let Ok(reply) = wire.admin().verify_store(wire.with(pb::VerifyStoreRequest {})).await else {
@@ -299,16 +304,16 @@ fn judge(state: &Path, what: &str, prepared: &Prepared, tally: &Mutex<Tally>) {
         Err(ended) => {
             no_panic(&ended.output);
             assert!(ended.status.code().is_some(), "{what}: {}\n{}", ended.status, ended.output);
-            tally.lock().unwrap().refused += 1;
+            locked(tally).refused += 1;
             return;
         }
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async {
+    let judged = async {
         let (files, id, key) = server.profile_files();
         let mut admin = crate::common::client::Client::new(&server.address, files, &id, &key);
         if admin.login().await.is_err() {
-            tally.lock().unwrap().refused += 1;
+            locked(tally).refused += 1;
             return;
         }
         let wire = Wire::of(&admin);
@@ -335,13 +340,16 @@ fn judge(state: &Path, what: &str, prepared: &Prepared, tally: &Mutex<Tally>) {
             let health = wire.keys().health_check(()).await.unwrap().into_inner();
             assert_ne!(health.status, pb::HealthStatus::Healthy as i32, "{what}: health is silent");
         }
-        let mut tally = tally.lock().unwrap();
+        let mut tally = locked(tally);
         if found || odd {
             tally.found += 1;
         } else {
             tally.without_effect += 1;
         }
-    });
+    };
+    // Whatever is wrong with a store, every question about it has an answer.
+    let judged = runtime.block_on(async { tokio::time::timeout(PATIENCE, judged).await });
+    assert!(judged.is_ok(), "{what}: the server does not come to an end with it");
     no_panic(&server.output());
 }
 
@@ -355,11 +363,12 @@ fn a_tampered_store_gives_no_wrong_answer() {
     let edits = size("POLYKEY_ROW_EDITS", 100, 5000);
     let next = AtomicUsize::new(0);
     let tally = Mutex::new(Tally::default());
+    let wrong = Mutex::new(Vec::new());
     let seeds: Vec<Random> = (0..flips + edits).map(|_| random.fork()).collect();
     std::thread::scope(|scope| {
         for worker in 0..3 {
             let copy_of = prepared.directory.path().join(format!("copy-{worker}"));
-            let (next, tally, seeds, prepared) = (&next, &tally, &seeds, &prepared);
+            let (next, tally, wrong, seeds, prepared) = (&next, &tally, &wrong, &seeds, &prepared);
             let original: &PathBuf = &original;
             scope.spawn(move || {
                 loop {
@@ -368,12 +377,153 @@ fn a_tampered_store_gives_no_wrong_answer() {
                     copy(original, &copy_of);
                     let kind = if n < edits { n % 10 } else { 10 };
                     let what = edit(&copy_of.join(STORE), kind, &mut random.clone(), prepared);
-                    judge(&copy_of, &what, prepared, tally);
+                    let judge = AssertUnwindSafe(|| judge(&copy_of, &what, prepared, tally));
+                    if catch_unwind(judge).is_err() {
+                        wrong.lock().unwrap().push(format!("copy {n} of kind {kind}: {what}"));
+                        return;
+                    }
                 }
             });
         }
     });
+    // Last, so that the end of a long output names them.
+    let wrong = wrong.into_inner().unwrap();
+    assert!(wrong.is_empty(), "{wrong:#?}");
     let tally = tally.into_inner().unwrap();
     println!("tampering: {} copies: {tally:?}", flips + edits);
     assert!(tally.refused + tally.found > edits / 2, "hardly anything was found: {tally:?}");
+}
+
+/// Cuts the last key of the last leaf of the rows to its space, in the file: it then stands before all others of that
+/// space, and the first row of the leaf begins somewhere in the keys.
+fn cut_last_key(path: &Path, last: &[u8]) {
+    const PAGE: usize = 4096;
+    const LEAF: u8 = 1;
+    let mut bytes = fs::read(path).unwrap();
+    let number = |bytes: &[u8], at: usize| -> usize {
+        usize::try_from(u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())).unwrap()
+    };
+    let mut cut = 0;
+    let whole = bytes.len() / PAGE * PAGE;
+    for page in (0..whole).step_by(PAGE) {
+        // redb's leaf: type, a byte, the number of pairs, the ends of the keys, the ends of the values, keys, values.
+        let pairs = usize::from(u16::from_le_bytes([bytes[page + 2], bytes[page + 3]]));
+        if bytes[page] != LEAF || !(2..400).contains(&pairs) {
+            continue;
+        }
+        let place = page + 4 + 4 * (pairs - 1);
+        let (from, to) = (page + number(&bytes, place - 4), page + number(&bytes, place));
+        if bytes.get(from..to) == Some(last) {
+            let end = u32::try_from(to - page - (last.len() - 1)).unwrap();
+            bytes[place..place + 4].copy_from_slice(&end.to_le_bytes());
+            cut += 1;
+        }
+    }
+    assert!(cut > 0, "the last leaf was not found");
+    fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn a_page_whose_rows_are_out_of_order_is_found_and_nobody_reads_it_for_ever() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let prepared = runtime.block_on(prepare());
+    let state = prepared.directory.path().join("state");
+    let (space, key) = prepared.now.keys().next_back().unwrap();
+    assert_eq!(*space, space::USAGE.0);
+    cut_last_key(&state.join(STORE), &[&[*space], &key[..]].concat());
+    let tally = Mutex::new(Tally::default());
+    judge(&state, "the last key of the last leaf is cut", &prepared, &tally);
+    let tally = locked(&tally);
+    assert_eq!(tally.without_effect, 0, "{tally:?}");
+}
+
+/// Turns over the last bit of a row: its header stays, and it does not open.
+fn damage(path: &Path, row: &(u8, Vec<u8>), now: &Rows) {
+    let mut value = now[row].clone();
+    *value.last_mut().unwrap() ^= 1;
+    commit(path, Commit::new().put(Space(row.0), row.1.clone(), value));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_damaged_row_is_told_and_stops_nothing_else() {
+    let server = Server::dev();
+    let state = server.state.clone();
+    let mut directory = None;
+    let admin = server.admin().await;
+    let (damaged, unlisted) = (admin.create(json!({})).await, admin.create(json!({})).await);
+    let mut whole = vec![admin.create(json!({})).await, admin.create(json!({})).await];
+    whole.sort_unstable();
+    for key in [&damaged, &whole[0]] {
+        let far = json!({"key_id": key, "effective_at": "2100-01-01T00:00:00Z"});
+        admin.call("RevokeKey", far).await.unwrap();
+    }
+    stop(server, &mut directory);
+    let (store, now) = (state.join(STORE), rows(&state.join(STORE)));
+    let id = |key: &str| data_encoding::HEXLOWER.decode(key.replace('-', "").as_bytes()).unwrap();
+    let (damaged_id, unlisted_id) = (id(&damaged), id(&unlisted));
+    let jobs: Vec<_> = now.keys().filter(|k| k.0 == space::JOBS.0).collect();
+    let job = jobs.iter().find(|k| k.1[9..25] == damaged_id[..]).unwrap();
+    damage(&store, job, &now);
+    damage(&store, &(KEYS.0, damaged_id), &now);
+    let listed = now.keys().filter(|k| k.0 == space::LIST.0 && k.1[16..] == unlisted_id[..]);
+    listed.for_each(|row| damage(&store, row, &now));
+
+    let server = Server::attempt(&state, &Options::default()).unwrap();
+    let admin = server.admin().await;
+    // The schedule goes on beside the damaged job, and so does writing.
+    let soon = admin.create(json!({})).await;
+    let at = std::time::SystemTime::now() + std::time::Duration::from_secs(2);
+    let at = rfc3339(at);
+    admin.call("RevokeKey", json!({"key_id": soon, "effective_at": at})).await.unwrap();
+    let done = async {
+        loop {
+            let body = json!({"key_id": soon, "include_access_history": true});
+            let found = admin.call("GetKeyMetadata", body).await.unwrap();
+            let history = found["access_history"].as_array().unwrap();
+            if history.iter().any(|e| e["client_identity"] == "polykey") {
+                break;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, done).await.unwrap();
+    let health = || async { admin.call("HealthCheck", json!({})).await.unwrap()["status"].clone() };
+    assert_eq!(health().await, "HEALTH_STATUS_DEGRADED");
+    let jobs = admin.call("ListJobs", json!({})).await.unwrap();
+    let told = jobs["jobs"].as_array().unwrap().iter().filter(|j| j["damaged"] == true);
+    let told: Vec<_> = told.map(|j| j["key_id"].as_str().unwrap()).collect();
+    assert_eq!(told, [damaged.as_str()], "{jobs}");
+
+    // Lists leave the damaged ones out and count them; asked for by name they are a loss.
+    let page = admin.call("ListKeys", json!({})).await.unwrap();
+    let keys = page["keys"].as_array().unwrap().iter().map(|k| k["key_id"].as_str().unwrap());
+    let mut keys: Vec<&str> = keys.filter(|key| *key != soon).collect();
+    keys.sort_unstable();
+    assert_eq!(keys, whole, "{page}");
+    assert_eq!(page["damaged_count"], 2);
+    let lost = admin.call("GetKey", json!({"key_id": damaged})).await.unwrap_err();
+    assert_eq!(lost.code, Code::DataLoss);
+    // Of the other one only the row of the list is gone.
+    admin.call("GetKey", json!({"key_id": unlisted})).await.unwrap();
+
+    let verified = admin.stream("VerifyStore", vec![json!({})]).await.unwrap();
+    let result = &verified.last().unwrap()["result"];
+    let spaces =
+        result["problems"].as_array().unwrap().iter().map(|p| p["space"].as_str().unwrap());
+    let mut spaces: Vec<&str> = spaces.collect();
+    spaces.dedup();
+    assert_eq!(spaces, ["keys", "list", "jobs"], "{result}");
+    assert_eq!((&result["ok"], &result["set_hash_ok"]), (&json!(false), &json!(true)));
+    assert_eq!(health().await, "HEALTH_STATUS_DEGRADED");
+    admin.create(json!({})).await;
+    let output = server.output();
+    let lines = output.lines().filter(|l| l.contains("a stored row is damaged")).count();
+    assert_eq!(lines, 3, "each is named once:\n{output}");
+    stop(server, &mut directory);
+}
+
+/// RFC 3339, whole seconds.
+fn rfc3339(time: std::time::SystemTime) -> String {
+    let seconds = time.duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    polykey::time::Time::from_seconds(i64::try_from(seconds).unwrap()).to_string()
 }

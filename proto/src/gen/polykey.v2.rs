@@ -1871,6 +1871,10 @@ pub struct GetStoreStatusResponse {
     /// The node it belongs to.
     #[prost(string, tag = "12")]
     pub node_id: ::prost::alloc::string::String,
+    /// Records that were met since the last check of every record and are damaged, at most 1,000. They
+    /// are left out of lists; `VerifyStore` names them.
+    #[prost(uint64, tag = "13")]
+    pub damaged_records: u64,
 }
 /// Asks for a check of every record.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1964,6 +1968,10 @@ pub struct JobRecord {
     /// Why it did not succeed the last time.
     #[prost(string, tag = "6")]
     pub last_error: ::prost::alloc::string::String,
+    /// Its stored record is damaged: it is not carried out, and what is told here is what its place in
+    /// the store says.
+    #[prost(bool, tag = "7")]
+    pub damaged: bool,
 }
 /// Asks for a page of jobs.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1993,6 +2001,19 @@ pub struct ListJobsResponse {
     /// Whether the jobs that cannot be undone wait because the clock has jumped.
     #[prost(bool, tag = "3")]
     pub clock_suspended: bool,
+}
+/// Confirms the server's clock.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfirmClockRequest {}
+/// A confirmed clock.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfirmClockResponse {
+    /// What it said.
+    #[prost(message, optional, tag = "1")]
+    pub clock: ::core::option::Option<::prost_types::Timestamp>,
+    /// The position of the event in the audit log.
+    #[prost(uint64, tag = "2")]
+    pub audit_index: u64,
 }
 /// Asks for the configuration.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2859,6 +2880,32 @@ pub mod admin_service_client {
                 .insert(GrpcMethod::new("polykey.v2.AdminService", "ListJobs"));
             self.inner.unary(req, path, codec).await
         }
+        /// Says that the server's clock is right, so that what waits because of it goes on. Needs
+        /// `node:admin`.
+        pub async fn confirm_clock(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ConfirmClockRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ConfirmClockResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.AdminService/ConfirmClock",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.AdminService", "ConfirmClock"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Reads the configuration in effect. Secrets show as the references they are. Needs `node:read`.
         pub async fn get_configuration(
             &mut self,
@@ -3131,6 +3178,15 @@ pub mod admin_service_server {
             request: tonic::Request<super::ListJobsRequest>,
         ) -> std::result::Result<
             tonic::Response<super::ListJobsResponse>,
+            tonic::Status,
+        >;
+        /// Says that the server's clock is right, so that what waits because of it goes on. Needs
+        /// `node:admin`.
+        async fn confirm_clock(
+            &self,
+            request: tonic::Request<super::ConfirmClockRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ConfirmClockResponse>,
             tonic::Status,
         >;
         /// Reads the configuration in effect. Secrets show as the references they are. Needs `node:read`.
@@ -4444,6 +4500,51 @@ pub mod admin_service_server {
                     };
                     Box::pin(fut)
                 }
+                "/polykey.v2.AdminService/ConfirmClock" => {
+                    #[allow(non_camel_case_types)]
+                    struct ConfirmClockSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::ConfirmClockRequest>
+                    for ConfirmClockSvc<T> {
+                        type Response = super::ConfirmClockResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ConfirmClockRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::confirm_clock(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ConfirmClockSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
                 "/polykey.v2.AdminService/GetConfiguration" => {
                     #[allow(non_camel_case_types)]
                     struct GetConfigurationSvc<T: AdminService>(pub Arc<T>);
@@ -4757,6 +4858,10 @@ pub struct ListKeysResponse {
     /// Those of them that pass the filters. 10,000 means that or more.
     #[prost(int32, tag = "5")]
     pub filtered_count: i32,
+    /// Keys that belong on this page and are left out, because what is stored of them is damaged. Asking
+    /// for one of them by its id is DATA_LOSS.
+    #[prost(int32, tag = "100")]
+    pub damaged_count: i32,
 }
 /// Asks for a new key. Repeating it makes another key unless it carries an `idempotency-key`.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -4943,7 +5048,8 @@ pub struct RevokeKeyRequest {
     /// Revokes now. With `effective_at`: refused. Neither: now.
     #[prost(bool, tag = "4")]
     pub immediate: bool,
-    /// When to revoke, in the future.
+    /// When to revoke, in the future. A key that is to be revoked already can be revoked earlier than
+    /// that, and not later: FAILED_PRECONDITION, REVOCATION_SCHEDULED.
     #[prost(message, optional, tag = "5")]
     pub effective_at: ::core::option::Option<::prost_types::Timestamp>,
     /// Asks for an event to the systems that the operator has configured. Without any it changes
@@ -5120,7 +5226,8 @@ pub mod batch_get_keys_result {
 /// The outcomes of BatchGetKeys.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct BatchGetKeysResponse {
-    /// The outcomes, in the order of the request, one for each item.
+    /// The outcomes, in the order of the request, one for each item. When they come near 4 MiB together,
+    /// the rest is not read: RESOURCE_EXHAUSTED, ANSWER_FULL, to be asked for in another call.
     #[prost(message, repeated, tag = "1")]
     pub results: ::prost::alloc::vec::Vec<BatchGetKeysResult>,
     /// When the server answered.
@@ -5653,7 +5760,8 @@ pub mod batch_get_key_metadata_result {
 /// The outcomes of BatchGetKeyMetadata.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct BatchGetKeyMetadataResponse {
-    /// The outcomes, in the order of the request, one for each item.
+    /// The outcomes, in the order of the request, one for each item. When they come near 4 MiB together,
+    /// the rest is not read: RESOURCE_EXHAUSTED, ANSWER_FULL, to be asked for in another call.
     #[prost(message, repeated, tag = "1")]
     pub results: ::prost::alloc::vec::Vec<BatchGetKeyMetadataResult>,
     /// When the server answered.

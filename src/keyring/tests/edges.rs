@@ -192,15 +192,15 @@ async fn a_job_that_was_overtaken_does_nothing() {
     let node = Node::new().await;
     let cx = node.cx("a", "user");
     let id = node.key(&cx).await;
-    node.do_it(&cx, revoke(id, Some(START.plus_seconds(10)))).await.unwrap();
+    node.do_it(&cx, revoke(id, Some(START.plus_seconds(99)))).await.unwrap();
     let row = crate::jobs::row(&JobRecord {
         kind: Kind::Revoke.into(),
-        due: START.plus_seconds(10).micros(),
+        due: START.plus_seconds(99).micros(),
         key_id: id.bytes().to_vec().into(),
         ..JobRecord::default()
     });
     assert!(node.keyring.vault.get::<JobRecord>(&row).await.unwrap().is_some());
-    node.do_it(&cx, revoke(id, Some(START.plus_seconds(99)))).await.unwrap();
+    node.do_it(&cx, revoke(id, Some(START.plus_seconds(50)))).await.unwrap();
     assert!(node.keyring.vault.get::<JobRecord>(&row).await.unwrap().is_none());
     node.clock.advance(Duration::from_secs(20));
     node.run_due().await;

@@ -300,7 +300,11 @@ impl Keyring {
         })
     }
 
-    async fn data_key(&self, what: DataKey) -> Result<(Zeroizing<Vec<u8>>, Vec<u8>), Error> {
+    async fn data_key(
+        &self,
+        client: &str,
+        what: DataKey,
+    ) -> Result<(Zeroizing<Vec<u8>>, Vec<u8>), Error> {
         match what {
             DataKey::Symmetric(length) => {
                 let mut bytes = Zeroizing::new(vec![0; length]);
@@ -309,7 +313,7 @@ impl Keyring {
             }
             DataKey::Pair(algorithm) => {
                 let params = GenerationParams::default();
-                let made: algorithm::Generated = self.forge.make(algorithm, params).await?;
+                let made: algorithm::Generated = self.forge.make(Some(client), algorithm, params).await?;
                 let public = made.public.map(|p| p.spki_der).unwrap_or_default();
                 Ok((made.material.expose_for_export(), public))
             }
@@ -333,7 +337,7 @@ impl Keyring {
             } else {
                 self.ready(cx, &command.key, asked, part::WrappedDataKey(command)).await?
             };
-            let (plaintext, public) = self.data_key(command.what).await?;
+            let (plaintext, public) = self.data_key(cx.caller.client_id(), command.what).await?;
             let copy = plaintext.clone();
             let sealed = self.sealed(&ready, &command.bound, command.form, copy).await?;
             if self.still(&ready).await? {

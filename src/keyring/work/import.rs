@@ -61,7 +61,7 @@ impl Keyring {
         let permit = self.authorize(cx, Resource::Node, command).await?;
         let kind = command.protection;
         let make = move || protection::generate_one_time_key(wrapping(kind));
-        let made = self.forge.run(make).await?.map_err(|e| Error::internal(e.to_string()))?;
+        let made = self.forge.run(Some(cx.caller.client_id()), make).await?.map_err(|e| Error::internal(e.to_string()))?;
         let public = made.public.map(|p| p.spki_der).unwrap_or_default();
         let id: [u8; 16] = random::array().map_err(|e| Error::internal(e.to_string()))?;
         let expires_at = cx.now.plus_seconds(LIFE);
@@ -99,11 +99,12 @@ impl Keyring {
             algorithm::AlgorithmError::Crypto(_) => Error::internal(e.to_string()),
             _ => Error::invalid("material", e.to_string()),
         };
+        let client = Some(cx.caller.client_id());
         let material = match import {
             Import::Plain(bytes) => {
                 if let Some(jwk) = jwk(key_algorithm, bytes) {
                     let take = move || protection::import_jwk(key_algorithm, &jwk);
-                    return self.forge.run(take).await?.map_err(refused);
+                    return self.forge.run(client, take).await?.map_err(refused);
                 }
                 KeyMaterial::from_secret(bytes.to_vec())
                     .map_err(|e| Error::invalid("material", e.to_string()))?
@@ -118,11 +119,11 @@ impl Keyring {
                     Protection::RsaAes => protection::unwrap_rsa_aes(&private, &bytes),
                     Protection::Hpke => protection::unwrap_hpke(&private, &info, &bytes),
                 };
-                self.slow.run(open).await?.map_err(|_| Error::Crypto)?
+                self.slow.run(client, open).await?.map_err(|_| Error::Crypto)?
             }
         };
         let take = move || algorithm::import(key_algorithm, material);
-        self.forge.run(take).await?.map_err(refused)
+        self.forge.run(client, take).await?.map_err(refused)
     }
 
     fn import_info(&self, id: [u8; 16]) -> protection::ImportInfo {

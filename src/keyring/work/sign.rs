@@ -108,7 +108,11 @@ impl Keyring {
             let (input, signature) = (command.input.clone(), command.signature.clone());
             let verify =
                 move || work::verify(algorithm, scheme, &public, input.input(), &signature);
-            let valid = if algorithm.is_slow() { self.slow.run(verify).await? } else { verify() };
+            let valid = if algorithm.is_slow() {
+                self.slow.run(Some(&*ready.client), verify).await?
+            } else {
+                verify()
+            };
             let valid = valid.map_err(failed)?;
             if self.still(&ready).await? {
                 self.used(cx, &ready, &BTreeMap::new()).await?;

@@ -46,6 +46,8 @@ commands! {
     ReadAudit = ReadAudit;
     /// Check every record.
     VerifyStore = VerifyStore;
+    /// Say that the clock is right.
+    ConfirmClock = ConfirmClock;
 }
 
 /// Add a client.

@@ -89,6 +89,7 @@ impl AdminService {
             audit_tree_size: head.leaves,
             format: FORMAT,
             node_id: HEXLOWER.encode(&vault.node_id()),
+            damaged_records: vault.damaged() as u64,
         })
     }
 
@@ -218,7 +219,7 @@ impl AdminService {
         while more && jobs.len() < size && looked_at < LOOKED_AT {
             let from = after.clone().map_or(Bound::Unbounded, Bound::Excluded);
             let range = (from, Bound::Unbounded);
-            let rows = vault.scan::<JobRecord>(range, Direction::Forward, 512).await?;
+            let rows = vault.scan_each::<JobRecord>(range, Direction::Forward, 512).await?;
             more = rows.len() == 512;
             looked_at += rows.len();
             for (row, loaded) in rows {
@@ -226,8 +227,13 @@ impl AdminService {
                     more = true;
                     break;
                 }
-                if wanted(&loaded.record) {
-                    jobs.push(job(&row, &loaded.record));
+                // Of a damaged one the row key still tells what it was for.
+                let (record, damaged) = match loaded {
+                    Ok(loaded) => (Some(loaded.record), false),
+                    Err(_) => (crate::jobs::from_row(&row), true),
+                };
+                if let Some(record) = record.filter(wanted) {
+                    jobs.push(job(&row, &record, damaged));
                 }
                 after = Some(row);
             }
@@ -238,6 +244,24 @@ impl AdminService {
         };
         let clock_suspended = self.0.admin.jobs.clock_in_doubt();
         Ok(pb::ListJobsResponse { jobs, next_page_token, clock_suspended })
+    }
+
+    pub(super) async fn confirm_clock(
+        &self,
+        request: Request<pb::ConfirmClockRequest>,
+    ) -> Result<pb::ConfirmClockResponse, Error> {
+        let (admitted, cx, m) = self.admit(request)?;
+        let key = Self::idempotency(&admitted, "ConfirmClock", &m);
+        let decision = self.authorize(&cx, Resource::Node, commands::ConfirmClock).await?;
+        if self.repeated(&cx, key.as_ref()).await? {
+            // The clock may have jumped again since: that is not confirmed by it.
+            return Ok(pb::ConfirmClockResponse::default());
+        }
+        let event = event(&cx, Action::ConfirmClock, decision, &[]);
+        let remember = key.map(|key| key.noted(self.directory().vault(), &cx, "clock"));
+        let (clock, receipt) = self.0.admin.jobs.confirm_clock(event, remember).await?;
+        let audit_index = receipt.leaf.unwrap_or(0);
+        Ok(pb::ConfirmClockResponse { clock: Some(timestamp(clock)), audit_index })
     }
 
     pub(super) async fn get_configuration(
@@ -260,7 +284,7 @@ impl AdminService {
     }
 }
 
-fn job(row: &[u8], record: &JobRecord) -> pb::JobRecord {
+fn job(row: &[u8], record: &JobRecord, damaged: bool) -> pb::JobRecord {
     let due = crate::jobs::Job { row: row.to_vec(), record: record.clone() }.at();
     let number = |n: u32| i32::try_from(n).unwrap_or(i32::MAX);
     pb::JobRecord {
@@ -270,7 +294,11 @@ fn job(row: &[u8], record: &JobRecord) -> pb::JobRecord {
         key_id: KeyId::from_slice(&record.key_id).map(|id| id.to_string()).unwrap_or_default(),
         version: number(record.version),
         attempts: number(record.attempts),
-        last_error: record.last_error.clone(),
+        last_error: match damaged {
+            true => "the stored record is damaged: it is not carried out".to_owned(),
+            false => record.last_error.clone(),
+        },
+        damaged,
     }
 }
 

@@ -1,6 +1,6 @@
 //! One revision of a redb store: a read transaction.
 
-use std::ops::Bound;
+use std::ops::{Bound, RangeBounds};
 
 use ::redb::{Database, ReadOnlyTable, ReadTransaction, ReadableDatabase};
 use bytes::Bytes;
@@ -59,7 +59,7 @@ impl View {
         });
         let bounds = (start.as_ref().map(Vec::as_slice), end.as_ref().map(Vec::as_slice));
         let mut rows = self.rows.range::<&[u8]>(bounds)?;
-        let mut found = Vec::new();
+        let mut found: Vec<Entry> = Vec::new();
         while found.len() < limit {
             let next = match direction {
                 Direction::Forward => rows.next(),
@@ -69,10 +69,27 @@ impl View {
             let Some((key, stored)) = next.transpose()? else {
                 break;
             };
-            let key = key.value().get(1..).unwrap_or_default();
+            let key = key.value();
+            // redb believes a damaged page. What is out of place or out of order would send whoever
+            // goes on behind the last row back to where he was before.
+            if !RangeBounds::<&[u8]>::contains(&bounds, &key) {
+                return Err(Failure::damaged("a row stands out of place"));
+            }
+            let key = key.get(1..).unwrap_or_default();
+            if found.last().is_some_and(|last| !follows(direction, &last.key, key)) {
+                return Err(Failure::damaged("rows are out of order"));
+            }
             found.push(entry(key, stored.value())?);
         }
         Ok(found)
+    }
+}
+
+/// Whether a scan may come to `next` after `last`.
+fn follows(direction: Direction, last: &[u8], next: &[u8]) -> bool {
+    match direction {
+        Direction::Forward => last < next,
+        Direction::Backward => last > next,
     }
 }
 
