@@ -118,7 +118,9 @@ impl Reason {
             Self::VersionNotFound => "the key has no such version",
             Self::VersionRevoked => "the version is revoked",
             Self::VersionStaged => "the version is staged; it seals once it is the primary",
-            Self::UsesExhausted => "the version has been used as often as the key allows; rotate it",
+            Self::UsesExhausted => {
+                "the version has been used as often as the key allows; rotate it"
+            }
             Self::VersionTrimmed => "the version has been trimmed",
             Self::NotExportable => "the key was created not to be exported",
             Self::ProfileUnavailable => "this node has no backend for that storage profile",

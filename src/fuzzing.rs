@@ -12,8 +12,8 @@ use std::sync::OnceLock;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use polykey_hsm::work::{self, Binding, ChunkSize, STREAM_HEADER_LEN};
 use polykey_hsm::{
-    Algorithm, BlobHeader, BlobKey, KeyMaterial, MaterialContext, MaterialState, PublicKey, Purpose,
-    RecordBinding, Ring, RootKey, WorkingKey, WrappedBlob, WrappedKey, algorithm, import,
+    Algorithm, BlobHeader, BlobKey, KeyMaterial, MaterialContext, MaterialState, PublicKey,
+    Purpose, RecordBinding, Ring, RootKey, WorkingKey, WrappedBlob, WrappedKey, algorithm, import,
 };
 use polykey_proto::polykey::record::v1 as record;
 use polykey_proto::polykey::v2 as pb;

@@ -279,7 +279,13 @@ pub struct AgreeArgs {
     #[arg(long, value_name = "TEXT")]
     pub info: Option<String>,
     /// With --info: bytes to derive.
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, requires = "info")]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        hide_default_value = true,
+        requires = "info"
+    )]
     pub length: i32,
     /// Where to write the secret, readable by you alone; standard output if not given.
     #[arg(long, value_name = "FILE")]

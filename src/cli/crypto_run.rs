@@ -460,14 +460,14 @@ async fn wrapped_here(
             .map_err(|error| CliError::usage(error.to_string()))?
     };
     let request = pb::GetImportParametersRequest { wrapping: wrapping.into() };
-    let one_time =
-        remote.mutate(request, rpc!(CryptoServiceClient, get_import_parameters)).await?;
+    let one_time = remote.mutate(request, rpc!(CryptoServiceClient, get_import_parameters)).await?;
     let refused = |_| CliError::new(Exit::DataLoss, "the server's one-time key is none");
     let wrapped = match wrapping {
         pb::ImportWrapping::Hpke => {
-            let raw: [u8; 32] = one_time.public_key.as_ref().try_into().map_err(|_| {
-                CliError::new(Exit::DataLoss, "the server's one-time key is none")
-            })?;
+            let raw: [u8; 32] =
+                one_time.public_key.as_ref().try_into().map_err(|_| {
+                    CliError::new(Exit::DataLoss, "the server's one-time key is none")
+                })?;
             import::wrap_hpke_to(&raw, &one_time.hpke_info, &key).map_err(refused)?
         }
         _ => {

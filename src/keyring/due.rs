@@ -3,8 +3,8 @@
 
 use polykey_hsm::GenerationParams;
 use polykey_proto::polykey::record::v1::{
-    AuditEvent, JobRecord, KeyRecord, UseCountRecord, VersionRecord, audit_event::Outcome, job_record::Kind,
-    key_record::State,
+    AuditEvent, JobRecord, KeyRecord, UseCountRecord, VersionRecord, audit_event::Outcome,
+    job_record::Kind, key_record::State,
 };
 use polykey_storage::Direction;
 

@@ -244,7 +244,10 @@ impl Call<'_> {
         })
     }
 
-    async fn import_key(&self, mut m: pb::ImportKeyRequest) -> Result<pb::ImportKeyResponse, Error> {
+    async fn import_key(
+        &self,
+        mut m: pb::ImportKeyRequest,
+    ) -> Result<pb::ImportKeyResponse, Error> {
         let requester = m.key.as_mut().and_then(|key| key.requester_context.take());
         let cx = self
             .admitted
@@ -281,9 +284,7 @@ impl Call<'_> {
             Operation::UnwrapKey(m) => Outcome::UnwrapKey(self.unwrap_key(m).await?),
             Operation::GenerateRandom(m) => Outcome::GenerateRandom(self.generate_random(m).await?),
             Operation::GetPublicKey(m) => Outcome::GetPublicKey(self.get_public_key(m).await?),
-            Operation::ImportKey(m) => {
-                Outcome::ImportKey(Box::pin(self.import_key(m)).await?)
-            }
+            Operation::ImportKey(m) => Outcome::ImportKey(Box::pin(self.import_key(m)).await?),
         })
     }
 }

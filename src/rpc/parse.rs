@@ -262,10 +262,8 @@ pub(crate) fn create(request: pb::CreateKeyRequest, now: Time) -> Result<CreateK
     let purpose = purpose(&mut v, algorithm, asked_purpose);
     let deterministic = purpose == Purpose::Encrypt && !algorithm.is_asymmetric();
     v.check(!convergent || deterministic, "convergent", "is for symmetric keys that encrypt");
-    let sealing = matches!(
-        purpose,
-        Purpose::Encrypt | Purpose::Sign | Purpose::Mac | Purpose::Wrap
-    );
+    let sealing =
+        matches!(purpose, Purpose::Encrypt | Purpose::Sign | Purpose::Mac | Purpose::Wrap);
     let rotate_after_uses = uses(&mut v, "rotate_after_uses", rotate_after_uses, sealing);
     let max_uses = uses(&mut v, "max_uses", max_uses, sealing);
     v.check(

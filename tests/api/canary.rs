@@ -159,7 +159,8 @@ async fn planted_secrets_are_in_no_log_no_error_no_audit_row_and_no_store() {
     secrets.push(("additional data", aad.clone()));
     secrets.push(("imported material", outside.clone()));
     let worker = admin.create(json!({})).await;
-    let body = json!({"key_id": worker, "plaintext": base64(&plaintext), "additional_data": base64(&aad)});
+    let body =
+        json!({"key_id": worker, "plaintext": base64(&plaintext), "additional_data": base64(&aad)});
     let sealed = admin.call("Encrypt", body.clone()).await.unwrap();
     let open = json!({"ciphertext": sealed["ciphertext"], "additional_data": base64(&aad)});
     admin.call("Decrypt", open).await.unwrap();

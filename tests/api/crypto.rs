@@ -115,9 +115,11 @@ async fn every_type_does_what_it_was_made_for_and_nothing_else() {
         let body = json!({"key_id": key, "message": b64(b"m")});
         let mac = bytes(&admin.call("GenerateMac", body).await.unwrap()["mac"]);
         assert_eq!(mac.len(), length);
-        for (message, mac, valid) in
-            [(b"m", mac.clone(), true), (b"n", mac.clone(), false), (b"m", mac[1..].to_vec(), false)]
-        {
+        for (message, mac, valid) in [
+            (b"m", mac.clone(), true),
+            (b"n", mac.clone(), false),
+            (b"m", mac[1..].to_vec(), false),
+        ] {
             let body = json!({"key_id": key, "message": b64(message), "mac": b64(&mac)});
             assert_eq!(admin.call("VerifyMac", body).await.unwrap()["valid"], valid);
         }
@@ -204,7 +206,12 @@ async fn every_type_does_what_it_was_made_for_and_nothing_else() {
         }
     }
     let fail = refused(
-        admin.call("CreateKey", json!({"key_type": "KEY_TYPE_ED25519", "purpose": "KEY_PURPOSE_ENCRYPT"})).await,
+        admin
+            .call(
+                "CreateKey",
+                json!({"key_type": "KEY_TYPE_ED25519", "purpose": "KEY_PURPOSE_ENCRYPT"}),
+            )
+            .await,
         Code::InvalidArgument,
     );
     assert_eq!(fail.violations[0].0, "purpose");
@@ -345,7 +352,9 @@ async fn others_use_a_key_that_is_shared_with_them_and_do_not_see_any_other() {
     // Whoever keeps keys alive does not work with them.
     refused(encrypt(&operator, &key, b"x").await, Code::PermissionDenied);
     refused(decrypt(&operator, &sealed).await, Code::PermissionDenied);
-    a.call("UpdateKeyMetadata", json!({"key_id": key, "contexts_to_add": ["user-b"]})).await.unwrap();
+    a.call("UpdateKeyMetadata", json!({"key_id": key, "contexts_to_add": ["user-b"]}))
+        .await
+        .unwrap();
     assert_eq!(decrypt(&b, &sealed).await.unwrap(), b"mine");
     // To use is not to export: not even wrapped under a key of one's own.
     let kek = b.create(json!({"purpose": "KEY_PURPOSE_WRAP"})).await;
@@ -355,7 +364,8 @@ async fn others_use_a_key_that_is_shared_with_them_and_do_not_see_any_other() {
     let wrapped = a.call("WrapKey", json!({"key_id": own, "target_key_id": key})).await.unwrap();
     assert!(wrapped["audit_index"].as_u64().unwrap() > 0);
     let closed = a.create(json!({})).await;
-    let fail = a.call("WrapKey", json!({"key_id": own, "target_key_id": closed})).await.unwrap_err();
+    let fail =
+        a.call("WrapKey", json!({"key_id": own, "target_key_id": closed})).await.unwrap_err();
     assert_eq!(fail.reason, "NOT_EXPORTABLE");
     // A policy can take one right away and leave the others.
     let policy = "forbid (principal, action == Action::\"Decrypt\", resource == ?resource) when { principal.id == \"user-b\" };";
@@ -419,16 +429,15 @@ async fn material_from_outside_works_here_and_its_one_time_key_works_once() {
     let admin = server.admin().await;
     let user = server.client(&admin, "user-a", &["user"]).await;
     let secret = [9u8; 32];
-    let import = |kind: &str, wrapping: &str, token: &Value, material: &[u8]| {
-        json!({"key": {"key_type": kind}, "wrapping": wrapping, "import_token": token, "material": b64(material)})
-    };
+    let import = |kind: &str, wrapping: &str, token: &Value, material: &[u8]| json!({"key": {"key_type": kind}, "wrapping": wrapping, "import_token": token, "material": b64(material)});
     let none = json!("");
     let plain = import("KEY_TYPE_HMAC_SHA256", "IMPORT_WRAPPING_PLAIN", &none, &secret);
     refused(user.call("ImportKey", plain.clone()).await, Code::PermissionDenied);
     let made = admin.call("ImportKey", plain).await.unwrap();
     assert_eq!(made["key"]["metadata"]["origin"], "KEY_ORIGIN_IMPORTED");
     let key = made["key"]["key_id"].clone();
-    let mac = admin.call("GenerateMac", json!({"key_id": key, "message": b64(b"m")})).await.unwrap();
+    let mac =
+        admin.call("GenerateMac", json!({"key_id": key, "message": b64(b"m")})).await.unwrap();
     let expected = {
         let key = aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, &secret);
         aws_lc_rs::hmac::sign(&key, b"m").as_ref().to_vec()
@@ -496,13 +505,17 @@ async fn many_operations_in_one_call_are_each_as_if_they_came_alone() {
     let reply = user.call("BatchCrypto", body).await.unwrap();
     assert_eq!((&reply["successful_count"], &reply["failed_count"]), (&json!(3), &json!(3)));
     let streamed = user.stream("StreamCrypto", operations.clone()).await.unwrap();
-    let error = |result: &Value| (result["error"]["code"].clone(), result["error"]["message"].to_string());
+    let error =
+        |result: &Value| (result["error"]["code"].clone(), result["error"]["message"].to_string());
     for results in [reply["results"].as_array().unwrap(), &streamed] {
         assert_eq!(results.len(), 6);
         for (i, result) in results.iter().enumerate() {
             assert_eq!(result["index"], i);
         }
-        assert_eq!((&results[0]["reference"], &results[5]["reference"]), (&json!("first"), &json!("last")));
+        assert_eq!(
+            (&results[0]["reference"], &results[5]["reference"]),
+            (&json!("first"), &json!("last"))
+        );
         let sealed = results[0]["encrypt"]["ciphertext"].as_str().unwrap();
         let opened = user.call("Decrypt", json!({"ciphertext": sealed})).await.unwrap();
         assert_eq!(bytes(&opened["plaintext"]), b"one");
@@ -512,15 +525,26 @@ async fn many_operations_in_one_call_are_each_as_if_they_came_alone() {
         assert!(error(&results[4]).1.contains("operation"), "{}", results[4]);
     }
     let reply = user.call("BatchCrypto", json!({"operations": operations})).await.unwrap();
-    let codes: Vec<i64> = reply["results"].as_array().unwrap().iter().map(|r| r["error"]["code"].as_i64().unwrap_or(0)).collect();
+    let codes: Vec<i64> = reply["results"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|r| r["error"]["code"].as_i64().unwrap_or(0))
+        .collect();
     assert_eq!(codes, [0, 0, 5, 10, 10, 10], "what follows a failure is not tried");
     for count in [0, 1001] {
         let many = vec![json!({"generate_random": {"length": 1}}); count];
-        let fail = refused(user.call("BatchCrypto", json!({"operations": many})).await, Code::InvalidArgument);
+        let fail = refused(
+            user.call("BatchCrypto", json!({"operations": many})).await,
+            Code::InvalidArgument,
+        );
         assert_eq!(fail.violations[0].0, "operations");
     }
     let all: Vec<Value> = (0..1000).map(|i| json!({"encrypt": {"key_id": key, "plaintext": b64(&[u8::try_from(i % 251).unwrap()])}})).collect();
-    let reply = user.call("BatchCrypto", json!({"operations": all, "continue_on_error": true})).await.unwrap();
+    let reply = user
+        .call("BatchCrypto", json!({"operations": all, "continue_on_error": true}))
+        .await
+        .unwrap();
     assert_eq!(reply["successful_count"], 1000);
 }
 
@@ -569,7 +593,8 @@ async fn large_data_goes_through_whole_or_not_at_all() {
     let admin = server.admin().await;
     let key = admin.create(json!({"alias": "big"})).await;
     let data: Vec<u8> = (0..3_000_000u32).map(|i| u8::try_from(i % 251).unwrap()).collect();
-    let mut messages = vec![json!({"header": {"key_id": key, "chunk_size": 4096, "context": {"a": "b"}}})];
+    let mut messages =
+        vec![json!({"header": {"key_id": key, "chunk_size": 4096, "context": {"a": "b"}}})];
     messages.extend(data.chunks(700_000).map(|c| json!({"plaintext": b64(c)})));
     let sealed = admin.stream("EncryptStream", messages).await.unwrap();
     assert_eq!(sealed[0]["key_id"], key.as_str());
@@ -591,7 +616,9 @@ async fn large_data_goes_through_whole_or_not_at_all() {
         assert!(opened == data);
     }
     for cut in [1, 16, 17, 4112, 4113, 100_000] {
-        says_nothing(&open(&sealed[..sealed.len() - cut], right.clone(), 1_000_000).await.unwrap_err());
+        says_nothing(
+            &open(&sealed[..sealed.len() - cut], right.clone(), 1_000_000).await.unwrap_err(),
+        );
     }
     says_nothing(&open(&sealed, json!({"a": "c"}), 1_000_000).await.unwrap_err());
     let mut swapped = sealed.clone();
@@ -603,12 +630,16 @@ async fn large_data_goes_through_whole_or_not_at_all() {
     let path = |name: &str| directory.path().join(name).display().to_string();
     std::fs::write(path("plain"), &data).unwrap();
     let run = |args: &[&str]| server.cli(args);
-    let (code, _, err) = run(&["encrypt", "--key", "alias/big", "--in", &path("plain"), "--out", &path("sealed")]);
+    let (code, _, err) =
+        run(&["encrypt", "--key", "alias/big", "--in", &path("plain"), "--out", &path("sealed")]);
     assert_eq!(code, 0, "{err}");
     let (code, shown, err) = run(&["inspect", "--in", &path("sealed"), "-o", "json"]);
     assert_eq!(code, 0, "{err}");
     let shown: Value = serde_json::from_str(&shown).unwrap();
-    assert_eq!((&shown["kind"], &shown["key_id"], &shown["plaintext_bytes"]), (&json!("stream"), &json!(key), &json!(3_000_000)));
+    assert_eq!(
+        (&shown["kind"], &shown["key_id"], &shown["plaintext_bytes"]),
+        (&json!("stream"), &json!(key), &json!(3_000_000))
+    );
     let (code, _, err) = run(&["decrypt", "--in", &path("sealed"), "--out", &path("back")]);
     assert_eq!(code, 0, "{err}");
     assert!(std::fs::read(path("back")).unwrap() == data);
@@ -617,7 +648,8 @@ async fn large_data_goes_through_whole_or_not_at_all() {
     let (code, _, err) = run(&["decrypt", "--in", &path("cut"), "--out", &path("none")]);
     assert_eq!(code, 2, "{err}");
     assert!(err.contains("decryption failed"), "{err}");
-    let left: Vec<_> = std::fs::read_dir(directory.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    let left: Vec<_> =
+        std::fs::read_dir(directory.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left.len(), 4, "{left:?}");
 }
 
@@ -637,7 +669,9 @@ async fn openssl_and_the_command_line_agree() {
         assert_eq!(code, 0, "{args:?}: {err}");
         out
     };
-    for (kind, digest) in [("ecdsa-p256", "-sha256"), ("rsa-2048", "-sha256"), ("ecdsa-p384", "-sha384")] {
+    for (kind, digest) in
+        [("ecdsa-p256", "-sha256"), ("rsa-2048", "-sha256"), ("ecdsa-p384", "-sha384")]
+    {
         let alias = format!("alias/{kind}");
         run(&["key", "create", "--type", kind, "--alias", kind]);
         run(&["sign", "--key", &alias, "--in", &path("message"), "--out", &path("signature")]);
@@ -654,16 +688,43 @@ async fn openssl_and_the_command_line_agree() {
         let out = run(&["verify", "--key", &alias, "--in", &message, "--signature", &signature]);
         assert!(out.contains("valid"), "{out}");
         std::fs::write(path("other"), b"something else").unwrap();
-        let (code, out, _) = server.cli(&["verify", "--key", &alias, "--in", &path("other"), "--signature", &signature]);
+        let (code, out, _) = server.cli(&[
+            "verify",
+            "--key",
+            &alias,
+            "--in",
+            &path("other"),
+            "--signature",
+            &signature,
+        ]);
         assert_eq!((code, out.contains("NOT VALID")), (7, true));
     }
     // A key of OpenSSL's, taken over.
-    let made = openssl(&["genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", &path("own.pem")]).unwrap();
+    let made = openssl(&[
+        "genpkey",
+        "-algorithm",
+        "EC",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-out",
+        &path("own.pem"),
+    ])
+    .unwrap();
     assert!(made.status.success(), "{made:?}");
     run(&["import", "--type", "ecdsa-p256", "--alias", "taken", "--in", &path("own.pem")]);
     run(&["sign", "--key", "alias/taken", "--in", &path("message"), "--out", &path("signature")]);
-    let public = openssl(&["pkey", "-in", &path("own.pem"), "-pubout", "-out", &path("own.pub")]).unwrap();
+    let public =
+        openssl(&["pkey", "-in", &path("own.pem"), "-pubout", "-out", &path("own.pub")]).unwrap();
     assert!(public.status.success());
-    let verified = openssl(&["dgst", "-sha256", "-verify", &path("own.pub"), "-signature", &path("signature"), &path("message")]).unwrap();
+    let verified = openssl(&[
+        "dgst",
+        "-sha256",
+        "-verify",
+        &path("own.pub"),
+        "-signature",
+        &path("signature"),
+        &path("message"),
+    ])
+    .unwrap();
     assert!(verified.status.success(), "{verified:?}");
 }

@@ -207,7 +207,9 @@ fn base(method: &MethodDescriptor, id: &str, token: &str) -> Value {
         "BatchCrypto" => json!({"operations": [{}], "continue_on_error": true}),
         "StreamCrypto" => json!({}),
         "Sign" | "Verify" => json!({"key_id": id, "message": "eA=="}),
-        "ImportKey" => json!({"key": {"key_type": "KEY_TYPE_AES_256"}, "wrapping": "IMPORT_WRAPPING_PLAIN"}),
+        "ImportKey" => {
+            json!({"key": {"key_type": "KEY_TYPE_AES_256"}, "wrapping": "IMPORT_WRAPPING_PLAIN"})
+        }
         "EncryptStream" | "DecryptStream" => json!({"header": {}}),
         name if name.starts_with("Batch") => {
             json!({"keys": [item(name)], "continue_on_error": true})

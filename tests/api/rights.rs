@@ -185,7 +185,9 @@ fn request(method: &str, key: &str, alias: &str, client: &str, token: &str, n: u
         "DecryptStream" => json!({"header": {}}),
         "GenerateRandom" => json!({"length": 8}),
         "GetImportParameters" => json!({"wrapping": "IMPORT_WRAPPING_HPKE"}),
-        "ImportKey" => json!({"key": create, "wrapping": "IMPORT_WRAPPING_PLAIN", "material": data_encoding::BASE64.encode(&[7; 32])}),
+        "ImportKey" => {
+            json!({"key": create, "wrapping": "IMPORT_WRAPPING_PLAIN", "material": data_encoding::BASE64.encode(&[7; 32])})
+        }
         m if m.starts_with("Batch") => json!({"keys": [item]}),
         "StreamGetKeys" => item,
         m if m.starts_with("Stream") => json!({"request": item}),

@@ -775,3 +775,20 @@ pub struct ImportRecord {
     #[prost(int64, tag = "4")]
     pub expires_at: i64,
 }
+/// Where clock and time since boot were last believed, so that a restart does not take a clock as it
+/// finds it.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ClockRecord {
+    /// The boot of the machine, 16 bytes. Empty: not known.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub boot_id: ::prost::bytes::Bytes,
+    /// Microseconds since that boot.
+    #[prost(int64, tag = "2")]
+    pub since_boot: i64,
+    /// What the clock said, in microseconds since 1970.
+    #[prost(int64, tag = "3")]
+    pub clock: i64,
+    /// The clock has jumped since and was neither set right nor confirmed.
+    #[prost(bool, tag = "4")]
+    pub jumped: bool,
+}

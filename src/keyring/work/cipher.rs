@@ -313,7 +313,8 @@ impl Keyring {
             }
             DataKey::Pair(algorithm) => {
                 let params = GenerationParams::default();
-                let made: algorithm::Generated = self.forge.make(Some(client), algorithm, params).await?;
+                let made: algorithm::Generated =
+                    self.forge.make(Some(client), algorithm, params).await?;
                 let public = made.public.map(|p| p.spki_der).unwrap_or_default();
                 Ok((made.material.expose_for_export(), public))
             }

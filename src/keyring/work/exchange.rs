@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use polykey_hsm::work::{self, SignatureScheme, canonical_context};
 use polykey_hsm::algorithm::PublicKeyError;
+use polykey_hsm::work::{self, SignatureScheme, canonical_context};
 use polykey_hsm::{Algorithm, KeyMaterial, PublicKey, Purpose};
 use zeroize::Zeroizing;
 

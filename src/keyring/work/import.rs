@@ -61,7 +61,11 @@ impl Keyring {
         let permit = self.authorize(cx, Resource::Node, command).await?;
         let kind = command.protection;
         let make = move || protection::generate_one_time_key(wrapping(kind));
-        let made = self.forge.run(Some(cx.caller.client_id()), make).await?.map_err(|e| Error::internal(e.to_string()))?;
+        let made = self
+            .forge
+            .run(Some(cx.caller.client_id()), make)
+            .await?
+            .map_err(|e| Error::internal(e.to_string()))?;
         let public = made.public.map(|p| p.spki_der).unwrap_or_default();
         let id: [u8; 16] = random::array().map_err(|e| Error::internal(e.to_string()))?;
         let expires_at = cx.now.plus_seconds(LIFE);

@@ -82,8 +82,7 @@ impl Keyring {
             let scheme = scheme(ready.key.algorithm, command.scheme)?;
             self.count_use(&ready.key, ready.number()).await?;
             let input = command.input.clone();
-            let signature =
-                self.work(&ready, move |key| key.sign(scheme, input.input())).await?;
+            let signature = self.work(&ready, move |key| key.sign(scheme, input.input())).await?;
             if self.still(&ready).await? {
                 self.used(cx, &ready, &BTreeMap::new()).await?;
                 let (key, version) = (ready.key.id, ready.number());

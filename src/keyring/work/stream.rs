@@ -88,7 +88,8 @@ impl Keyring {
             return Err(Error::invalid("key_id", "an RSA key encrypts no large data"));
         }
         if ready.key.record.convergent {
-            let text = "a convergent key encrypts no large data: its ciphertexts are not repeatable";
+            let text =
+                "a convergent key encrypts no large data: its ciphertexts are not repeatable";
             return Err(Error::invalid("key_id", text));
         }
         self.count_use(&ready.key, ready.number()).await?;

@@ -76,7 +76,9 @@ pub(super) async fn encrypt(
         let mut sealing = sealing;
         loop {
             let answer = match next(&mut incoming, &sender).await {
-                Some(Ok(message)) => encrypt_piece(&service, &admitted, &mut sealing, message).await,
+                Some(Ok(message)) => {
+                    encrypt_piece(&service, &admitted, &mut sealing, message).await
+                }
                 Some(Err(status)) => Err(status),
                 None if sender.is_closed() => return,
                 None => {

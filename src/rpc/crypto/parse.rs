@@ -69,14 +69,8 @@ fn optional_key(v: &mut Violations, field: &str, value: &str) -> Option<KeyName>
 }
 
 pub(super) fn encrypt(m: pb::EncryptRequest) -> Result<Encrypt, Error> {
-    let pb::EncryptRequest {
-        key_id,
-        version: asked,
-        plaintext,
-        context,
-        additional_data,
-        format,
-    } = m;
+    let pb::EncryptRequest { key_id, version: asked, plaintext, context, additional_data, format } =
+        m;
     let mut v = Violations::new();
     let command = Encrypt {
         key: key_name(&mut v, "key_id", &key_id),
@@ -90,14 +84,8 @@ pub(super) fn encrypt(m: pb::EncryptRequest) -> Result<Encrypt, Error> {
 }
 
 pub(super) fn decrypt(m: pb::DecryptRequest) -> Result<Decrypt, Error> {
-    let pb::DecryptRequest {
-        key_id,
-        ciphertext,
-        context,
-        additional_data,
-        format,
-        version: asked,
-    } = m;
+    let pb::DecryptRequest { key_id, ciphertext, context, additional_data, format, version: asked } =
+        m;
     let mut v = Violations::new();
     let key = optional_key(&mut v, "key_id", &key_id);
     let ciphertext = some(&mut v, "ciphertext", ciphertext);
@@ -484,7 +472,8 @@ pub(super) fn token(id: &[u8; 16]) -> String {
 }
 
 fn token_id(text: &str) -> Option<[u8; 16]> {
-    let bytes = data_encoding::BASE64URL_NOPAD.decode(text.strip_prefix("pki_")?.as_bytes()).ok()?;
+    let bytes =
+        data_encoding::BASE64URL_NOPAD.decode(text.strip_prefix("pki_")?.as_bytes()).ok()?;
     bytes.try_into().ok()
 }
 
