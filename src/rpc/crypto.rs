@@ -436,10 +436,12 @@ impl streams::Operation for Operations {
         item: super::batch::Item<Outcome>,
         sequence: i64,
     ) -> pb::CryptoResult {
-        let result = match item {
-            super::batch::Item::Done(outcome) => Some(outcome),
-            super::batch::Item::Failed(failure) => Some(error(&failure)),
-            super::batch::Item::NotTried => Some(not_tried()),
+        let failure = item.failure();
+        let result = match (item, failure) {
+            (super::batch::Item::Done(outcome), _) => Some(outcome),
+            (_, failure) => failure.map(|(message, code, reason)| {
+                Outcome::Error(pb::CryptoError { code, message, reason })
+            }),
         };
         pb::CryptoResult { result, reference, index: sequence - 1 }
     }

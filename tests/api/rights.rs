@@ -186,7 +186,7 @@ fn request(method: &str, key: &str, alias: &str, client: &str, token: &str, n: u
         "GenerateRandom" => json!({"length": 8}),
         "GetImportParameters" => json!({"wrapping": "IMPORT_WRAPPING_HPKE"}),
         "ImportKey" => {
-            json!({"key": create, "wrapping": "IMPORT_WRAPPING_PLAIN", "material": data_encoding::BASE64.encode(&[7; 32])})
+            json!({"key": {"key_type": "KEY_TYPE_AES_256"}, "wrapping": "IMPORT_WRAPPING_PLAIN", "material": data_encoding::BASE64.encode(&[7; 32])})
         }
         m if m.starts_with("Batch") => json!({"keys": [item]}),
         "StreamGetKeys" => item,

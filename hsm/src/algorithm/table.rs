@@ -189,6 +189,13 @@ impl Algorithm {
         self.purposes().first().copied().unwrap_or(Purpose::Credential)
     }
 
+    /// Whether verifying a signature takes more than 100 µs of CPU (measured), as [`Self::is_slow`] says of the
+    /// private part.
+    #[must_use]
+    pub const fn verifies_slowly(self) -> bool {
+        matches!(self, Self::EcdsaP384 | Self::EcdsaP521 | Self::EcdsaSecp256k1 | Self::Rsa4096)
+    }
+
     /// Whether a key of it may be made for this.
     #[must_use]
     pub fn serves(self, purpose: Purpose) -> bool {

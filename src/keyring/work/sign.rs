@@ -107,7 +107,7 @@ impl Keyring {
             let (input, signature) = (command.input.clone(), command.signature.clone());
             let verify =
                 move || work::verify(algorithm, scheme, &public, input.input(), &signature);
-            let valid = if algorithm.is_slow() {
+            let valid = if algorithm.verifies_slowly() {
                 self.slow.run(Some(&*ready.client), verify).await?
             } else {
                 verify()
