@@ -7,7 +7,7 @@
 //! are one atomic and durable transaction that carries one [`Revision`].
 //!
 //! * [`memory::Memory`] is the reference, and the model other stores are compared with.
-//! * [`redb::Redb`] keeps everything in one file.
+//! * [`redb::Redb`] keeps everything in one file, with a journal beside it while it is open.
 //!
 //! Futures of these two are ready when first polled. Polling `commit` of a store on disk blocks
 //! the thread until the disk has synced, so callers give commits a thread of their own.
