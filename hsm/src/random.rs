@@ -45,8 +45,8 @@ pub fn warm_up() -> Result<(), CryptoFailure> {
 
 const BLOCK: usize = 600;
 
-/// Unused nonces of this thread. The process that filled the block is part of it: a forked child
-/// must not repeat its parent's nonces.
+/// Unused random bytes of this thread. The process that filled the block is part of it: a forked child
+/// must not repeat its parent's.
 struct Block {
     bytes: [u8; BLOCK],
     used: usize,
@@ -58,24 +58,33 @@ thread_local! {
         const { RefCell::new(Block { bytes: [0; BLOCK], used: BLOCK, pid: 0 }) };
 }
 
-/// A random nonce, drawn in blocks per thread: a draw of its own costs more than a seal.
-///
-/// Only for values that become public; keys are drawn with [`fill`].
+/// A random nonce: 12 bytes of [`public`].
 pub(crate) fn nonce() -> Result<[u8; 12], CryptoFailure> {
+    public()
+}
+
+/// `N` random bytes, at most 32, drawn in blocks per thread: a draw of its own costs more than a seal.
+///
+/// Only for values that become public (nonces, ids); keys are drawn with [`fill`].
+///
+/// # Errors
+/// When the generator fails.
+pub fn public<const N: usize>() -> Result<[u8; N], CryptoFailure> {
+    const { assert!(N <= 32) };
     BLOCKS.with_borrow_mut(|block| {
         let pid = std::process::id();
-        if block.used >= BLOCK || block.pid != pid {
+        if block.used + N > BLOCK || block.pid != pid {
             block.used = BLOCK;
             fill(&mut block.bytes)?;
             block.used = 0;
             block.pid = pid;
         }
-        let mut out = [0; 12];
-        if let Some(fresh) = block.bytes.get_mut(block.used..block.used + 12) {
+        let mut out = [0; N];
+        if let Some(fresh) = block.bytes.get_mut(block.used..block.used + N) {
             out.copy_from_slice(fresh);
             fresh.zeroize();
         }
-        block.used += 12;
+        block.used += N;
         Ok(out)
     })
 }
@@ -97,8 +106,13 @@ mod tests {
     }
 
     #[test]
-    fn the_block_is_a_whole_number_of_nonces() {
-        assert_eq!(BLOCK % 12, 0);
+    fn draws_of_any_length_share_a_block_without_overlap() {
+        let mut seen = HashSet::new();
+        for _ in 0..2_000 {
+            let (a, b) = (public::<32>().unwrap(), public::<10>().unwrap());
+            assert!(seen.insert(a[..10].to_vec()) && seen.insert(a[22..].to_vec()));
+            assert!(seen.insert(b.to_vec()));
+        }
     }
 
     #[test]

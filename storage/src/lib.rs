@@ -178,6 +178,19 @@ pub trait Snapshot: Send + Sync {
         direction: Direction,
         limit: usize,
     ) -> BoxFuture<'_, Result<Vec<Entry>, ReadError>>;
+
+    /// How many rows of `space` have keys that lie in `range`, at most `limit`.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    fn count(
+        &self,
+        space: Space,
+        range: KeyRange,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<usize, ReadError>> {
+        Box::pin(async move { Ok(self.scan(space, range, Direction::Forward, limit).await?.len()) })
+    }
 }
 
 /// Rows, and the one way to change them.

@@ -40,8 +40,8 @@ use self::{
 };
 use crate::{
     Applied, Changes, ChangesError, Commit, CommitError, Committed, Entry, Finish, Health,
-    OpenError, ReadError, ReopenError, Replaced, Revision, Snapshot, Space, Store, StoreError,
-    StoreStatus, Write, commit, memory,
+    OpenError, ReadError, ReopenError, Replaced, Revision, RowKey, Snapshot, Space, Store,
+    StoreError, StoreStatus, Write, commit, memory,
 };
 
 pub use file::Compacted;
@@ -546,18 +546,24 @@ impl Redb {
         let mut written = BTreeSet::new();
         let mut replaced = Vec::new();
         for write in writes {
-            let old = rows.apply(revision, &write)?;
-            written.insert(encode::row(write.row()));
             let (row, new) = match write {
                 Write::Put { row, value } => (row, Some(value)),
                 Write::Delete { row } => (row, None),
             };
-            replaced.push(Replaced { row, old, new });
+            replaced.push(Replaced { row, old: None, new });
+        }
+        // In the order of the rows, and of the group where it writes one twice: neighbours meet the
+        // same pages, and what is appended to a table finds its end.
+        let mut in_order: Vec<&mut Replaced> = replaced.iter_mut().collect();
+        in_order.sort_by(|a, b| a.row.cmp(&b.row));
+        for write in in_order {
+            write.old = rows.apply(revision, &write.row, write.new.as_ref())?;
+            written.insert(encode::row(&write.row));
         }
         let appended = finish(&replaced).map_err(Failed::Aborted)?;
         commit::writes_size(&appended).map_err(Failed::TooLarge)?;
         for write in &appended {
-            rows.apply(revision, write)?;
+            rows.apply(revision, write.row(), write.value())?;
             written.insert(encode::row(write.row()));
         }
         meta.insert(META_REVISION, revision.0.to_be_bytes().as_slice())?;
@@ -635,25 +641,29 @@ struct Rows<'t> {
 
 impl Rows<'_> {
     // Applies one write; the old value.
-    fn apply(&mut self, revision: Revision, write: &Write) -> Result<Option<Bytes>, Failure> {
-        let row = write.row();
+    fn apply(
+        &mut self,
+        revision: Revision,
+        row: &RowKey,
+        new: Option<&Bytes>,
+    ) -> Result<Option<Bytes>, Failure> {
         let rows = match self.tables.entry(row.space) {
             btree_map::Entry::Occupied(open) => open.into_mut(),
             btree_map::Entry::Vacant(vacant) => {
                 vacant.insert(self.transaction.open_table(table(&table_name(row.space)))?)
             }
         };
-        let old = match write {
-            Write::Put { value, .. } => {
+        let old = match new {
+            Some(value) => {
                 rows.insert(row.key.as_slice(), encode::join(revision, value).as_slice())?
             }
-            Write::Delete { .. } => rows.remove(row.key.as_slice())?,
+            None => rows.remove(row.key.as_slice())?,
         };
         let old = match old {
             Some(stored) => Some(Bytes::copy_from_slice(encode::split(stored.value())?.1)),
             None => None,
         };
-        self.added += i64::from(write.value().is_some()) - i64::from(old.is_some());
+        self.added += i64::from(new.is_some()) - i64::from(old.is_some());
         Ok(old)
     }
 }

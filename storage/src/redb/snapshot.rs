@@ -73,6 +73,22 @@ impl View {
         Ok(found.flatten())
     }
 
+    fn count(&self, space: Space, keys: &KeyRange, limit: usize) -> Result<usize, Failure> {
+        if range::is_empty(keys) {
+            return Ok(0);
+        }
+        let bounds = (keys.0.as_ref().map(Vec::as_slice), keys.1.as_ref().map(Vec::as_slice));
+        let counted = self.rows(space, |rows| {
+            let mut counted = 0;
+            for row in rows.range::<&[u8]>(bounds)?.take(limit) {
+                row?;
+                counted += 1;
+            }
+            Ok(counted)
+        })?;
+        Ok(counted.unwrap_or_default())
+    }
+
     fn scan(
         &self,
         space: Space,
@@ -137,5 +153,14 @@ impl Snapshot for RedbSnapshot {
         limit: usize,
     ) -> BoxFuture<'_, Result<Vec<Entry>, ReadError>> {
         Box::pin(async move { self.latch.read(|| self.view.scan(space, &range, direction, limit)) })
+    }
+
+    fn count(
+        &self,
+        space: Space,
+        range: KeyRange,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<usize, ReadError>> {
+        Box::pin(async move { self.latch.read(|| self.view.count(space, &range, limit)) })
     }
 }
