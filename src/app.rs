@@ -165,6 +165,7 @@ fn store_options(config: &Config) -> redb::Options {
     redb::Options {
         cache_bytes: config.storage.cache_mib.saturating_mul(1024 * 1024),
         changes: config.storage.changes,
+        ..redb::Options::default()
     }
 }
 

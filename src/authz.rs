@@ -50,7 +50,7 @@ pub use proof::{Authorized, Command, Permit};
 pub use roles::{BUILT_IN, BuiltIn, built_in};
 
 use language::Language;
-use memo::{Memo, MemoKey};
+use memo::{About, Memo, MemoKey};
 use policies::Compiled;
 
 /// How many verdicts an [`Authorizer`] remembers unless told otherwise (about 200 bytes each).
@@ -210,19 +210,20 @@ impl Authorizer {
             || matches!(resource, Resource::Key { policies, .. }
                 if policies.compiled.volatile.contains(action));
         let remembered = match resource {
-            Resource::Node => Some(None),
+            Resource::Node => Some(About::Node),
             // Another state may be committed under the revision that this one would get.
             Resource::Key { facts, .. } if facts.revision == 0 => None,
-            Resource::Key { facts, .. } => Some(Some((facts.id, facts.revision))),
+            Resource::Key { facts, .. } => Some(About::Key(facts.id, facts.revision)),
+            Resource::NewKey(facts) => Some(About::New(facts.digest())),
             // Nothing numbers the revisions of these.
-            Resource::NewKey(_) | Resource::Client(_) | Resource::Role(_) => None,
+            Resource::Client(_) | Resource::Role(_) => None,
         };
-        let memo_key = remembered.filter(|_| !volatile).map(|key| MemoKey {
+        let memo_key = remembered.filter(|_| !volatile).map(|about| MemoKey {
             client: Arc::clone(&principal.client),
             client_revision: principal.revision,
             permissions: principal.permissions,
             action,
-            key,
+            about,
         });
         let verdict = match memo_key {
             None => Arc::new(self.evaluate(request, true)),

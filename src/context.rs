@@ -68,12 +68,8 @@ impl Context {
     /// What decisions are made from besides caller and resource, under a fresh decision id.
     #[must_use]
     pub fn facts(&self) -> ContextFacts {
-        let micros = u64::try_from(self.now.micros()).unwrap_or(0);
-        #[expect(clippy::cast_possible_truncation, reason = "below 10^9")]
-        let nanos = ((micros % 1_000_000) * 1000) as u32;
-        let timestamp = uuid::Timestamp::from_unix(uuid::NoContext, micros / 1_000_000, nanos);
         ContextFacts {
-            decision_id: DecisionId(uuid::Uuid::new_v7(timestamp)),
+            decision_id: DecisionId(crate::ids::at(self.now)),
             now: jiff::Timestamp::from_microsecond(self.now.micros()).unwrap_or_default(),
             source: Some(self.peer.ip()),
             certificate: self.caller.certificate.thumbprint_hex(),

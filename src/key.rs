@@ -21,11 +21,7 @@ impl KeyId {
     /// A new id.
     #[must_use]
     pub fn mint(now: Time) -> Self {
-        let micros = u64::try_from(now.micros()).unwrap_or(0);
-        #[expect(clippy::cast_possible_truncation, reason = "below 10^9")]
-        let nanos = ((micros % 1_000_000) * 1000) as u32;
-        let timestamp = uuid::Timestamp::from_unix(uuid::NoContext, micros / 1_000_000, nanos);
-        Self(Uuid::new_v7(timestamp))
+        Self(crate::ids::at(now))
     }
 
     /// The hyphenated form, in either case.

@@ -22,7 +22,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
-use polykey_hsm::{Algorithm, BlobHeader, MaterialContext, UnwrappedMaterial, WrappedBlob};
+use polykey_hsm::{
+    Algorithm, BlobHeader, BlobKey, KeyMaterial, MaterialContext, UnwrappedMaterial, WrappedBlob,
+};
 use polykey_proto::polykey::record::v1::audit_event::Outcome;
 use polykey_proto::polykey::record::v1::{AliasRecord, KeyRecord, VersionRecord};
 use polykey_storage::RowKey;
@@ -374,7 +376,7 @@ impl Keyring {
             .await?
             .ok_or(Error::State(Reason::VersionNotFound))?;
         let opened = self.open_material(key, &loaded.record)?;
-        let blob = wrapped_blob(key, version.get(), &opened)?;
+        let blob = wrapped_blob(key, version.get(), (&opened.material, &opened.blob_key))?;
         let found = Arc::new(KeyVersion { record: loaded.record, blob: blob.into() });
         self.caches.versions.insert(ticket, name, Arc::clone(&found));
         Ok(found)
@@ -432,10 +434,10 @@ impl Keyring {
 pub(crate) fn wrapped_blob(
     key: &Key,
     version: u32,
-    opened: &UnwrappedMaterial,
+    (material, blob_key): (&KeyMaterial, &BlobKey),
 ) -> Result<Vec<u8>, Error> {
     let header = BlobHeader { key_id: key.id.bytes(), version, algorithm: key.algorithm };
-    WrappedBlob::seal(&opened.blob_key, &header, &opened.material)
+    WrappedBlob::seal(blob_key, &header, material)
         .map_err(|e| Error::internal(format!("wrapping a version: {e}")))
 }
 

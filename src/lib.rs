@@ -36,6 +36,7 @@ pub mod error;
 pub mod fuzzing;
 pub mod hardening;
 pub mod health;
+mod ids;
 pub mod jobs;
 pub mod key;
 pub mod keyring;

@@ -1,6 +1,7 @@
 //! What the node measures of itself: requests, and the process they run in.
 
 use std::collections::VecDeque;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
@@ -130,7 +131,7 @@ impl RequestMetrics {
         let errors = now.errors.saturating_sub(then.errors) as f64;
         let micros = now.micros.saturating_sub(then.micros) as f64;
         let of = |part: f64, whole: f64| if whole > 0.0 { part / whole } else { 0.0 };
-        let cores = std::thread::available_parallelism().map_or(1, usize::from) as f64;
+        let cores = cores() as f64;
         let busy = now.cpu.saturating_sub(then.cpu).as_secs_f64();
         Figures {
             requests: now.requests,
@@ -142,6 +143,12 @@ impl RequestMetrics {
             memory_percent: 0.0,
         }
     }
+}
+
+/// The cores of this process, asked for once: the system answers from files.
+fn cores() -> usize {
+    static CORES: OnceLock<usize> = OnceLock::new();
+    *CORES.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
 }
 
 /// Processor time of this process since its start.

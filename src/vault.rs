@@ -17,6 +17,7 @@ pub mod tree;
 mod tx;
 mod verify;
 
+use std::ops::Bound;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
@@ -30,7 +31,7 @@ use polykey_storage::{
 use crate::error::Error;
 use crate::time::{Clock, Time};
 use damage::Damage;
-use head::Head;
+use head::{Head, LeafEvents};
 pub use reseal::{Position, Stale};
 pub use sequencer::Receipt;
 use sequencer::{Sequencer, Writer};
@@ -336,6 +337,18 @@ impl Vault {
         }
     }
 
+    /// Number of audit leaves: [`HeadView::leaves`] without the root, which takes hashing.
+    #[must_use]
+    pub fn leaves(&self) -> u64 {
+        self.head.load().frontier.size()
+    }
+
+    /// Number of enabled keys: [`HeadView::keys`] without the rest.
+    #[must_use]
+    pub fn enabled_keys(&self) -> u64 {
+        self.head.load().keys
+    }
+
     /// The latest time a commit carried: [`HeadView::last_time`] without the rest.
     #[must_use]
     pub fn last_time(&self) -> Time {
@@ -449,6 +462,55 @@ impl Vault {
         Ok(entries.into_iter().map(open).collect())
     }
 
+    /// Reads the records of several rows, whose keys ascend, from one snapshot and with the ring
+    /// that goes with it ([`Self::steady`]), each for itself. Rows that lie close together are read
+    /// in one go.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if the store cannot be read.
+    pub(crate) async fn get_many<R: Record>(
+        &self,
+        (snapshot, ring): &(Box<dyn Snapshot>, Arc<Ring>),
+        keys: &[Vec<u8>],
+    ) -> Result<Vec<Result<Option<Loaded<R>>, Error>>, Error> {
+        let (Some(first), Some(last)) = (keys.first(), keys.last()) else { return Ok(vec![]) };
+        let sealer = ring.sealer();
+        let limit = keys.len().saturating_mul(2);
+        let range = (Bound::Included(first.clone()), Bound::Included(last.clone()));
+        let scanned = snapshot.scan(R::SPACE, range, Direction::Forward, limit).await;
+        let scanned = self.read(scanned)?;
+        // Behind the last row of a scan that stopped early nothing is known.
+        let until =
+            if scanned.len() < limit { None } else { scanned.last().map(|e| e.key.clone()) };
+        let mut scanned = scanned.into_iter().peekable();
+        let mut found = Vec::with_capacity(keys.len());
+        for key in keys {
+            while scanned.next_if(|entry| entry.key < *key).is_some() {}
+            let entry = match scanned.next_if(|entry| entry.key == *key) {
+                Some(entry) => Some(entry),
+                None if until.as_ref().is_some_and(|until| key > until) => {
+                    self.read(snapshot.get(R::SPACE, key).await)?
+                }
+                None => None,
+            };
+            let open = |entry: Entry| {
+                let record = self.opened::<R>(&sealer, key, &entry.value)?;
+                Ok::<_, Error>(Loaded { record, revision: entry.revision })
+            };
+            found.push(entry.map(open).transpose());
+        }
+        Ok(found)
+    }
+
+    /// How many rows a range has, at most `limit`.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if the store cannot be read.
+    pub async fn count(&self, space: Space, range: KeyRange, limit: usize) -> Result<usize, Error> {
+        let snapshot = self.read(self.store.snapshot().await)?;
+        self.read(snapshot.count(space, range, limit).await)
+    }
+
     /// Reads at most `limit` row keys of a range, in order, opening nothing.
     ///
     /// # Errors
@@ -476,8 +538,9 @@ impl Vault {
     ///
     /// # Errors
     /// As [`Tx::commit`].
-    pub async fn record(&self, events: Vec<AuditEvent>) -> Result<Receipt, Error> {
-        let events = events.into_iter().map(|event| (false, vec![event])).collect();
+    pub async fn record(&self, events: impl AsRef<[AuditEvent]> + Send) -> Result<Receipt, Error> {
+        let each = events.as_ref().chunks(1);
+        let events = each.map(|event| LeafEvents::new(false, event)).collect();
         self.submit(Commit::new(), events, 0, u32::MAX).await
     }
 
@@ -485,14 +548,18 @@ impl Vault {
     ///
     /// # Errors
     /// As [`Tx::commit`].
-    pub async fn record_block(&self, events: Vec<AuditEvent>) -> Result<Receipt, Error> {
-        self.submit(Commit::new(), vec![(true, events)], 0, u32::MAX).await
+    pub async fn record_block(
+        &self,
+        events: impl AsRef<[AuditEvent]> + Send,
+    ) -> Result<Receipt, Error> {
+        let events = vec![LeafEvents::new(true, events.as_ref())];
+        self.submit(Commit::new(), events, 0, u32::MAX).await
     }
 
     async fn submit(
         &self,
         commit: Commit,
-        events: Vec<(bool, Vec<AuditEvent>)>,
+        events: Vec<LeafEvents>,
         enabled: i64,
         oldest_epoch: u32,
     ) -> Result<Receipt, Error> {

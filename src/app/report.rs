@@ -145,7 +145,7 @@ impl crate::rpc::Health for Report {
                 error_rate_percent: percent,
                 cpu_usage_percent: figures.cpu_percent,
                 memory_usage_percent: figures.memory_percent,
-                active_keys_count: signed(self.vault.head().keys),
+                active_keys_count: signed(self.vault.enabled_keys()),
                 total_requests_handled: signed(all),
                 uptime_since: Some(timestamp(self.started_at)),
             }),

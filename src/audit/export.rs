@@ -144,7 +144,7 @@ impl Trail {
         let broken = |e: std::io::Error| Error::internal(format!("writing the export: {e}"));
         self.checkpoint().await?;
         let vault = self.vault();
-        let size = vault.head().leaves;
+        let size = vault.leaves();
         let mut writer = ExportWriter::new(out, &origin(&vault.node_id()), keys).map_err(broken)?;
         for checkpoint in checkpoint::all(&**vault.store()).await? {
             let checkpoint =

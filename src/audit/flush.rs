@@ -73,20 +73,20 @@ fn take(inner: &Inner) -> (Arc<Vec<AuditEvent>>, Vec<Waiter>, usize) {
     }
     let events = Arc::new(events);
     state.in_flight = Arc::clone(&events);
-    state.floor = Some(inner.vault.head().leaves);
+    state.floor = Some(inner.vault.leaves());
     (events, waiters, bytes)
 }
 
 /// Commits events until they are durable, and returns the index of their first leaf. After an
 /// unknown outcome the log itself is asked whether they are there.
 async fn deliver(inner: &Inner, events: &[AuditEvent], block: bool) -> u64 {
-    let floor = inner.vault.head().leaves;
+    let floor = inner.vault.leaves();
     let mut pause = PAUSE;
     loop {
         let result = if block {
-            inner.vault.record_block(events.to_vec()).await
+            inner.vault.record_block(events).await
         } else {
-            inner.vault.record(events.to_vec()).await
+            inner.vault.record(events).await
         };
         let error = match result {
             Ok(receipt) => {
@@ -139,7 +139,7 @@ pub(super) async fn find(
     events: &[AuditEvent],
     block: bool,
 ) -> Result<Option<u64>, Error> {
-    let to = inner.vault.head().leaves;
+    let to = inner.vault.leaves();
     let mut next = floor;
     while next < to {
         let bodies = read_bodies(&inner.vault, next, to, 16).await?;
@@ -205,8 +205,7 @@ pub(super) async fn upkeep(inner: Arc<Inner>) {
         }
         // A fifth of the time at most, so that writing the use never crowds out the use.
         rest = inner.options.usage_interval.max(begun.elapsed() * 4);
-        let fresh =
-            inner.vault.head().leaves.saturating_sub(inner.checkpointed.load(Ordering::Relaxed));
+        let fresh = inner.vault.leaves().saturating_sub(inner.checkpointed.load(Ordering::Relaxed));
         if fresh == 0 {
             new_since = None;
             continue;

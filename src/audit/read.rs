@@ -319,7 +319,7 @@ impl Trail {
         let start = match (page_token, order) {
             ("", Order::OldestFirst) => Cursor { leaf: from, position: 0 },
             ("", Order::NewestFirst) => {
-                let Some(leaf) = vault.head().leaves.checked_sub(1) else {
+                let Some(leaf) = vault.leaves().checked_sub(1) else {
                     return Ok(Page::default());
                 };
                 Cursor { leaf, position: u32::MAX }
@@ -351,7 +351,7 @@ impl Trail {
                 }
                 at = Cursor { leaf: index + 1, position: 0 };
                 if page.spent() {
-                    let more = at.leaf < vault.head().leaves;
+                    let more = at.leaf < vault.leaves();
                     let next = if more { on(at) } else { String::new() };
                     return Ok(Page { events: page.events, next });
                 }
@@ -412,7 +412,7 @@ impl Trail {
         let vault = self.vault();
         let known: Vec<u64> = self.usage(key).await?.recent.iter().map(|e| e.leaf).collect();
         let start = if page_token.is_empty() {
-            let Some(leaf) = vault.head().leaves.checked_sub(1) else {
+            let Some(leaf) = vault.leaves().checked_sub(1) else {
                 return Ok(Page::default());
             };
             Cursor { leaf, position: u32::MAX }
@@ -429,12 +429,12 @@ impl Trail {
         from: Option<u64>,
         filter: Filter,
     ) -> impl Stream<Item = Result<Batch, Error>> + Send + 'static {
-        let next = from.unwrap_or_else(|| self.vault().head().leaves);
+        let next = from.unwrap_or_else(|| self.vault().leaves());
         let state = Some((Arc::clone(self), filter, next));
         futures::stream::unfold(state, |state| async move {
             let (trail, filter, mut next) = state?;
             loop {
-                while trail.vault().head().leaves <= next {
+                while trail.vault().leaves() <= next {
                     if trail.inner.closing.is_cancelled() {
                         return None;
                     }

@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use polykey_hsm::Ring;
 use polykey_proto::polykey::record::v1::{AuditEvent, UsageRecord};
+use polykey_storage::Snapshot;
 use prost::Message;
 use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
@@ -138,7 +140,7 @@ impl Held for Inner {
     fn limit(&self) -> u64 {
         // The head first: a block that takes off between the two reads lands at or after it, and
         // one that lands between them is pending already.
-        let leaves = self.vault.head().leaves;
+        let leaves = self.vault.leaves();
         self.state.lock().floor.map_or(leaves, |floor| floor.min(leaves))
     }
 
@@ -281,7 +283,7 @@ impl Trail {
     /// As [`Vault::record`]; the operation must be refused then.
     pub async fn record(&self, event: impl Into<AuditEvent> + Send) -> Result<u64, Error> {
         let event = event.into();
-        let receipt = self.inner.vault.record(vec![event.clone()]).await?;
+        let receipt = self.inner.vault.record(std::slice::from_ref(&event)).await?;
         let leaf = receipt.leaf.ok_or_else(|| Error::internal("an event became no leaf"))?;
         self.observed(leaf, &event);
         Ok(leaf)
@@ -324,6 +326,19 @@ impl Trail {
     /// [`Error::Unavailable`] if the store cannot be read.
     pub async fn access(&self, key: &KeyId) -> Result<Access, Error> {
         usage::access(&*self.inner, &key.bytes()).await
+    }
+
+    /// As [`Self::access`], for several keys whose ids ascend, each for itself, with the stored figures of the rows
+    /// that `at` shows.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if the store cannot be read.
+    pub(crate) async fn access_many(
+        &self,
+        at: &(Box<dyn Snapshot>, Arc<Ring>),
+        keys: &[KeyId],
+    ) -> Result<Vec<Result<Access, Error>>, Error> {
+        usage::access_many(&*self.inner, at, keys).await
     }
 
     /// As [`Self::access`], with the last 32 events of the key, oldest first. An event that has no

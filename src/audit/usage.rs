@@ -9,15 +9,17 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use lru::LruCache;
+use polykey_hsm::Ring;
 use polykey_proto::polykey::record::v1::{
     AuditBody, AuditEvent, AuditLeaf, HistoryEntry, UsageMark, UsageRecord,
 };
-use polykey_storage::Direction;
+use polykey_storage::{Direction, Snapshot};
 use prost::Message;
 
 use super::event::Outcome;
 use crate::authz::{Action, Class};
 use crate::error::Error;
+use crate::key::KeyId;
 use crate::time::Time;
 use crate::vault::Vault;
 use crate::vault::space::{self, Record, meta};
@@ -141,6 +143,10 @@ impl Usage {
         // Before the mark it has been read from the log already.
         if leaf >= self.mark && !self.pending.contains_key(&leaf) {
             self.add(event);
+            if let Some(key) = key_of(event).filter(|_| is_making(event)) {
+                // Known without a look at the store, which has no row of it yet.
+                self.base.put(key, Access::default());
+            }
             self.pending.insert(leaf, touch(event, leaf).into_iter().collect());
         }
     }
@@ -227,6 +233,38 @@ pub(crate) async fn access(held: &impl Held, key: &Key) -> Result<Access, Error>
     .await
 }
 
+pub(crate) async fn access_many(
+    held: &impl Held,
+    at: &(Box<dyn Snapshot>, Arc<Ring>),
+    keys: &[KeyId],
+) -> Result<Vec<Result<Access, Error>>, Error> {
+    let vault = held.vault();
+    let mark = [meta::USAGE_MARK.to_vec()];
+    let mark = vault.get_many::<UsageMark>(at, &mark).await?.pop().transpose()?.flatten();
+    let mark = mark.map_or(0, |mark| mark.record.next_leaf);
+    let rows: Vec<Vec<u8>> = keys.iter().map(|key| key.bytes().to_vec()).collect();
+    let stored = vault.get_many::<UsageRecord>(at, &rows).await?;
+    let stored: Vec<Result<Access, Error>> = stored
+        .into_iter()
+        .map(|row| Ok(row?.map(|row| access_of(&row.record)).unwrap_or_default()))
+        .collect();
+    let merged = held.with(|usage| {
+        let merge = |(key, base): (&KeyId, &Result<Access, Error>)| {
+            base.clone().map(|base| usage.merged(&key.bytes(), base))
+        };
+        (usage.mark == mark).then(|| keys.iter().zip(&stored).map(merge).collect())
+    });
+    if let Some(merged) = merged {
+        return Ok(merged);
+    }
+    // The use of keys has been written meanwhile.
+    let mut all = Vec::with_capacity(keys.len());
+    for key in keys {
+        all.push(access(held, &key.bytes()).await);
+    }
+    Ok(all)
+}
+
 pub(crate) async fn full(held: &impl Held, key: &Key) -> Result<UsageRecord, Error> {
     // Events move from unsettled to pending, never back: taken in this order none is missed, and
     // what is met twice is known by being equal.
@@ -266,12 +304,15 @@ pub(crate) async fn full(held: &impl Held, key: &Key) -> Result<UsageRecord, Err
 }
 
 fn fold(record: &mut UsageRecord, touches: &[Touch]) {
-    for touch in touches {
+    let kept = touches.len().saturating_sub(RECENT);
+    for (i, touch) in touches.iter().enumerate() {
         if touch.counts {
             record.access_count = record.access_count.saturating_add(1);
             record.last_accessed_at = record.last_accessed_at.max(touch.entry.time);
         }
-        record.recent.push(touch.entry.clone());
+        if i >= kept {
+            record.recent.push(touch.entry.clone());
+        }
     }
     let excess = record.recent.len().saturating_sub(RECENT);
     record.recent.drain(..excess);

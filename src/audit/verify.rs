@@ -194,8 +194,7 @@ pub async fn verify_store(
     for checkpoint in checkpoint::all(&**vault.store()).await? {
         match checkpoint {
             // Signed after the head was read.
-            Ok(checkpoint)
-                if checkpoint.size > head.leaves && vault.head().leaves > head.leaves => {}
+            Ok(checkpoint) if checkpoint.size > head.leaves && vault.leaves() > head.leaves => {}
             Ok(checkpoint) => walk.checkpoint(checkpoint),
             Err(text) => walk.report.find(format!("a stored checkpoint: {text}")),
         }

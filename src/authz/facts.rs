@@ -5,6 +5,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use aws_lc_rs::digest;
 use uuid::Uuid;
 
 use super::action::{Permission, PermissionSet, Target};
@@ -55,6 +56,45 @@ pub struct KeyFacts {
     pub tags: BTreeMap<String, String>,
 }
 
+impl KeyFacts {
+    /// SHA-256 over everything but the id, each part preceded by its length.
+    pub(super) fn digest(&self) -> [u8; 32] {
+        let Self {
+            id: _,
+            revision,
+            creator,
+            authorized_contexts,
+            key_type,
+            state,
+            data_classification,
+            exportable,
+            aliases,
+            tags,
+        } = self;
+        let mut digest = digest::Context::new(&digest::SHA256);
+        let part = |digest: &mut digest::Context, text: &str| {
+            digest.update(&(text.len() as u64).to_be_bytes());
+            digest.update(text.as_bytes());
+        };
+        digest.update(&revision.to_be_bytes());
+        digest.update(&[u8::from(*exportable)]);
+        for text in [creator, key_type, state, data_classification] {
+            part(&mut digest, text);
+        }
+        for list in [authorized_contexts, aliases] {
+            digest.update(&(list.len() as u64).to_be_bytes());
+            list.iter().for_each(|text| part(&mut digest, text));
+        }
+        for (name, value) in tags {
+            part(&mut digest, name);
+            part(&mut digest, value);
+        }
+        let mut out = [0; 32];
+        out.copy_from_slice(digest.finish().as_ref());
+        out
+    }
+}
+
 /// A client that is acted on, which need not exist yet.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ClientFacts {
@@ -91,7 +131,7 @@ pub enum Resource<'a> {
         /// Its own policies.
         policies: &'a KeyPolicies,
     },
-    /// A key about to be created; its creator is the caller. Never remembered.
+    /// A key about to be created; its creator is the caller. Remembered by all its facts but the id.
     NewKey(&'a KeyFacts),
     /// A client.
     Client(&'a ClientFacts),

@@ -20,8 +20,18 @@ pub(super) struct MemoKey {
     /// Roles are defined apart from clients: with the permissions in the key, a changed role needs no revision.
     pub(super) permissions: PermissionSet,
     pub(super) action: Action,
-    /// The key and its revision; `None` for the node.
-    pub(super) key: Option<(Uuid, u64)>,
+    pub(super) about: About,
+}
+
+/// What a remembered verdict is about.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(super) enum About {
+    Node,
+    /// A key and its revision.
+    Key(Uuid, u64),
+    /// A key that is about to be created: a digest of all that is known of it but its id, which no
+    /// policy can know.
+    New([u8; 32]),
 }
 
 const SHARDS: usize = 16;

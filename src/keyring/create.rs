@@ -2,13 +2,10 @@
 
 use std::sync::Arc;
 
-use polykey_hsm::{
-    Algorithm, BlobKey, Generated, GenerationParams, KeyMaterial, UnwrappedMaterial, key_checksum,
-};
+use polykey_hsm::{Algorithm, BlobKey, Generated, GenerationParams, KeyMaterial, key_checksum};
 use polykey_proto::polykey::record::v1::{
     KeyRecord, VersionRecord, job_record::Kind, key_record::State,
 };
-use uuid::Uuid;
 use zeroize::Zeroize;
 
 use super::plan::{Done, Planned, Prepared, next_rotation};
@@ -113,7 +110,7 @@ impl Keyring {
         if command.profile == Profile::Hardened {
             return Err(Error::State(Reason::ProfileUnavailable));
         }
-        let uuid = Uuid::now_v7();
+        let uuid = crate::ids::at(cx.now);
         KeyPolicies::compile(uuid, &command.policies)
             .map_err(|e| policy_violations("access_policies", &e))?;
         if let Some(import) = &command.import {
@@ -219,8 +216,7 @@ impl Keyring {
             ..VersionRecord::default()
         };
         tx.insert(&version_row(key.id, version), &record)?;
-        let opened: UnwrappedMaterial = self.open_material(key, &record)?;
-        let blob = wrapped_blob(key, version.get(), &opened)?;
+        let blob = wrapped_blob(key, version.get(), (&made.material, &blob_key))?;
         Ok(KeyVersion { record, blob: blob.into() })
     }
 }

@@ -180,7 +180,7 @@ impl Keyring {
                     Err(_) => Vec::new(),
                     Ok(()) => {
                         let opened = self.open_material(&found, &loaded.record)?;
-                        wrapped_blob(&found, record.version, &opened)?
+                        wrapped_blob(&found, record.version, (&opened.material, &opened.blob_key))?
                     }
                 };
                 Some(Arc::new(KeyVersion { record: loaded.record, blob: blob.into() }))

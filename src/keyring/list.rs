@@ -1,25 +1,29 @@
 //! Lists: one narrow row per key and grantee, so that a page costs the same in a store of any size.
 
 use std::ops::Bound;
+use std::sync::Arc;
 
 use polykey_hsm::{MacPurpose, Ring};
-use polykey_proto::polykey::record::v1::{KeyRecord, ListRow};
+use polykey_proto::polykey::record::v1::{KeyRecord, ListRow, VersionRecord};
 use polykey_storage::Direction;
 use prost::Message;
 
 use super::rows::{EVERYONE, list_prefix, tag_hashes};
-use super::{Keyring, MetadataView};
+use super::{Key, KeyVersion, Keyring, MetadataView};
 use crate::authz::Resource;
 use crate::command::{ListKeys, ListStatus};
 use crate::context::Context;
 use crate::error::Error;
-use crate::key::{KeyId, KeyState, key_state};
+use crate::key::{self, KeyId, KeyState, Version, key_state, version_row};
 use crate::limits::{COUNT, PAGE_DEFAULT, PAGE_SCAN};
 use crate::time::Time;
+use crate::vault::{Loaded, space};
 use polykey_proto::polykey::record::v1::audit_event::Outcome;
 
 /// Rows read at a time.
 const STEP: usize = 512;
+/// Keys loaded at a time: each may be large.
+const SHOWN_STEP: usize = 100;
 /// Bytes of rows that one page looks at before it returns short.
 const PAGE_BYTES: usize = 2 * 1024 * 1024;
 
@@ -137,24 +141,27 @@ impl Keyring {
         let Place { ids, mut last, mut damaged } =
             self.page(&prefix, start, &filter, size, cx.now).await?;
         let mut keys = Vec::with_capacity(ids.len());
-        let (count, mut bytes) = (ids.len(), 0);
-        for (i, id) in ids.into_iter().enumerate() {
-            let view = match self.listed(cx, id).await {
-                Ok(Some(view)) => view,
-                Ok(None) => continue,
-                Err(Error::DataLoss { internal }) => {
-                    // The vault has named a row that does not open; this may be what stands in one.
-                    tracing::debug!(key = %id, internal, "left a damaged key out of a list");
-                    damaged += 1;
-                    continue;
+        let (mut seen, mut bytes) = (0, 0);
+        'steps: for step in ids.chunks(SHOWN_STEP) {
+            for (view, id) in self.listed(cx, step).await?.into_iter().zip(step) {
+                seen += 1;
+                let view = match view {
+                    Ok(Some(view)) => view,
+                    Ok(None) => continue,
+                    Err(Error::DataLoss { internal }) => {
+                        // The vault has named a row that does not open; this may be what stands in one.
+                        tracing::debug!(key = %id, internal, "left a damaged key out of a list");
+                        damaged += 1;
+                        continue;
+                    }
+                    Err(error) => return Err(error),
+                };
+                bytes += view.key.record.encoded_len();
+                keys.push(view);
+                if bytes >= ANSWER_BYTES && seen < ids.len() {
+                    last = Some(*id);
+                    break 'steps;
                 }
-                Err(error) => return Err(error),
-            };
-            bytes += view.key.record.encoded_len();
-            keys.push(view);
-            if bytes >= ANSWER_BYTES && i + 1 < count {
-                last = Some(id);
-                break;
             }
         }
         let next = match last {
@@ -185,26 +192,61 @@ impl Keyring {
         }
     }
 
-    async fn listed(&self, cx: &Context, id: KeyId) -> Result<Option<MetadataView>, Error> {
-        let key = match self.load(id).await {
-            Ok(key) => key,
-            Err(Error::NotFound) => return Ok(None),
-            Err(error) => return Err(error),
+    /// What is shown of several keys, whose ids ascend, each for itself; nothing of those that are
+    /// not there or not visible. Read from one snapshot past the caches, which a walk over all keys
+    /// must not empty.
+    async fn listed(
+        &self,
+        cx: &Context,
+        ids: &[KeyId],
+    ) -> Result<Vec<Result<Option<MetadataView>, Error>>, Error> {
+        let at = self.vault.steady().await?;
+        let rows: Vec<Vec<u8>> = ids.iter().map(|id| id.bytes().to_vec()).collect();
+        let visible = |loaded: Option<Loaded<KeyRecord>>| {
+            let key = loaded.map(|loaded| Key::new(loaded.record)).transpose()?;
+            // The list row and the key may be of different moments: visibility is asked of the key.
+            let key = key.filter(|key| crate::authz::visible(&cx.caller.facts, key.facts()));
+            let Some(key) = key else { return Ok(None) };
+            let version = key::pick_version(&key.record, 0).map_err(Error::State)?;
+            Ok(Some((key, version)))
         };
-        // The list row and the key may be of different moments: visibility is asked of the key.
-        if !crate::authz::visible(&cx.caller.facts, key.facts()) {
-            return Ok(None);
+        let keys = self.vault.get_many::<KeyRecord>(&at, &rows).await?;
+        let keys: Vec<Result<Option<(Key, Version)>, Error>> =
+            keys.into_iter().map(|loaded| visible(loaded?)).collect();
+        let there = || keys.iter().flatten().flatten();
+        let rows: Vec<Vec<u8>> = there().map(|(key, v)| version_row(key.id, *v)).collect();
+        let versions = self.vault.get_many::<VersionRecord>(&at, &rows).await?;
+        let shown: Vec<KeyId> = there().map(|(key, _)| key.id).collect();
+        let usage = self.trail.access_many(&at, &shown).await?;
+        drop(at);
+        let mut versions = versions.into_iter().zip(usage);
+        let mut views = Vec::with_capacity(ids.len());
+        for key in keys {
+            let key = match key {
+                Ok(Some((key, _))) => Arc::new(key),
+                Ok(None) => {
+                    views.push(Ok(None));
+                    continue;
+                }
+                Err(error) => {
+                    views.push(Err(error));
+                    continue;
+                }
+            };
+            let Some((version, usage)) = versions.next() else { break };
+            let version = match version {
+                // A list shows nothing of the material.
+                Ok(Some(Loaded { record, .. })) => {
+                    Ok(Arc::new(KeyVersion { record, blob: bytes::Bytes::new() }))
+                }
+                Ok(None) => self.shown_version(&key, 0).await,
+                Err(error) => Err(error),
+            };
+            views.push(
+                version.and_then(|version| Ok(Some(self.view_with(cx, &key, &version, usage?)))),
+            );
         }
-        let done = super::Done {
-            key,
-            version: None,
-            previous: 0,
-            grace_until: None,
-            at: cx.now,
-            leaf: None,
-            erased: 0,
-        };
-        self.view_done(cx, &done).await.map(Some)
+        Ok(views)
     }
 
     /// The keys of a page.
@@ -221,8 +263,11 @@ impl Keyring {
         let (mut seen, mut bytes) = (0, 0);
         loop {
             let range = (start, end.clone());
-            let rows = self.vault.scan_each::<ListRow>(range, Direction::Forward, STEP).await?;
-            let more = rows.len() == STEP;
+            // Where every row counts, one more than are still wanted tell whether there is more.
+            let wanted = size.saturating_sub(place.ids.len()).saturating_add(1);
+            let step = if filter.is_open() { wanted.min(STEP) } else { STEP };
+            let rows = self.vault.scan_each::<ListRow>(range, Direction::Forward, step).await?;
+            let more = rows.len() == step;
             let mut last = None;
             let total = rows.len();
             for (i, (row, loaded)) in rows.into_iter().enumerate() {
@@ -262,34 +307,24 @@ impl Keyring {
     ) -> Result<(u32, u32), Error> {
         let end = end_of(prefix);
         let mut start = Bound::Included(prefix.to_vec());
+        let clamp = |n: usize| u32::try_from(n.min(COUNT)).unwrap_or(0);
+        if filter.is_open() {
+            let total = self.vault.count(space::LIST, (start, end), COUNT).await?;
+            return Ok((clamp(total), clamp(total)));
+        }
         let (mut total, mut filtered) = (0_usize, 0_usize);
-        let open = filter.is_open();
         for _ in 0..PAGE_SCAN.div_ceil(STEP) {
             let range = (start, end.clone());
-            let (rows, last) = if open {
-                let keys = self.vault.scan_keys(crate::vault::space::LIST, range, STEP).await?;
-                (keys.len(), keys.into_iter().next_back())
-            } else {
-                let rows = self.vault.scan_each::<ListRow>(range, Direction::Forward, STEP).await?;
-                let opened = rows.iter().filter_map(|(_, loaded)| loaded.as_ref().ok());
-                filtered += opened.filter(|loaded| filter.takes(&loaded.record, now)).count();
-                (rows.len(), rows.into_iter().next_back().map(|(row, _)| row))
-            };
-            total += rows;
-            match last {
-                Some(last) if rows == STEP && total.min(COUNT).min(filtered.max(total)) < COUNT => {
-                    start = Bound::Excluded(last);
-                }
-                Some(last) if rows == STEP && !open && filtered < COUNT => {
-                    start = Bound::Excluded(last);
-                }
+            let rows = self.vault.scan_each::<ListRow>(range, Direction::Forward, STEP).await?;
+            let opened = rows.iter().filter_map(|(_, loaded)| loaded.as_ref().ok());
+            filtered += opened.filter(|loaded| filter.takes(&loaded.record, now)).count();
+            total += rows.len();
+            let more = rows.len() == STEP && (total < COUNT || filtered < COUNT);
+            match rows.into_iter().next_back() {
+                Some((last, _)) if more => start = Bound::Excluded(last),
                 _ => break,
             }
         }
-        if open {
-            filtered = total;
-        }
-        let clamp = |n: usize| u32::try_from(n.min(COUNT)).unwrap_or(0);
         Ok((clamp(total), clamp(filtered)))
     }
 

@@ -156,9 +156,9 @@ impl Keyring {
                 last = i;
                 let plan = Box::pin(self.plan(cx, &mut tx, mutation, prepared));
                 let plan = plan.await.map_err(|e| (i, e))?;
-                tx.event(plan.event.clone());
+                tx.note(&plan.event);
                 if let Some(event) = &plan.beside {
-                    tx.event(event.clone());
+                    tx.note(event);
                 }
                 if let Some(Some(key)) = idempotency.get(i) {
                     key.remember(&mut tx, cx, &plan.done).await.map_err(|e| (i, e))?;

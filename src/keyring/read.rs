@@ -185,15 +185,26 @@ impl Keyring {
         key: &Arc<Key>,
         version: &Arc<KeyVersion>,
     ) -> Result<MetadataView, Error> {
-        Ok(MetadataView {
+        let usage = self.trail.access(&key.id).await?;
+        Ok(self.view_with(cx, key, version, usage))
+    }
+
+    pub(super) fn view_with(
+        &self,
+        cx: &Context,
+        key: &Arc<Key>,
+        version: &Arc<KeyVersion>,
+        usage: Access,
+    ) -> MetadataView {
+        MetadataView {
             shown: Shown::at(&key.record, &version.record, cx.now),
-            usage: self.trail.access(&key.id).await?,
+            usage,
             checksum: self.metadata_checksum(&key.record),
             key: Arc::clone(key),
             version: Arc::clone(version),
             history: Vec::new(),
             policies: Vec::new(),
-        })
+        }
     }
 
     /// A MAC over the stored record: two answers with the same checksum show the same metadata.
@@ -216,7 +227,11 @@ impl Keyring {
 
     /// The version that metadata is shown of. Where there is none any more (destroyed), an empty
     /// one stands in.
-    async fn shown_version(&self, key: &Key, asked: u32) -> Result<Arc<KeyVersion>, Error> {
+    pub(super) async fn shown_version(
+        &self,
+        key: &Key,
+        asked: u32,
+    ) -> Result<Arc<KeyVersion>, Error> {
         let version = key::pick_version(&key.record, asked).map_err(Error::State)?;
         match self.load_version(key, version).await {
             Err(Error::State(Reason::VersionNotFound))

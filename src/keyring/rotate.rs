@@ -183,7 +183,7 @@ impl Keyring {
         let version = Version::new(number).ok_or(Error::State(Reason::VersionNotFound))?;
         let record = self.version_in(tx, key.id, version).await?;
         let opened = self.open_material(key, &record)?;
-        let blob = super::wrapped_blob(key, number, &opened)?;
+        let blob = super::wrapped_blob(key, number, (&opened.material, &opened.blob_key))?;
         Ok(Arc::new(super::KeyVersion { record, blob: blob.into() }))
     }
 

@@ -48,7 +48,7 @@ impl RequestId {
             Some(text) => Self(text.into()),
             None => {
                 let mut text = uuid::Uuid::encode_buffer();
-                let id: &str = uuid::Uuid::now_v7().hyphenated().encode_lower(&mut text);
+                let id: &str = crate::ids::now().hyphenated().encode_lower(&mut text);
                 Self(id.into())
             }
         }

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use polykey_hsm::{MacPurpose, Ring, Sealer};
-use polykey_proto::polykey::record::v1::{AuditBody, AuditEvent, AuditLeaf, HeadRecord};
+use polykey_proto::polykey::record::v1::{AuditEvent, AuditLeaf, HeadRecord};
 use polykey_storage::{Abort, Applied, Finish, RowKey, Write};
-use prost::Message;
+use prost::encoding;
 
 use super::seal::{self, counter_of};
 use super::space::{self, Record, meta};
@@ -71,6 +71,37 @@ pub(crate) struct Leaves {
     pub(crate) first: Option<u64>,
 }
 
+/// The events of one leaf: all of its body that is known before its index, encoded on the thread of
+/// whoever proposes it.
+pub(crate) struct LeafEvents {
+    data_plane: bool,
+    encoded: Vec<u8>,
+}
+
+impl LeafEvents {
+    pub(crate) fn new(data_plane: bool, events: &[AuditEvent]) -> Self {
+        let mut encoded = Vec::new();
+        for event in events {
+            encoding::message::encode(3, event, &mut encoded);
+        }
+        Self { data_plane, encoded }
+    }
+
+    /// The encoded [`AuditBody`](polykey_proto::polykey::record::v1::AuditBody) at an index.
+    fn body(&self, index: u64, node_id: &[u8; 16]) -> Vec<u8> {
+        let mut body = Vec::with_capacity(self.encoded.len() + 32);
+        if index != 0 {
+            encoding::uint64::encode(1, &index, &mut body);
+        }
+        encoding::bytes::encode(2, &node_id.to_vec(), &mut body);
+        body.extend_from_slice(&self.encoded);
+        if self.data_plane {
+            encoding::bool::encode(4, &true, &mut body);
+        }
+        body
+    }
+}
+
 /// Appends audit leaves and the head to a group inside its transaction.
 pub(crate) struct Sealing<'a> {
     pub(crate) ring: &'a Ring,
@@ -79,7 +110,7 @@ pub(crate) struct Sealing<'a> {
     pub(crate) counter: &'a Arc<AtomicU64>,
     pub(crate) head: Head,
     /// The events of each proposal, by index in the group.
-    pub(crate) events: Vec<Vec<(bool, Vec<AuditEvent>)>>,
+    pub(crate) events: Vec<Vec<LeafEvents>>,
     /// By how much each proposal changes the number of enabled keys.
     pub(crate) enabled: Vec<i64>,
     pub(crate) leaves: Vec<Leaves>,
@@ -87,10 +118,9 @@ pub(crate) struct Sealing<'a> {
 }
 
 impl Sealing<'_> {
-    fn leaf(&mut self, data_plane: bool, events: Vec<AuditEvent>) -> Result<Write, Abort> {
+    fn leaf(&mut self, events: &LeafEvents) -> Result<Write, Abort> {
         let index = self.head.frontier.size();
-        let body = AuditBody { index, node_id: self.node_id.to_vec().into(), events, data_plane };
-        let body = body.encode_to_vec();
+        let body = events.body(index, &self.node_id);
         let mut salt = [0_u8; 32];
         polykey_hsm::random::fill(&mut salt).map_err(|e| Abort::new(e.to_string()))?;
         let hash = leaf_hash(&salt, &body);
@@ -129,9 +159,9 @@ impl Finish for Sealing<'_> {
             let delta = self.enabled.get(i).copied().unwrap_or(0);
             self.head.keys = self.head.keys.saturating_add_signed(delta);
             let events = self.events.get_mut(i).map(std::mem::take).unwrap_or_default();
-            for (data_plane, events) in events {
+            for events in &events {
                 let index = self.head.frontier.size();
-                writes.push(self.leaf(data_plane, events)?);
+                writes.push(self.leaf(events)?);
                 if let Some(leaves) = self.leaves.get_mut(i) {
                     leaves.first.get_or_insert(index);
                 }
@@ -147,5 +177,34 @@ impl Finish for Sealing<'_> {
             value: value.into(),
         });
         Ok(writes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use polykey_proto::polykey::record::v1::AuditBody;
+    use prost::Message;
+
+    use super::*;
+
+    #[test]
+    fn a_body_put_together_is_the_encoded_message() {
+        let event =
+            |n: i64| AuditEvent { time: n, action: "n".repeat(200), ..AuditEvent::default() };
+        for events in
+            [vec![], vec![event(0)], vec![event(1), AuditEvent::default(), event(i64::MIN)]]
+        {
+            for (index, data_plane) in [(0, false), (1, true), (u64::MAX, true), (300, false)] {
+                let node_id = [7; 16];
+                let whole = AuditBody {
+                    index,
+                    node_id: node_id.to_vec().into(),
+                    events: events.clone(),
+                    data_plane,
+                };
+                let parts = LeafEvents::new(data_plane, &events).body(index, &node_id);
+                assert_eq!(parts, whole.encode_to_vec());
+            }
+        }
     }
 }

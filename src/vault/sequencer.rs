@@ -9,11 +9,10 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use polykey_hsm::Ring;
-use polykey_proto::polykey::record::v1::AuditEvent;
 use polykey_storage::{Commit, CommitError, Revision, RowKey, Store};
 use tokio::sync::{mpsc, oneshot};
 
-use super::head::{Head, Leaves, Sealing};
+use super::head::{Head, LeafEvents, Leaves, Sealing};
 use super::{Invalidate, Metrics, load_head};
 use crate::error::Error;
 use crate::time::Clock;
@@ -31,8 +30,8 @@ const COMMIT_BYTES: usize = 48 * 1024 * 1024;
 /// A change that waits for its group.
 pub(crate) struct Proposal {
     pub(crate) commit: Commit,
-    /// (data plane?, events) per leaf.
-    pub(crate) events: Vec<(bool, Vec<AuditEvent>)>,
+    /// What becomes a leaf each.
+    pub(crate) events: Vec<LeafEvents>,
     /// By how much it changes the number of enabled keys.
     pub(crate) enabled: i64,
     /// The oldest epoch under which it has sealed or wrapped anything.
@@ -102,7 +101,7 @@ impl Sequencer {
     pub(crate) async fn submit(
         &self,
         commit: Commit,
-        events: Vec<(bool, Vec<AuditEvent>)>,
+        events: Vec<LeafEvents>,
         enabled: i64,
         oldest_epoch: u32,
     ) -> Result<Receipt, Error> {

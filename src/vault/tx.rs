@@ -10,6 +10,7 @@ use polykey_storage::{
     Commit, Direction, KeyRange, Require, Revision, RowKey, Snapshot, Space, Write,
 };
 
+use super::head::LeafEvents;
 use super::space::Record;
 use super::{Loaded, Receipt, Vault, seal};
 use crate::error::Error;
@@ -28,7 +29,7 @@ pub struct Tx<'v> {
     read: BTreeMap<RowKey, Option<Revision>>,
     requires: BTreeMap<RowKey, Require>,
     pending: BTreeMap<RowKey, Pending>,
-    events: Vec<AuditEvent>,
+    events: Vec<LeafEvents>,
     enabled: i64,
     ring: Arc<Ring>,
     oldest_epoch: u32,
@@ -211,7 +212,12 @@ impl<'v> Tx<'v> {
 
     /// Adds an event that becomes durable with the change, or not at all.
     pub fn event(&mut self, event: AuditEvent) {
-        self.events.push(event);
+        self.note(&event);
+    }
+
+    /// As [`Self::event`].
+    pub(crate) fn note(&mut self, event: &AuditEvent) {
+        self.events.push(LeafEvents::new(false, std::slice::from_ref(event)));
     }
 
     /// Counts keys that become enabled (positive) or stop being so (negative).
@@ -244,7 +250,6 @@ impl<'v> Tx<'v> {
                 Pending::Deleted => Write::Delete { row },
             })
             .collect();
-        let events = events.into_iter().map(|event| (false, vec![event])).collect();
         vault.submit(commit, events, enabled, oldest_epoch).await
     }
 }

@@ -7,7 +7,7 @@
 //! are one atomic and durable transaction that carries one [`Revision`].
 //!
 //! * [`memory::Memory`] is the reference, and the model other stores are compared with.
-//! * [`redb::Redb`] keeps everything in one file.
+//! * [`redb::Redb`] keeps everything in one file, with a journal beside it while it is open.
 //!
 //! Futures of these two are ready when first polled. Polling `commit` of a store on disk blocks
 //! the thread until the disk has synced, so callers give commits a thread of their own.
@@ -178,6 +178,19 @@ pub trait Snapshot: Send + Sync {
         direction: Direction,
         limit: usize,
     ) -> BoxFuture<'_, Result<Vec<Entry>, ReadError>>;
+
+    /// How many rows of `space` have keys that lie in `range`, at most `limit`.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    fn count(
+        &self,
+        space: Space,
+        range: KeyRange,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<usize, ReadError>> {
+        Box::pin(async move { Ok(self.scan(space, range, Direction::Forward, limit).await?.len()) })
+    }
 }
 
 /// Rows, and the one way to change them.

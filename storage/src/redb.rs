@@ -1,19 +1,24 @@
-//! The default store: one redb file, one group at a time, one durable transaction per group.
+//! The default store: one redb file, one group at a time, one transaction and one sync per group.
 //!
-//! Three tables. `rows` maps the space byte and the key to the revision (8 bytes, big endian) and
-//! the value; `changes` maps a revision to the rows it wrote; `meta` holds the format version,
-//! the store's id and the last revision.
+//! A table for each space, `rows/XX`, maps a key to the revision (8 bytes, big endian) and the
+//! value: tables that grow at their end stay packed. `changes` maps a revision to the rows it wrote;
+//! `meta` holds the format version, the store's id, the last revision and the salt of the journal.
 //!
-//! Every transaction is committed with redb's quick repair: a commit syncs twice and saves the
-//! allocator state, and in return a store opens in milliseconds after a crash, whatever its size.
+//! A group is made durable in the [`journal`] beside the file, and taken by redb in memory. Only the
+//! group for which the journal has no room is committed durably by redb, with all before it. That
+//! commit has redb's quick repair: it syncs twice and saves the allocator state, and in return a
+//! store opens in milliseconds after a crash, whatever its size, but for the few groups of the
+//! journal, which are then committed once more. While a store is closed it is one file.
 
 mod encode;
 mod failure;
 mod file;
+mod journal;
 mod snapshot;
+mod upgrade;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet, btree_map},
     fmt,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
@@ -21,8 +26,8 @@ use std::{
 };
 
 use ::redb::{
-    Builder, Database, DatabaseError, Durability, ReadableDatabase, ReadableTable,
-    ReadableTableMetadata, StorageBackend, Table, TableDefinition, WriteTransaction,
+    Builder, Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, StorageBackend,
+    StorageError, Table, TableDefinition, WriteTransaction,
 };
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -30,31 +35,43 @@ use parking_lot::{Mutex, RwLock};
 
 use self::{
     failure::{Failed, Failure, Latch},
+    journal::{Journal, Salt},
     snapshot::{RedbSnapshot, View},
 };
 use crate::{
-    Applied, Changes, ChangesError, Commit, CommitError, Committed, Finish, Health, OpenError,
-    ReadError, ReopenError, Replaced, Revision, Snapshot, Store, StoreError, StoreStatus, Write,
-    commit, memory,
+    Applied, Changes, ChangesError, Commit, CommitError, Committed, Entry, Finish, Health,
+    OpenError, ReadError, ReopenError, Replaced, Revision, RowKey, Snapshot, Space, Store,
+    StoreError, StoreStatus, Write, commit, memory,
 };
 
 pub use file::Compacted;
 
 /// The version of the tables and their encoding that this program writes, and the newest it
 /// reads.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// The largest number of old revisions a commit removes from `changes`, so that a retention
 /// lowered by the operator makes no commit slow.
 const TRIM_STEP: usize = 16;
 
-const ROWS: TableDefinition<'static, &[u8], &[u8]> = TableDefinition::new("rows");
 const CHANGES: TableDefinition<'static, u64, &[u8]> = TableDefinition::new("changes");
 const META: TableDefinition<'static, &str, &[u8]> = TableDefinition::new("meta");
 
 const META_FORMAT: &str = "format";
 const META_ID: &str = "id";
 const META_REVISION: &str = "revision";
+const META_JOURNAL: &str = "journal";
+
+// The table of a space, by its name.
+fn table(name: &str) -> TableDefinition<'_, &'static [u8], &'static [u8]> {
+    TableDefinition::new(name)
+}
+
+fn table_name(space: Space) -> String {
+    format!("{TABLES}{:02x}", space.0)
+}
+
+const TABLES: &str = "rows/";
 
 /// How a store is opened. None of it is part of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,15 +80,26 @@ pub struct Options {
     pub cache_bytes: usize,
     /// How many revisions [`Store::changes`] goes back. Default 100,000.
     pub changes: u64,
+    /// The size at which the journal is emptied into the file, in bytes: the more, the less is
+    /// written in all, and the longer an opening after a crash takes. Default 4 MiB. With 0 there is
+    /// none, and each group is written into the file at once.
+    pub journal_bytes: u64,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { cache_bytes: 32 * 1024 * 1024, changes: memory::DEFAULT_CHANGES }
+        Self {
+            cache_bytes: 32 * 1024 * 1024,
+            changes: memory::DEFAULT_CHANGES,
+            journal_bytes: 4 * 1024 * 1024,
+        }
     }
 }
 
 type Opener = Box<dyn Fn(&Builder) -> Result<Database, DatabaseError> + Send + Sync>;
+// Opens the journal, or creates it if asked to.
+type JournalOpener =
+    Box<dyn Fn(bool) -> std::io::Result<Option<Box<dyn StorageBackend>>> + Send + Sync>;
 
 /// A store in one file, or on any other [`StorageBackend`].
 ///
@@ -86,8 +114,11 @@ pub struct Redb {
     on_file: bool,
     options: Options,
     opener: Opener,
-    // One group at a time, and no reopening meanwhile. Taken before the other locks.
-    writer: Mutex<()>,
+    // None where no journal is kept.
+    journal_opener: Option<JournalOpener>,
+    // One group at a time, and no reopening meanwhile. Taken before the other locks. Holds the
+    // journal once it is in force.
+    writer: Mutex<Option<Journal>>,
     // None after a reopening that failed.
     database: RwLock<Option<Database>>,
     known: Arc<Mutex<Known>>,
@@ -145,7 +176,11 @@ impl Redb {
             let path = path.clone();
             Box::new(move |builder| builder.open(&path))
         };
-        Self::start(path, true, options, opener)
+        let journal: JournalOpener = {
+            let path = path.clone();
+            Box::new(move |create| journal::open_file(&path, create))
+        };
+        Self::start(path, true, options, opener, Some(journal))
     }
 
     /// Opens the store in the file `path`, which is created if there is nothing there.
@@ -166,6 +201,7 @@ impl Redb {
     /// Opens the store on the medium that `backend` hands out, once now and once for every
     /// reopening, and creates an empty one in an empty medium. For simulations: a medium that
     /// fails during this creation may be left unreadable, against which [`Redb::create`] guards.
+    /// There is no journal.
     ///
     /// # Errors
     /// [`OpenError`], with `name` for a path.
@@ -175,7 +211,22 @@ impl Redb {
         backend: impl Fn() -> B + Send + Sync + 'static,
     ) -> Result<Self, OpenError> {
         let opener: Opener = Box::new(move |builder| builder.create_with_backend(backend()));
-        Self::start(PathBuf::from(name), false, options, opener)
+        Self::start(PathBuf::from(name), false, options, opener, None)
+    }
+
+    /// As [`Self::with_backend`], with a journal on the medium that `journal` hands out.
+    ///
+    /// # Errors
+    /// [`OpenError`], with `name` for a path.
+    pub fn with_journal<B: StorageBackend, J: StorageBackend>(
+        name: &str,
+        options: Options,
+        backend: impl Fn() -> B + Send + Sync + 'static,
+        journal: impl Fn() -> J + Send + Sync + 'static,
+    ) -> Result<Self, OpenError> {
+        let opener: Opener = Box::new(move |builder| builder.create_with_backend(backend()));
+        let journal: JournalOpener = Box::new(move |_| Ok(Some(Box::new(journal()))));
+        Self::start(PathBuf::from(name), false, options, opener, Some(journal))
     }
 
     fn start(
@@ -183,13 +234,15 @@ impl Redb {
         on_file: bool,
         options: Options,
         opener: Opener,
+        journal_opener: Option<JournalOpener>,
     ) -> Result<Self, OpenError> {
         let store = Self {
             path,
             on_file,
             options,
             opener,
-            writer: Mutex::new(()),
+            journal_opener,
+            writer: Mutex::new(None),
             database: RwLock::new(None),
             known: Arc::new(Mutex::new(Known {
                 id: [0; 16],
@@ -204,7 +257,8 @@ impl Redb {
     }
 
     fn reopen_now(&self) -> Result<Revision, OpenError> {
-        let _writer = self.writer.lock();
+        let mut journal = self.writer.lock();
+        *journal = None;
         let mut slot = self.database.write();
         let again = {
             let mut known = self.known.lock();
@@ -252,7 +306,13 @@ impl Redb {
             if !self.on_file {
                 initialise_if_empty(&database).map_err(|error| self.open_failed(error))?;
             }
-            file::identify(&self.path, &database)
+            let found = file::identify(&self.path, &database)?;
+            let upgraded = upgrade::run(&database, found.format)
+                .map_err(|failure| self.open_failed(failure.error))?;
+            let recovered = self
+                .recover(&database, &found)
+                .map_err(|failure| self.open_failed(failure.error))?;
+            if upgraded || recovered { file::identify(&self.path, &database) } else { Ok(found) }
         }))
         .unwrap_or_else(|_| Err(file::not_a_store(&self.path, "its pages make no sense")));
         match identified {
@@ -262,6 +322,55 @@ impl Redb {
                 Err(error)
             }
         }
+    }
+
+    // Commits what only the journal has; whether there was anything.
+    fn recover(&self, database: &Database, found: &file::Identity) -> Result<bool, Failure> {
+        let (Some(salt), Some(open)) = (found.journal, &self.journal_opener) else {
+            return Ok(false);
+        };
+        let Some(medium) = open(false).map_err(StorageError::from)? else {
+            let journal = journal::path_of(&self.path);
+            return Err(Failure::damaged(format!(
+                "its journal {} is missing, and with it the last changes; put it back (an empty \
+                 file in its place gives them up)",
+                journal.display()
+            )));
+        };
+        let entries = match journal::entries(&*medium, &salt, found.revision) {
+            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+                return Err(Failure::damaged(error.to_string()));
+            }
+            read => read.map_err(StorageError::from)?,
+        };
+        let mut before = found.revision;
+        if entries.is_empty() {
+            return Ok(false);
+        }
+        let transaction = begin_write(database)?;
+        for journal::Entry { revision, writes } in entries {
+            let filled =
+                self.fill(&transaction, (before, revision), writes.into_iter(), |_| Ok(vec![]));
+            match filled {
+                Ok(_) => before = revision,
+                Err(Failed::Before(failure) | Failed::During(failure)) => return Err(failure),
+                Err(other) => return Err(Failure::damaged(format!("its journal: {other:?}"))),
+            }
+        }
+        transaction.open_table(META)?.remove(META_JOURNAL)?;
+        transaction.commit()?;
+        Ok(true)
+    }
+
+    // Has the database hold everything by itself, so that the journal is of no more use.
+    fn retire_journal(&self, database: &Database) -> Result<(), Failure> {
+        let transaction = begin_write(database)?;
+        transaction.open_table(META)?.remove(META_JOURNAL)?;
+        transaction.commit()?;
+        if self.on_file {
+            journal::remove_file(&self.path).map_err(StorageError::from)?;
+        }
+        Ok(())
     }
 
     fn open_failed(&self, error: StoreError) -> OpenError {
@@ -274,8 +383,8 @@ impl Redb {
         known.failure.is_none().then_some(known.revision)
     }
 
-    // Everything a snapshot needs, under one revision.
-    fn begin(&self) -> Result<RedbSnapshot, ReadError> {
+    // What is read under one revision, and where failures of that are reported.
+    fn view(&self) -> Result<(View, Latch), ReadError> {
         let database = self.database.read();
         let generation = {
             let known = self.known.lock();
@@ -287,7 +396,13 @@ impl Redb {
         let latch = Latch { known: Arc::clone(&self.known), generation };
         let database = database.as_ref().ok_or(ReadError::NeedsReopen)?;
         let view = latch.read(|| View::new(database))?;
-        Ok(RedbSnapshot { view, latch })
+        Ok((view, latch))
+    }
+
+    fn begin(&self) -> Result<RedbSnapshot, ReadError> {
+        let (view, latch) = self.view()?;
+        let revision = latch.read(|| view.revision())?;
+        Ok(RedbSnapshot { view, revision, latch })
     }
 
     fn commit_now(
@@ -296,21 +411,22 @@ impl Redb {
         finish: &mut dyn Finish,
     ) -> Result<Committed, CommitError> {
         commit::check_group(&group)?;
-        let _writer = self.writer.lock();
+        let mut journal = self.writer.lock();
         let database = self.database.read();
         let (Some(database), Some(before)) = (database.as_ref(), self.serving()) else {
             return Err(CommitError::ReadOnly);
         };
         // A panic in redb or in `finish` leaves behind what only opening again can sort out.
-        let result =
-            catch_unwind(AssertUnwindSafe(|| self.commit_on(database, before, group, finish)))
-                .unwrap_or_else(|_| Err(Failed::During(Failure::panicked())));
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            self.commit_on((database, &mut journal), before, group, finish)
+        }))
+        .unwrap_or_else(|_| Err(Failed::During(Failure::panicked())));
 
         let mut known = self.known.lock();
         match result {
             Ok((committed, rows)) => {
                 known.revision = committed.revision;
-                known.rows = rows.unwrap_or(known.rows);
+                known.rows = known.rows.saturating_add_signed(rows);
                 Ok(committed)
             }
             Err(Failed::Aborted(abort)) => Err(CommitError::Aborted(abort)),
@@ -328,30 +444,27 @@ impl Redb {
         }
     }
 
-    // What came of a group, and how many rows there are if anything was committed.
+    // What came of a group, and how many rows there are more (or less).
     fn commit_on(
         &self,
-        database: &Database,
+        (database, journal): (&Database, &mut Option<Journal>),
         before: Revision,
         group: Vec<Commit>,
         finish: &mut dyn Finish,
-    ) -> Result<(Committed, Option<u64>), Failed> {
+    ) -> Result<(Committed, i64), Failed> {
         let admitted = if group.iter().all(|commit| commit.requires.is_empty()) {
             commit::admit::<Failure>(&group, |_| Ok(None))?
         } else {
-            let rows = View::new(database)?.rows;
-            commit::admit(&group, |row| match rows.get(encode::row(row).as_slice())? {
-                Some(stored) => Ok::<_, Failure>(Some(encode::split(stored.value())?.0)),
-                None => Ok(None),
-            })?
+            let view = View::new(database)?;
+            commit::admit(&group, |row| view.revision_of(row.space, &row.key))?
         };
         if admitted.accepted.is_empty() {
             let committed = Committed { revision: before, outcomes: admitted.outcomes };
-            return Ok((committed, None));
+            return Ok((committed, 0));
         }
 
         let revision = Revision(before.0.saturating_add(1));
-        let transaction = begin_write(database)?;
+        let mut transaction = begin_write(database)?;
         let mut accepted = admitted.accepted.iter().copied().peekable();
         let writes = group.into_iter().enumerate().filter_map(|(index, commit)| {
             accepted.next_if_eq(&index).map(|_| commit.writes.into_iter())
@@ -359,10 +472,14 @@ impl Redb {
         let filled = self.fill(&transaction, (before, revision), writes.flatten(), |replaced| {
             finish.finish(&Applied { revision, accepted: &admitted.accepted, replaced })
         });
-        let rows = match filled {
+        let rows = filled.and_then(|filled| {
+            self.make_durable(&mut transaction, journal, revision, &filled)?;
+            Ok(filled.rows)
+        });
+        let rows = match rows {
             Ok(rows) => rows,
             Err(failed) => {
-                // Nothing has been made current, so nothing survives, even if this fails.
+                // Nothing has been made current, so the database keeps nothing, even if this fails.
                 if let Err(error) = transaction.abort() {
                     self.known.lock().failure = Some(Failure::from(error).error);
                 }
@@ -370,38 +487,84 @@ impl Redb {
             }
         };
         transaction.commit().map_err(|error| Failed::During(error.into()))?;
-        let committed = Committed { revision, outcomes: admitted.outcomes };
-        Ok((committed, Some(rows)))
+        Ok((Committed { revision, outcomes: admitted.outcomes }, rows))
     }
 
-    // Everything a transaction writes; the number of rows there are then.
+    // Appends a group to the journal, so that its transaction need not be durable; or leaves it to
+    // the transaction to be so, with all that the journal has had until then.
+    fn make_durable(
+        &self,
+        transaction: &mut WriteTransaction,
+        journal: &mut Option<Journal>,
+        revision: Revision,
+        filled: &Filled,
+    ) -> Result<(), Failed> {
+        let Some(opener) = self.journal_opener.as_ref().filter(|_| self.options.journal_bytes > 0)
+        else {
+            return Ok(());
+        };
+        let replaced = filled.replaced.iter().map(|write| (&write.row, write.new.as_ref()));
+        let appended = filled.appended.iter().map(|write| (write.row(), write.value()));
+        let entry = journal.as_ref().and_then(|j| j.entry(revision, replaced.chain(appended)));
+        if let (Some(journal), Some(entry)) = (journal.as_mut(), entry) {
+            transaction
+                .set_durability(Durability::None)
+                .map_err(|error| Failure::latching(StoreError::Other(error.to_string())))?;
+            transaction.set_quick_repair(false);
+            let appended = journal.append(&entry).map_err(StorageError::from);
+            return appended.map_err(|error| Failed::During(error.into()));
+        }
+        // The entries up to here count until this transaction is durable: none is overwritten
+        // before the next group.
+        let salt: Salt = memory::random_id().map_err(Failure::latching)?;
+        transaction.open_table(META)?.insert(META_JOURNAL, salt.as_slice())?;
+        match journal {
+            Some(journal) => journal.restart(salt),
+            None => {
+                let medium = opener(true).map_err(StorageError::from)?;
+                let medium = medium.ok_or_else(|| Failure::damaged("no journal was created"))?;
+                let started = Journal::begin(medium, salt, self.options.journal_bytes);
+                *journal = Some(started.map_err(StorageError::from)?);
+            }
+        }
+        Ok(())
+    }
+
+    // Everything a transaction writes.
     fn fill(
         &self,
         transaction: &WriteTransaction,
         (before, revision): (Revision, Revision),
         writes: impl Iterator<Item = Write>,
         finish: impl FnOnce(&[Replaced]) -> Result<Vec<Write>, crate::Abort>,
-    ) -> Result<u64, Failed> {
+    ) -> Result<Filled, Failed> {
         let mut meta = transaction.open_table(META)?;
         if encode::revision_of(meta.get(META_REVISION)?)? != before {
             return Err(Failure::damaged("the last revision is not the expected one").into());
         }
-        let mut rows = transaction.open_table(ROWS)?;
+        let mut rows = Rows { transaction, tables: BTreeMap::new(), added: 0 };
         let mut written = BTreeSet::new();
         let mut replaced = Vec::new();
         for write in writes {
-            let (key, old) = apply(&mut rows, revision, &write)?;
-            written.insert(key);
             let (row, new) = match write {
                 Write::Put { row, value } => (row, Some(value)),
                 Write::Delete { row } => (row, None),
             };
-            replaced.push(Replaced { row, old, new });
+            replaced.push(Replaced { row, old: None, new });
+        }
+        // In the order of the rows, and of the group where it writes one twice: neighbours meet the
+        // same pages, and what is appended to a table finds its end.
+        let mut in_order: Vec<&mut Replaced> = replaced.iter_mut().collect();
+        in_order.sort_by(|a, b| a.row.cmp(&b.row));
+        for write in in_order {
+            write.old = rows.apply(revision, &write.row, write.new.as_ref())?;
+            written.insert(encode::row(&write.row));
         }
         let appended = finish(&replaced).map_err(Failed::Aborted)?;
         commit::writes_size(&appended).map_err(Failed::TooLarge)?;
         for write in &appended {
-            written.insert(apply(&mut rows, revision, write)?.0);
+            rows.apply(revision, write.row(), write.value())?;
+            written.insert(encode::row(write.row()));
         }
         meta.insert(META_REVISION, revision.0.to_be_bytes().as_slice())?;
 
@@ -415,12 +578,12 @@ impl Redb {
             }
             changes.pop_first()?;
         }
-        Ok(rows.len()?)
+        Ok(Filled { replaced, appended, rows: rows.added })
     }
 
     fn changes_now(&self, after: Revision, limit: usize) -> Result<Changes, ChangesError> {
         let snapshot = self.begin()?;
-        let current = snapshot.view.revision;
+        let current = snapshot.revision;
         if after > current {
             return Err(ChangesError::Ahead { current });
         }
@@ -461,24 +624,48 @@ fn begin_write(database: &Database) -> Result<WriteTransaction, Failure> {
     Ok(transaction)
 }
 
-// Applies one write; the encoded key and the old value.
-fn apply(
-    rows: &mut Table<'_, &'static [u8], &'static [u8]>,
-    revision: Revision,
-    write: &Write,
-) -> Result<(Vec<u8>, Option<Bytes>), Failure> {
-    let key = encode::row(write.row());
-    let old = match write {
-        Write::Put { value, .. } => {
-            rows.insert(key.as_slice(), encode::join(revision, value).as_slice())?
-        }
-        Write::Delete { .. } => rows.remove(key.as_slice())?,
-    };
-    let old = match old {
-        Some(stored) => Some(Bytes::copy_from_slice(encode::split(stored.value())?.1)),
-        None => None,
-    };
-    Ok((key, old))
+// What a transaction has written.
+struct Filled {
+    replaced: Vec<Replaced>,
+    appended: Vec<Write>,
+    // How many rows there are more (or less).
+    rows: i64,
+}
+
+// The tables of a transaction, opened when they are first written.
+struct Rows<'t> {
+    transaction: &'t WriteTransaction,
+    tables: BTreeMap<Space, Table<'t, &'static [u8], &'static [u8]>>,
+    added: i64,
+}
+
+impl Rows<'_> {
+    // Applies one write; the old value.
+    fn apply(
+        &mut self,
+        revision: Revision,
+        row: &RowKey,
+        new: Option<&Bytes>,
+    ) -> Result<Option<Bytes>, Failure> {
+        let rows = match self.tables.entry(row.space) {
+            btree_map::Entry::Occupied(open) => open.into_mut(),
+            btree_map::Entry::Vacant(vacant) => {
+                vacant.insert(self.transaction.open_table(table(&table_name(row.space)))?)
+            }
+        };
+        let old = match new {
+            Some(value) => {
+                rows.insert(row.key.as_slice(), encode::join(revision, value).as_slice())?
+            }
+            None => rows.remove(row.key.as_slice())?,
+        };
+        let old = match old {
+            Some(stored) => Some(Bytes::copy_from_slice(encode::split(stored.value())?.1)),
+            None => None,
+        };
+        self.added += i64::from(new.is_some()) - i64::from(old.is_some());
+        Ok(old)
+    }
 }
 
 // Makes an empty database a store at revision 0.
@@ -496,7 +683,6 @@ fn initialise_if_empty(database: &Database) -> Result<(), StoreError> {
 }
 
 fn initialise(transaction: &WriteTransaction) -> Result<(), Failure> {
-    transaction.open_table(ROWS)?;
     transaction.open_table(CHANGES)?;
     let mut meta = transaction.open_table(META)?;
     let id = memory::random_id().map_err(Failure::latching)?;
@@ -508,9 +694,12 @@ fn initialise(transaction: &WriteTransaction) -> Result<(), Failure> {
 
 impl Drop for Redb {
     fn drop(&mut self) {
-        if let Some(database) = self.database.get_mut().take() {
-            close(database);
+        let Some(database) = self.database.get_mut().take() else { return };
+        if self.writer.get_mut().take().is_some() && self.known.lock().failure.is_none() {
+            // If this fails, the journal stays and counts.
+            drop(catch_unwind(AssertUnwindSafe(|| self.retire_journal(&database))));
         }
+        close(database);
     }
 }
 
@@ -537,6 +726,17 @@ impl Store for Redb {
 
     fn reopen(&self) -> BoxFuture<'_, Result<Revision, ReopenError>> {
         Box::pin(async move { self.reopen_now() })
+    }
+
+    fn get<'a>(
+        &'a self,
+        space: Space,
+        key: &'a [u8],
+    ) -> BoxFuture<'a, Result<Option<Entry>, ReadError>> {
+        Box::pin(async move {
+            let (view, latch) = self.view()?;
+            latch.read(|| view.get(space, key))
+        })
     }
 
     fn status(&self) -> StoreStatus {

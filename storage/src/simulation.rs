@@ -24,7 +24,7 @@ use crate::conformance::Rng;
 
 const SECTOR: usize = 512;
 
-/// A disk with one file on it. Clones are the same disk.
+/// A disk with two files on it, a database and its journal. Clones are the same disk.
 #[derive(Clone, Debug)]
 pub struct Disk(Arc<Mutex<State>>);
 
@@ -58,15 +58,24 @@ enum Pending {
     Length(usize),
 }
 
-#[derive(Debug)]
-struct State {
+#[derive(Debug, Default)]
+struct Content {
     // What a power cut cannot take.
     durable: Vec<u8>,
-    pending: Vec<Pending>,
     // What reads show.
     current: Vec<u8>,
-    // Raised when the disk is handed out; older handles are dead.
+    // Raised when the file is handed out; older handles are dead.
     handle: u64,
+}
+
+const DATABASE: usize = 0;
+const JOURNAL: usize = 1;
+
+#[derive(Debug)]
+struct State {
+    files: [Content; 2],
+    // Of both files, in order.
+    pending: Vec<(usize, Pending)>,
     plan: Plan,
     failed: bool,
     honesty: Honesty,
@@ -79,10 +88,8 @@ impl Disk {
     #[must_use]
     pub fn new(seed: u64) -> Self {
         Self(Arc::new(Mutex::new(State {
-            durable: Vec::new(),
+            files: Default::default(),
             pending: Vec::new(),
-            current: Vec::new(),
-            handle: 0,
             plan: Plan::Work,
             failed: false,
             honesty: Honesty::Honest,
@@ -96,19 +103,31 @@ impl Disk {
         self.0.lock().honesty = honesty;
     }
 
-    /// Access to the file, for [`crate::redb::Redb::with_backend`]. Earlier handles fail from
+    /// Access to the database, for [`crate::redb::Redb::with_backend`]. Earlier handles fail from
     /// then on.
     #[must_use]
     pub fn open(&self) -> Handle {
+        self.hand_out(DATABASE)
+    }
+
+    /// Access to the journal, for [`crate::redb::Redb::with_journal`]. Earlier handles fail from
+    /// then on.
+    #[must_use]
+    pub fn open_journal(&self) -> Handle {
+        self.hand_out(JOURNAL)
+    }
+
+    fn hand_out(&self, file: usize) -> Handle {
         let mut state = self.0.lock();
-        state.handle += 1;
+        let State { files, pending, .. } = &mut *state;
+        let content = &mut files[file];
+        content.handle += 1;
         // Without the page cache: what a failed sync has lost is seen to be lost.
-        let mut current = state.durable.clone();
-        for change in &state.pending {
-            apply(&mut current, change);
+        content.current = content.durable.clone();
+        for (_, change) in pending.iter().filter(|(of, _)| *of == file) {
+            apply(&mut content.current, change);
         }
-        state.current = current;
-        Handle { disk: self.clone(), number: state.handle }
+        Handle { disk: self.clone(), file, number: content.handle }
     }
 
     /// Power goes during the operation that follows `operations` others.
@@ -151,23 +170,22 @@ impl Disk {
 impl State {
     fn cut(&mut self) {
         self.plan = Plan::Dark;
-        self.handle += 1;
-        let pending = std::mem::take(&mut self.pending);
-        let mut medium = std::mem::take(&mut self.durable);
-        for change in &pending {
-            let rng = &mut self.rng;
+        for (file, change) in std::mem::take(&mut self.pending) {
+            let (rng, medium) = (&mut self.rng, &mut self.files[file].durable);
             match rng.below(4) {
                 0 => {}
-                1 => tear(&mut medium, change, |_| true),
-                2 => tear(&mut medium, change, |_| rng.chance(50)),
+                1 => tear(medium, &change, |_| true),
+                2 => tear(medium, &change, |_| rng.chance(50)),
                 _ => {
                     let torn_at = rng.below(16);
-                    tear(&mut medium, change, |sector| sector < torn_at);
+                    tear(medium, &change, |sector| sector < torn_at);
                 }
             }
         }
-        self.durable = medium;
-        self.current = self.durable.clone();
+        for file in &mut self.files {
+            file.handle += 1;
+            file.current = file.durable.clone();
+        }
     }
 
     // Decides what becomes of an operation; whether it is carried out.
@@ -189,15 +207,15 @@ impl State {
         }
     }
 
-    fn change(&mut self, change: Pending) -> io::Result<()> {
+    fn change(&mut self, file: usize, change: Pending) -> io::Result<()> {
         match self.operate()? {
             Step::Done => {
-                apply(&mut self.current, &change);
-                self.pending.push(change);
+                apply(&mut self.files[file].current, &change);
+                self.pending.push((file, change));
                 Ok(())
             }
             Step::Cut => {
-                self.pending.push(change);
+                self.pending.push((file, change));
                 self.cut();
                 Err(io::Error::other("power cut"))
             }
@@ -208,26 +226,29 @@ impl State {
                 {
                     data.truncate(self.rng.below(data.len() + 1));
                     let part = Pending::Write { offset, data };
-                    apply(&mut self.current, &part);
-                    self.pending.push(part);
+                    apply(&mut self.files[file].current, &part);
+                    self.pending.push((file, part));
                 }
                 Err(io::Error::other("simulated failure"))
             }
         }
     }
 
-    fn sync(&mut self) -> io::Result<()> {
+    fn sync(&mut self, file: usize) -> io::Result<()> {
         self.syncs += 1;
         match self.operate()? {
             Step::Done => {
+                let (mut synced, others): (Vec<_>, Vec<_>) =
+                    std::mem::take(&mut self.pending).into_iter().partition(|(of, _)| *of == file);
                 let kept = match self.honesty {
                     Honesty::Honest => 0,
-                    Honesty::SyncsNothing => self.pending.len(),
-                    Honesty::SyncsAllButOne => self.pending.len().min(1),
+                    Honesty::SyncsNothing => synced.len(),
+                    Honesty::SyncsAllButOne => synced.len().min(1),
                 };
-                let synced = self.pending.len() - kept;
-                for change in self.pending.drain(..synced) {
-                    apply(&mut self.durable, &change);
+                self.pending = others;
+                self.pending.extend(synced.split_off(synced.len() - kept));
+                for (_, change) in &synced {
+                    apply(&mut self.files[file].durable, change);
                 }
                 Ok(())
             }
@@ -237,7 +258,7 @@ impl State {
             }
             Step::Failed => {
                 let rng = &mut self.rng;
-                self.pending.retain(|_| rng.chance(50));
+                self.pending.retain(|(of, _)| *of != file || rng.chance(50));
                 Err(io::Error::other("simulated failure"))
             }
         }
@@ -294,13 +315,14 @@ fn tear(medium: &mut Vec<u8>, change: &Pending, mut keep: impl FnMut(usize) -> b
 #[derive(Debug)]
 pub struct Handle {
     disk: Disk,
+    file: usize,
     number: u64,
 }
 
 impl Handle {
     fn with<T>(&self, run: impl FnOnce(&mut State) -> io::Result<T>) -> io::Result<T> {
         let mut state = self.disk.0.lock();
-        if state.handle != self.number {
+        if state.files[self.file].handle != self.number {
             return Err(io::Error::other("the disk is gone"));
         }
         run(&mut state)
@@ -313,13 +335,13 @@ fn position(offset: u64) -> usize {
 
 impl StorageBackend for Handle {
     fn len(&self) -> io::Result<u64> {
-        self.with(|state| Ok(u64::try_from(state.current.len()).unwrap()))
+        self.with(|state| Ok(u64::try_from(state.files[self.file].current.len()).unwrap()))
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
         self.with(|state| {
             let start = position(offset);
-            let stored = state.current.get(start..start + out.len());
+            let stored = state.files[self.file].current.get(start..start + out.len());
             let stored = stored.ok_or(io::ErrorKind::UnexpectedEof)?;
             out.copy_from_slice(stored);
             Ok(())
@@ -327,16 +349,17 @@ impl StorageBackend for Handle {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.with(|state| state.change(Pending::Length(position(len))))
+        self.with(|state| state.change(self.file, Pending::Length(position(len))))
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        self.with(State::sync)
+        self.with(|state| state.sync(self.file))
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.with(|state| {
-            state.change(Pending::Write { offset: position(offset), data: data.to_vec() })
+            let write = Pending::Write { offset: position(offset), data: data.to_vec() };
+            state.change(self.file, write)
         })
     }
 }

@@ -1,7 +1,7 @@
 //! Files written by released versions, read back. A file in `compat/` is never regenerated: it
 //! stands for those that users have.
 //!
-//! A new format version gets a file of its own: `POLYKEY_WRITE_FIXTURE=v2.redb cargo test -p
+//! A new format version gets a file of its own: `POLYKEY_WRITE_FIXTURE=v3.redb cargo test -p
 //! polykey-storage --test compat`, which refuses to replace one that exists.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -18,7 +18,7 @@ fn fixture(name: &str) -> PathBuf {
     [env!("CARGO_MANIFEST_DIR"), "tests", "compat", name].iter().collect()
 }
 
-// The groups that were committed to v1.redb, with what was appended to each.
+// The groups that were committed to each file, with what was appended to each.
 fn groups_of_v1() -> Vec<(Vec<Commit>, Vec<Write>)> {
     let head = |revision: u8| Write::Put {
         row: RowKey::new(Space(0), "head"),
@@ -57,13 +57,13 @@ fn model_of_v1() -> Model {
     model
 }
 
-#[test]
-fn v1_is_read_and_written() {
+fn is_read_and_written(name: &str) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("store");
-    fs::copy(fixture("v1.redb"), &path).unwrap();
+    fs::copy(fixture(&format!("{name}.redb")), &path).unwrap();
     let store = Redb::open(&path, Options::default()).unwrap();
-    assert_eq!(store.status().id[..], fs::read(fixture("v1.id")).unwrap()[..]);
+    let id = fs::read(fixture(&format!("{name}.id"))).unwrap();
+    assert_eq!(store.status().id[..], id[..]);
     let mut model = model_of_v1();
     block_on(model.compare(&store)).unwrap();
 
@@ -74,6 +74,18 @@ fn v1_is_read_and_written() {
     drop(store);
     let store = Redb::open(&path, Options::default()).unwrap();
     block_on(model.compare(&store)).unwrap();
+}
+
+/// One table for the rows of all spaces.
+#[test]
+fn v1_is_read_and_written() {
+    is_read_and_written("v1");
+}
+
+/// A table for each space, and a journal while it is open.
+#[test]
+fn v2_is_read_and_written() {
+    is_read_and_written("v2");
 }
 
 #[test]

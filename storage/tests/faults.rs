@@ -11,11 +11,13 @@ use polykey_storage::{
     simulation::Disk,
 };
 
-const OPTIONS: Options = Options { cache_bytes: 64 * 1024, changes: 20 };
+// Room for a few groups: failures hit the journal, and the database when it is full.
+const OPTIONS: Options = Options { cache_bytes: 64 * 1024, changes: 20, journal_bytes: 16 * 1024 };
 
 fn open(disk: &Disk) -> Redb {
-    let disk = disk.clone();
-    Redb::with_backend("simulated", OPTIONS, move || disk.open()).unwrap()
+    let (database, journal) = (disk.clone(), disk.clone());
+    let (database, journal) = (move || database.open(), move || journal.open_journal());
+    Redb::with_journal("simulated", OPTIONS, database, journal).unwrap()
 }
 
 // Commits a random group; the model afterwards if the group succeeded.

@@ -1,7 +1,7 @@
 //! Power cuts on a simulated disk: nothing acknowledged is lost, nothing is half done, the store
 //! always opens.
 //!
-//! Cuts fall into commits, into the growth of the file, and into the recovery from the cut before,
+//! Cuts fall into commits, into those of them that empty the journal, into the growth of the file, and into the recovery from the cut before,
 //! up to three in a row. One place is left out: redb's own creation of a file, which a cut can
 //! leave unreadable for ever. [`Redb::create`] never shows such a file under its name, and the
 //! cuts during creation below follow its protocol.
@@ -19,7 +19,8 @@ use polykey_storage::{
     simulation::{Disk, Honesty},
 };
 
-const OPTIONS: Options = Options { cache_bytes: 256 * 1024, changes: 20 };
+// The journal is small, so that it is often full.
+const OPTIONS: Options = Options { cache_bytes: 256 * 1024, changes: 20, journal_bytes: 16 * 1024 };
 
 /// The cuts that one disk and its store live through.
 const CUTS_PER_DISK: usize = 40;
@@ -36,8 +37,9 @@ struct Seen {
 }
 
 fn open(disk: &Disk) -> Result<Redb, String> {
-    let disk = disk.clone();
-    Redb::with_backend("simulated", OPTIONS, move || disk.open()).map_err(|e| e.to_string())
+    let (database, journal) = (disk.clone(), disk.clone());
+    let (database, journal) = (move || database.open(), move || journal.open_journal());
+    Redb::with_journal("simulated", OPTIONS, database, journal).map_err(|e| e.to_string())
 }
 
 // As `Redb::create` does it: the file has its name only after it was closed and synced.

@@ -10,13 +10,13 @@ use std::{
 
 use ::redb::{
     Builder, Database, DatabaseError, ReadableDatabase, ReadableTableMetadata, StorageError,
-    TableError,
+    TableError, TableHandle,
 };
 use rustix::fs::{Advice, FlockOperation, fadvise, flock};
 
 use super::{
-    CHANGES, FORMAT, META, META_FORMAT, META_ID, META_REVISION, Options, ROWS, begin_write, encode,
-    failure::Failure, initialise,
+    CHANGES, FORMAT, META, META_FORMAT, META_ID, META_JOURNAL, META_REVISION, Options, TABLES,
+    begin_write, encode, failure::Failure, initialise, journal::Salt, table,
 };
 use crate::{OpenError, Revision, StoreError};
 
@@ -44,6 +44,8 @@ impl super::Redb {
         let size = || Ok(fs::metadata(path).map_err(|e| failed(e.into()))?.len());
         check(path)?;
         let before = size()?;
+        // In the newest format, and with what a crash left in the journal.
+        drop(Self::open(path, options)?);
         let mut database = Builder::new()
             .set_cache_size(options.cache_bytes)
             .open(path)
@@ -156,7 +158,10 @@ fn places(path: &Path) -> Result<(PathBuf, PathBuf), OpenError> {
 
 /// What a file says about itself.
 pub(super) struct Identity {
+    pub(super) format: u32,
     pub(super) id: [u8; 16],
+    /// The salt of the journal, if one is in force.
+    pub(super) journal: Option<Salt>,
     pub(super) revision: Revision,
     pub(super) rows: u64,
 }
@@ -171,8 +176,8 @@ pub(super) fn identify(path: &Path, database: &Database) -> Result<Identity, Ope
             Err(TableError::Storage(error)) => return Err(error.into()),
             Err(_) => return refuse("it is a redb database of another program"),
         };
-        match encode::format_of(meta.get(META_FORMAT)?) {
-            Some(FORMAT) => {}
+        let format = match encode::format_of(meta.get(META_FORMAT)?) {
+            Some(found @ 1..=FORMAT) => found,
             Some(found) if found > FORMAT => {
                 return Ok(Err(OpenError::NewerFormat {
                     path: path.to_path_buf(),
@@ -181,16 +186,21 @@ pub(super) fn identify(path: &Path, database: &Database) -> Result<Identity, Ope
                 }));
             }
             _ => return refuse("it has no format version that ever was"),
-        }
+        };
         let Some(id) = encode::id_of(meta.get(META_ID)?) else {
             return refuse("it has no id");
         };
         transaction.open_table(CHANGES)?;
-        Ok(Ok(Identity {
-            id,
-            revision: encode::revision_of(meta.get(META_REVISION)?)?,
-            rows: transaction.open_table(ROWS)?.len()?,
-        }))
+        let mut rows = 0_u64;
+        for of_space in transaction.list_tables()? {
+            if of_space.name().starts_with(TABLES) {
+                let stored = transaction.open_table(table(of_space.name()))?.len()?;
+                rows = rows.saturating_add(stored);
+            }
+        }
+        let revision = encode::revision_of(meta.get(META_REVISION)?)?;
+        let journal = encode::id_of(meta.get(META_JOURNAL)?);
+        Ok(Ok(Identity { format, id, journal, revision, rows }))
     };
     read().unwrap_or_else(|failure| {
         Err(OpenError::Store { path: path.to_path_buf(), error: failure.error })
