@@ -24,7 +24,7 @@ const POLICY_NAME: &str = "must match ^[a-zA-Z][a-zA-Z0-9_-]{0,63}$";
 
 /// Checks policies that a change sets, one by one: what they come to with those that the key has
 /// already is checked once the key may be seen. An empty text removes a policy.
-fn policies(v: &mut Violations, field: &str, texts: &BTreeMap<String, String>) {
+pub(crate) fn policies(v: &mut Violations, field: &str, texts: &BTreeMap<String, String>) {
     use crate::authz::KeyPolicies;
     for (name, text) in texts.iter().take(limits::POLICIES) {
         let field = format!("{field}[{}]", limits::shown(name));

@@ -9,7 +9,7 @@ use polykey_proto::polykey::v2 as pb;
 use zeroize::Zeroizing;
 
 use super::super::convert;
-use super::super::parse::{create, key_name, version};
+use super::super::parse::{create, key_name, policies, version};
 use crate::command::crypto::{
     Agree, Bound, DataKey, Decapsulate, Decrypt, DecryptStream, Derivation, DeriveKey, Encapsulate,
     Encrypt, EncryptStream, Form, GenerateDataKey, GenerateMac, GenerateRandom,
@@ -480,13 +480,31 @@ fn token_id(text: &str) -> Option<[u8; 16]> {
 /// An import as the creation that it is.
 pub(super) fn import(m: pb::ImportKeyRequest, now: Time) -> Result<CreateKey, Error> {
     let pb::ImportKeyRequest { key, wrapping, import_token, material } = m;
-    let Some(key) = key else { return Err(Error::invalid("key", "must be set")) };
-    let mut command = create(key, now).map_err(|error| within("key", error))?;
     let mut v = Violations::new();
-    v.check(command.value.is_none(), "key.value", "must not be set: the material is in its field");
-    v.check(command.prefix.is_none(), "key.generation_params", "have no effect on an import");
-    let scheduled = command.rotation_period.is_some() || command.rotate_after_uses != 0;
-    v.check(!scheduled, "key", "imported material cannot be rotated by the server itself");
+    let command = match key {
+        None => Err(Error::invalid("key", "must be set")),
+        Some(key) => {
+            policies(&mut v, "key.access_policies", &key.access_policies);
+            create(key, now).map_err(|error| within("key", error))
+        }
+    };
+    match &command {
+        Ok(command) => {
+            let text = "must not be set: the material is in its field";
+            v.check(command.value.is_none(), "key.value", text);
+            let text = "have no effect on an import";
+            v.check(command.prefix.is_none(), "key.generation_params", text);
+            let scheduled = command.rotation_period.is_some() || command.rotate_after_uses != 0;
+            v.check(!scheduled, "key", "imported material cannot be rotated by the server itself");
+        }
+        // All that is wrong is said at once.
+        Err(Error::Invalid(violations)) => {
+            for violation in violations {
+                v.add(&violation.field, &violation.description);
+            }
+        }
+        Err(_) => {}
+    }
     let fits = (1..=limits::MATERIAL).contains(&material.len());
     v.check(fits, "material", "must have 1 to 16384 bytes");
     let wrapped = |v: &mut Violations, protection| match token_id(&import_token) {
@@ -509,8 +527,7 @@ pub(super) fn import(m: pb::ImportKeyRequest, now: Time) -> Result<CreateKey, Er
         }
     };
     v.finish()?;
-    command.import = import;
-    Ok(command)
+    Ok(CreateKey { import, ..command? })
 }
 
 /// Puts a path in front of the fields of an error's violations.
