@@ -7,12 +7,15 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+/// How many places each holder has.
+type Held<K> = Arc<Mutex<HashMap<K, usize>>>;
+
 /// A number of places, and how many of them one holder may have.
 #[derive(Debug)]
 pub(crate) struct Places<K> {
     free: Arc<Semaphore>,
     share: usize,
-    held: Arc<Mutex<HashMap<K, usize>>>,
+    held: Held<K>,
 }
 
 impl<K> Clone for Places<K> {
@@ -25,7 +28,7 @@ impl<K> Clone for Places<K> {
 #[derive(Debug)]
 pub(crate) struct Place<K: Eq + Hash> {
     _free: OwnedSemaphorePermit,
-    holder: Option<(K, Arc<Mutex<HashMap<K, usize>>>)>,
+    holder: Option<(K, Held<K>)>,
 }
 
 impl<K: Eq + Hash + Clone> Places<K> {

@@ -1,6 +1,13 @@
 //! Bits turned over in a page of a closed file: whatever a scan then gives is in order and within its bounds, so that
 //! whoever walks a space page by page comes to an end.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stdout,
+    reason = "tests"
+)]
 
 use std::io;
 use std::ops::{Bound, Range};

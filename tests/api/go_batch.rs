@@ -301,3 +301,35 @@ async fn go_05_the_tier_is_the_servers_record() {
     refused(a.call("GetKey", claim).await, Code::PermissionDenied);
     assert_eq!(a.call("WhoAmI", json!({})).await.unwrap()["tier"], "CLIENT_TIER_FREE");
 }
+
+#[tokio::test]
+async fn the_answer_of_a_batch_of_reads_has_a_bound_and_the_rest_is_not_read() {
+    let server = Server::dev();
+    let admin = server.admin().await;
+    let tags: serde_json::Map<String, Value> =
+        (0..50).map(|n| (format!("t{n}"), Value::from("x".repeat(256)))).collect();
+    let contexts: Vec<String> = (0..100).map(|n| format!("{n:0>255}")).collect();
+    let fields = json!({"tags": tags, "initial_authorized_contexts": contexts});
+    let key = admin.create(fields).await;
+    let items = vec![json!({"key_id": key}); 300];
+    for method in ["BatchGetKeys", "BatchGetKeyMetadata"] {
+        for go_on in [true, false] {
+            let body = json!({"keys": items, "continue_on_error": go_on});
+            let reply = admin.call(method, body).await.unwrap();
+            let results = reply["results"].as_array().unwrap();
+            assert_eq!(results.len(), 300, "{method}");
+            let done = results.iter().take_while(|r| r.get("success").is_some()).count();
+            // Some 40 KiB each, and 4 MiB are what a client takes.
+            assert!((50..110).contains(&done), "{method}: {done}");
+            assert_eq!(reply["successful_count"], done);
+            assert_eq!(results[done]["error_reason"], "ANSWER_FULL", "{method}");
+            assert_eq!(results[done]["error_code"], Code::ResourceExhausted as i32);
+            let last = if go_on { "ANSWER_FULL" } else { "NOT_ATTEMPTED" };
+            assert_eq!(results[299]["error_reason"], last, "{method}");
+        }
+    }
+    let history = json!({"key_id": key, "include_access_history": true});
+    let found = admin.call("GetKeyMetadata", history).await.unwrap();
+    let count: u64 = found["metadata"]["access_count"].as_u64().unwrap();
+    assert!(count < 300, "what did not fit was not read: {count}");
+}
