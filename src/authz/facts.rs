@@ -65,6 +65,7 @@ impl KeyFacts {
             creator,
             authorized_contexts,
             key_type,
+            purpose,
             state,
             data_classification,
             exportable,
@@ -78,7 +79,7 @@ impl KeyFacts {
         };
         digest.update(&revision.to_be_bytes());
         digest.update(&[u8::from(*exportable)]);
-        for text in [creator, key_type, state, data_classification] {
+        for text in [creator, key_type, purpose, state, data_classification] {
             part(&mut digest, text);
         }
         for list in [authorized_contexts, aliases] {

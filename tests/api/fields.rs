@@ -208,7 +208,7 @@ fn base(method: &MethodDescriptor, id: &str, token: &str) -> Value {
         "StreamCrypto" => json!({}),
         "Sign" | "Verify" => json!({"key_id": id, "message": "eA=="}),
         "ImportKey" => {
-            json!({"key": {"key_type": "KEY_TYPE_AES_256"}, "wrapping": "IMPORT_WRAPPING_PLAIN"})
+            json!({"key": {"key_type": "KEY_TYPE_AES_256"}, "wrapping": "IMPORT_WRAPPING_PLAIN", "material": "BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc="})
         }
         "EncryptStream" | "DecryptStream" => json!({"header": {}}),
         name if name.starts_with("Batch") => {
