@@ -225,7 +225,10 @@ fn request_id<B>(request: &mut Request<B>) -> RequestId {
 /// Puts the request id into the headers and, where the response has them, the trailers.
 fn with_request_id(response: Response<Body>, id: &RequestId) -> Response<Body> {
     // Never refused: well-formed ids are visible ASCII.
-    let Ok(id) = HeaderValue::from_str(id.as_str()) else { return response };
+    let Ok(mut id) = HeaderValue::from_str(id.as_str()) else { return response };
+    // No two answers have the same: in the table of HPACK (RFC 7541 §7.1.3) it would only push out
+    // what is sent again.
+    id.set_sensitive(true);
     let (mut parts, body) = response.into_parts();
     parts.headers.insert(REQUEST_ID, id.clone());
     let body = if body.is_end_stream() { body } else { Body::new(Traced { body, id }) };
