@@ -20,7 +20,7 @@ use polykey_storage::{
 };
 use redb::StorageBackend;
 
-const OPTIONS: Options = Options { cache_bytes: 1024 * 1024, changes: 20 };
+const OPTIONS: Options = Options { cache_bytes: 1024 * 1024, changes: 20, journal_bytes: 0 };
 const SPACES: [u8; 3] = [13, 14, 15];
 /// Rows of each space.
 const ROWS: u8 = 6;
@@ -79,7 +79,7 @@ fn key(space: u8, n: u8) -> Vec<u8> {
     key
 }
 
-/// A file whose last leaf holds the rows of three spaces, and where that leaf is in it.
+/// A file with a leaf for each of three spaces, and where the last one is in it.
 fn file() -> (Vec<u8>, Range<usize>) {
     let medium = Medium::default();
     let store = medium.store().unwrap();
@@ -93,9 +93,9 @@ fn file() -> (Vec<u8>, Range<usize>) {
     assert!(done.any());
     drop(store);
     let bytes = medium.0.lock().unwrap().clone();
-    let last = [&[15], &key(15, ROWS)[..]].concat();
-    // The list of changes names it too, behind its length.
-    let named = |i: usize| bytes[..i].ends_with(&[0, 17]);
+    let last = key(15, ROWS);
+    // The list of changes names it too, behind its length and its space.
+    let named = |i: usize| bytes[..i].ends_with(&[0, 17, 15]);
     let mut places = (0..bytes.len()).filter(|&i| bytes[i..].starts_with(&last) && !named(i));
     let (Some(place), None) = (places.next(), places.next()) else { panic!("not one place") };
     let page = place / 4096 * 4096;
