@@ -10,6 +10,7 @@ use http::uri::PathAndQuery;
 use polykey::net::client::{ClientFiles, ClientTls, ConnectOptions};
 use polykey_proto::polykey::v2 as pb;
 use polykey_proto::polykey::v2::admin_service_client::AdminServiceClient;
+use polykey_proto::polykey::v2::crypto_service_client::CryptoServiceClient;
 use polykey_proto::polykey::v2::polykey_service_client::PolykeyServiceClient;
 use tonic::transport::Channel;
 use tonic::{Request, Status};
@@ -32,7 +33,30 @@ pub(crate) enum Kind {
     GetKey,
     /// AES-256, durable.
     Create,
+    /// 256 bytes under AES-256-GCM-SIV.
+    Encrypt,
+    Decrypt,
+    Encrypt4KiB,
+    Encrypt64KiB,
+    /// 100 encryptions of 256 bytes in one call.
+    EncryptBatch,
+    /// Shown, and so recorded durably before the answer.
+    DataKey,
+    SignEd25519,
+    SignP256,
+    SignRsa2048,
+    SignMlDsa65,
 }
+
+/// The keys that sign.
+const SIGNERS: [(Kind, pb::KeyType); 4] = [
+    (Kind::SignEd25519, pb::KeyType::Ed25519),
+    (Kind::SignP256, pb::KeyType::EcdsaP256),
+    (Kind::SignRsa2048, pb::KeyType::Rsa2048),
+    (Kind::SignMlDsa65, pb::KeyType::MlDsa65),
+];
+/// Operations of a batch.
+pub(crate) const BATCH: usize = 100;
 
 /// What a window gave.
 #[derive(Clone, Copy, Debug, Default)]
@@ -65,6 +89,8 @@ pub(crate) struct Calls {
     address: String,
     token: String,
     key: String,
+    ciphertext: Bytes,
+    signers: Vec<(Kind, String)>,
 }
 
 /// One connection.
@@ -78,7 +104,9 @@ impl Calls {
     /// Someone without a token.
     pub(crate) fn bare(address: &str, files: ClientFiles) -> Self {
         let tls = ClientTls::load(&files).unwrap();
-        Self { tls, address: address.to_owned(), token: String::new(), key: String::new() }
+        let (token, key) = (String::new(), String::new());
+        let (ciphertext, signers) = (Bytes::new(), Vec::new());
+        Self { tls, address: address.to_owned(), token, key, ciphertext, signers }
     }
 
     /// The administrator of a node, with a key to read.
@@ -91,6 +119,14 @@ impl Calls {
         let mut client = PolykeyServiceClient::new(calls.channel());
         let made = client.create_key(calls.with(create())).await.unwrap();
         calls.key = made.into_inner().key_id;
+        let mut work = CryptoServiceClient::new(calls.channel());
+        let sealed = work.encrypt(calls.with(encrypt(&calls.key, PAYLOAD))).await.unwrap();
+        calls.ciphertext = sealed.into_inner().ciphertext;
+        for (kind, key_type) in SIGNERS {
+            let body = pb::CreateKeyRequest { key_type: key_type.into(), ..Default::default() };
+            let made = client.create_key(calls.with(body)).await.unwrap();
+            calls.signers.push((kind, made.into_inner().key_id));
+        }
         calls
     }
 
@@ -118,6 +154,11 @@ fn create() -> pb::CreateKeyRequest {
     pb::CreateKeyRequest { key_type: pb::KeyType::Aes256 as i32, ..Default::default() }
 }
 
+fn encrypt(key: &str, length: usize) -> pb::EncryptRequest {
+    let plaintext = Bytes::from(vec![7; length]);
+    pb::EncryptRequest { key_id: key.to_owned(), plaintext, ..Default::default() }
+}
+
 impl Line {
     async fn call(&self, kind: Kind) -> Result<(), Status> {
         let calls = &self.calls;
@@ -141,6 +182,50 @@ impl Line {
                 drop(keys.get_key(calls.with(body)).await?);
             }
             Kind::Create => drop(keys.create_key(calls.with(create())).await?),
+            _ => self.work(kind).await?,
+        }
+        Ok(())
+    }
+
+    async fn work(&self, kind: Kind) -> Result<(), Status> {
+        let calls = &self.calls;
+        let mut work = CryptoServiceClient::new(self.channel.clone());
+        let mut seal = async |length| work.encrypt(calls.with(encrypt(&calls.key, length))).await;
+        match kind {
+            Kind::Encrypt => drop(seal(PAYLOAD).await?),
+            Kind::Encrypt4KiB => drop(seal(4096).await?),
+            Kind::Encrypt64KiB => drop(seal(65_536).await?),
+            Kind::Decrypt => {
+                let ciphertext = calls.ciphertext.clone();
+                let body = pb::DecryptRequest { ciphertext, ..Default::default() };
+                let opened = work.decrypt(calls.with(body)).await?.into_inner();
+                assert_eq!(opened.plaintext.len(), PAYLOAD);
+            }
+            Kind::EncryptBatch => {
+                let one = encrypt(&calls.key, PAYLOAD);
+                let operation = pb::CryptoOperation {
+                    operation: Some(pb::crypto_operation::Operation::Encrypt(one)),
+                    ..Default::default()
+                };
+                let operations = vec![operation; BATCH];
+                let body = pb::BatchCryptoRequest { operations, continue_on_error: true };
+                let done = work.batch_crypto(calls.with(body)).await?.into_inner();
+                assert_eq!(done.failed_count, 0);
+            }
+            Kind::DataKey => {
+                let key_id = calls.key.clone();
+                let body = pb::GenerateDataKeyRequest { key_id, ..Default::default() };
+                drop(work.generate_data_key(calls.with(body)).await?);
+            }
+            _ => {
+                let signer = calls.signers.iter().find(|(of, _)| *of == kind);
+                let body = pb::SignRequest {
+                    key_id: signer.unwrap().1.clone(),
+                    input: Some(pb::sign_request::Input::Message(Bytes::from_static(&[7; 32]))),
+                    ..Default::default()
+                };
+                drop(work.sign(calls.with(body)).await?);
+            }
         }
         Ok(())
     }

@@ -69,6 +69,22 @@ fn contenders() -> Vec<(Kind, usize, usize)> {
         all.push((Kind::GetKey, c, n));
         all.push((Kind::Create, c, n));
     }
+    all.push((Kind::Encrypt, 1, 1));
+    for kind in [
+        Kind::Encrypt,
+        Kind::Decrypt,
+        Kind::Encrypt4KiB,
+        Kind::Encrypt64KiB,
+        Kind::EncryptBatch,
+        Kind::DataKey,
+        Kind::SignEd25519,
+        Kind::SignP256,
+        Kind::SignRsa2048,
+        Kind::SignMlDsa65,
+    ] {
+        let c = if kind == Kind::EncryptBatch { 16 } else { 64 };
+        all.push((kind, c, 4));
+    }
     all.push((Kind::StockEcho, 64, 4));
     all.push((Kind::Health, 64, 4));
     all

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::floors::Floors;
 use crate::large::Pages;
-use crate::load::{Figures, Kind};
+use crate::load::{BATCH, Figures, Kind};
 use crate::setting;
 
 const BEGIN: &str = "<!-- benchmarks: begin, written by make bench -->";
@@ -76,6 +76,45 @@ impl Report {
         let size = std::fs::metadata(crate::common::POLYKEY).map_or(0, |m| m.len());
         let (some, most) = (self.pages_some, self.pages_many);
         let mut rows = vec![
+            (
+                "1",
+                "Encrypt 256 B, c=64 n=4: rate ÷ E".to_owned(),
+                AtLeast(0.90),
+                self.ratio(|r| find(r, Kind::Encrypt, 64).rate / echo(r).rate),
+            ),
+            (
+                "1",
+                "Encrypt 256 B, c=64 n=4: CPU ÷ E's".into(),
+                AtMost(1.25),
+                self.ratio(|r| find(r, Kind::Encrypt, 64).cpu / echo(r).cpu),
+            ),
+            (
+                "1",
+                "Encrypt 256 B, c=64 n=4: p99 ÷ E's".into(),
+                AtMost(1.3),
+                self.ratio(|r| find(r, Kind::Encrypt, 64).p99 / echo(r).p99),
+            ),
+            (
+                "1",
+                "Decrypt 256 B, c=64 n=4: rate ÷ E".into(),
+                AtLeast(0.90),
+                self.ratio(|r| find(r, Kind::Decrypt, 64).rate / echo(r).rate),
+            ),
+            (
+                "4",
+                "Encrypt 256 B, c=1: p50 ÷ E's".into(),
+                AtMost(1.2),
+                self.ratio(|r| find(r, Kind::Encrypt, 1).p50 / find(r, Kind::Echo, 1).p50),
+            ),
+            (
+                "6",
+                "items in batches of 100 ÷ Encrypt alone, a second".into(),
+                AtLeast(12.0),
+                self.ratio(|r| {
+                    let items = find(r, Kind::EncryptBatch, 16).rate * BATCH as f64;
+                    items / find(r, Kind::Encrypt, 64).rate
+                }),
+            ),
             (
                 "3",
                 "tuned echo: CPU ÷ stock echo's, one binary (both link-time optimised)".to_owned(),
@@ -250,6 +289,16 @@ fn name(kind: Kind) -> &'static str {
         Kind::Health => "HealthCheck",
         Kind::GetKey => "GetKey",
         Kind::Create => "CreateKey AES-256",
+        Kind::Encrypt => "Encrypt 256 B",
+        Kind::Decrypt => "Decrypt 256 B",
+        Kind::Encrypt4KiB => "Encrypt 4 KiB",
+        Kind::Encrypt64KiB => "Encrypt 64 KiB",
+        Kind::EncryptBatch => "BatchCrypto, 100 × Encrypt 256 B (calls)",
+        Kind::DataKey => "GenerateDataKey, recorded durably",
+        Kind::SignEd25519 => "Sign Ed25519",
+        Kind::SignP256 => "Sign ECDSA P-256",
+        Kind::SignRsa2048 => "Sign RSA-2048 PSS",
+        Kind::SignMlDsa65 => "Sign ML-DSA-65",
     }
 }
 
