@@ -464,6 +464,9 @@ pub mod part {
     /// Reading the policies of a key.
     #[derive(Debug)]
     pub struct ReadPolicies<'a>(pub &'a super::KeyName);
+    /// Taking a name from a key that somebody else made: it decides what that key's users use.
+    #[derive(Debug)]
+    pub struct TakeAlias<'a>(pub &'a super::SetAlias);
     /// Reading metadata by name alone.
     #[derive(Debug)]
     pub struct Describe<'a>(pub &'a super::KeyName);
@@ -535,4 +538,5 @@ parts! {
     ReadHistory => ReadKeyHistory,
     ReadPolicies => ReadKeyPolicies,
     Describe => GetKeyMetadata,
+    TakeAlias => ShareKey,
 }

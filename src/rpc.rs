@@ -80,7 +80,7 @@ pub fn service(
 + 'static {
     let keys = key_service::KeyService(Arc::clone(&deps));
     let lifecycle = lifecycle::LifecycleService(keys.clone());
-    let work = crypto::CryptoService(keys.clone());
+    let work = crypto::CryptoService::new(keys.clone());
     let work = CryptoServiceServer::new(work).max_decoding_message_size(MESSAGE);
     let keys = PolykeyServiceServer::new(keys).max_decoding_message_size(MESSAGE);
     let routes =

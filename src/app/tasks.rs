@@ -92,6 +92,7 @@ async fn sweep(app: Arc<App>) {
         let result = async {
             sweep_tokens(&app.directory, now).await?;
             sweep_idempotency(&app.keyring, now).await?;
+            sweep_imports(&app.keyring, now).await?;
             roll_over(&app, now).await
         };
         if let Err(error) = result.await {
@@ -121,6 +122,17 @@ pub(super) async fn sweep_tokens(directory: &Directory, now: Time) -> Result<(),
             Ok(BATCH) => tokio::task::yield_now().await,
             // Another change came first; the next sweep goes on.
             Ok(_) | Err(Error::Conflict) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Forgets one-time keys for imports that have expired.
+pub(super) async fn sweep_imports(keyring: &Keyring, now: Time) -> Result<(), Error> {
+    loop {
+        match keyring.sweep_imports(now, BATCH).await {
+            Ok(true) => tokio::task::yield_now().await,
+            Ok(false) | Err(Error::Conflict) => return Ok(()),
             Err(error) => return Err(error),
         }
     }

@@ -146,12 +146,7 @@ async fn decrypt(remote: &Remote, args: DecryptArgs) -> Result<(), CliError> {
         let header = pb::DecryptStreamHeader { key_id, context, additional_data };
         return large::decrypt(remote, header, begin, files.out.as_deref()).await;
     }
-    let mut ciphertext = begin.all(CIPHERTEXT)?;
-    // The printable form as an editor leaves it.
-    if work::is_text(&ciphertext) {
-        let end = ciphertext.trim_ascii_end().len();
-        ciphertext.truncate(end);
-    }
+    let ciphertext = binary(begin.all(CIPHERTEXT)?);
     let format = if raw { pb::CiphertextFormat::Raw } else { pb::CiphertextFormat::Unspecified };
     let request = pb::DecryptRequest {
         key_id: key.unwrap_or_default(),
@@ -166,17 +161,23 @@ async fn decrypt(remote: &Remote, args: DecryptArgs) -> Result<(), CliError> {
     put(files.out.as_deref(), &plaintext)
 }
 
+/// The printable form, as an editor leaves it, in the shorter form that a message has room for. What
+/// only looks like it goes as it is: the server says what is wrong with it.
+fn binary(ciphertext: Zeroizing<Vec<u8>>) -> Zeroizing<Vec<u8>> {
+    if !work::is_text(&ciphertext) {
+        return ciphertext;
+    }
+    let text = std::str::from_utf8(ciphertext.trim_ascii_end()).unwrap_or_default();
+    work::from_text(text).map_or(ciphertext, Zeroizing::new)
+}
+
 async fn rewrap(remote: &Remote, args: RewrapArgs) -> Result<(), CliError> {
     let RewrapArgs { to_key, to_version, files, binding, text } = args;
     let (context, additional_data) = bound(binding)?;
-    let ciphertext = read(&files.input, CIPHERTEXT)?;
-    let ciphertext = match work::is_text(&ciphertext) {
-        true => ciphertext.trim_ascii_end(),
-        false => &ciphertext,
-    };
+    let ciphertext = binary(read(&files.input, CIPHERTEXT)?);
     let format = if text { pb::CiphertextFormat::Text } else { pb::CiphertextFormat::Blob };
     let request = pb::RewrapRequest {
-        ciphertext: sent(ciphertext),
+        ciphertext: sent(&ciphertext),
         context,
         additional_data,
         destination_key_id: to_key.unwrap_or_default(),
@@ -405,11 +406,13 @@ async fn public_key(remote: &Remote, args: PublicKeyArgs) -> Result<(), CliError
     }
 }
 
-/// Material as the server takes it: PEM becomes DER, everything else stays.
-fn material(bytes: &[u8]) -> Zeroizing<Vec<u8>> {
+/// Material as the server takes it: PEM becomes DER, everything else stays, as does a credential.
+fn material(algorithm: Algorithm, bytes: &[u8]) -> Zeroizing<Vec<u8>> {
     match PrivatePkcs8KeyDer::from_pem_slice(bytes) {
-        Ok(der) => Zeroizing::new(der.secret_pkcs8_der().to_vec()),
-        Err(_) => Zeroizing::new(bytes.to_vec()),
+        Ok(der) if algorithm != Algorithm::ApiKey => {
+            Zeroizing::new(der.secret_pkcs8_der().to_vec())
+        }
+        _ => Zeroizing::new(bytes.to_vec()),
     }
 }
 
@@ -421,7 +424,7 @@ async fn import_key(app: &App, remote: &Remote, args: ImportArgs) -> Result<(), 
             return Err(CliError::usage("--token goes with --protection rsa-aes or hpke"));
         }
         (Some(token), _) => (token.clone(), sent(&read)),
-        (None, Protection::Plain) => (String::new(), sent(&material(&read))),
+        (None, Protection::Plain) => (String::new(), sent(&material(args.key_type.0, &read))),
         (None, _) => wrapped_here(remote, wrapping, args.key_type.0, &read).await?,
     };
     let alias = args.alias.unwrap_or_default();
@@ -456,7 +459,7 @@ async fn wrapped_here(
             .map_err(|error| CliError::usage(error.to_string()))?
             .material
     } else {
-        KeyMaterial::from_secret(material(bytes).to_vec())
+        KeyMaterial::from_secret(material(algorithm, bytes).to_vec())
             .map_err(|error| CliError::usage(error.to_string()))?
     };
     let request = pb::GetImportParametersRequest { wrapping: wrapping.into() };

@@ -9,7 +9,7 @@ use polykey_hsm::work::{ChunkSize, SignInput, SignatureScheme};
 use zeroize::Zeroizing;
 
 use super::GetKey;
-use crate::authz::{Action, Command};
+use crate::authz::{Action, ActionSet, Command};
 use crate::key::KeyName;
 
 /// Bytes of a caller's that are nobody else's business; `Debug` shows their length.
@@ -137,6 +137,14 @@ pub enum ToSign {
 }
 
 impl ToSign {
+    /// Its bytes.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "an empty message is one")]
+    pub fn len(&self) -> usize {
+        let (Self::Message(bytes) | Self::Digest(bytes)) = self;
+        bytes.0.len()
+    }
+
     /// As the algorithms take it.
     #[must_use]
     pub fn input(&self) -> SignInput<'_> {
@@ -335,7 +343,7 @@ pub enum Import {
         /// How.
         protection: Protection,
         /// Names the one-time key.
-        id: [u8; 16],
+        id: [u8; 24],
         /// The material under it.
         bytes: Bytes,
     },
@@ -403,6 +411,16 @@ pub mod part {
     pub struct PublicKey<'a>(pub &'a super::GetPublicKey);
 }
 
+impl Command for &Rewrap {
+    const ACTION: Action = Action::Rewrap;
+
+    /// Under another key or another binding, whoever asks could open what comes out: that is to decrypt.
+    fn also(&self) -> ActionSet {
+        let set = ActionSet::EMPTY;
+        if self.to.is_some() || self.to_bound.is_some() { set.with(Action::Decrypt) } else { set }
+    }
+}
+
 macro_rules! commands {
     ($($command:ty => $action:ident),* $(,)?) => {
         $(impl Command for $command { const ACTION: Action = Action::$action; })*
@@ -412,7 +430,6 @@ macro_rules! commands {
 commands! {
     &Encrypt => Encrypt,
     &Decrypt => Decrypt,
-    &Rewrap => Rewrap,
     &GenerateDataKey => GenerateDataKey,
     &Sign => Sign,
     &Verify => Verify,

@@ -424,10 +424,17 @@ impl Keyring {
             if old.id == key.id {
                 return self.changed(cx, tx, &key, after, &permit).await;
             }
-            if old.algorithm != key.algorithm {
+            // Whoever uses a key by its name would use another's: that is the old one's owner's to decide.
+            if old.record.creator != key.record.creator {
+                self.require(cx, old.resource(), part::TakeAlias(permit.command())).await?;
+            }
+            if old.algorithm != key.algorithm
+                || old.record.purpose != key.record.purpose
+                || old.record.convergent != key.record.convergent
+            {
                 return Err(Error::invalid(
                     "key_id",
-                    "an alias moves only between keys of the same type",
+                    "an alias moves only between keys of the same type and purpose",
                 ));
             }
             let mut stripped = old.record.clone();

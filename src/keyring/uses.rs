@@ -97,7 +97,8 @@ impl Keyring {
         let next = next.max(stored);
         tx.put(&row, &UseCountRecord { reserved: next })?;
         let soft = key.record.rotate_after_uses;
-        if soft != 0 && reserved < soft && next >= soft && version == key.record.primary_version {
+        // Again with each block, because a key that was disabled did not rotate the first time.
+        if soft != 0 && next >= soft && version == key.record.primary_version {
             let now = self.vault.clock().now();
             schedule(&mut tx, Kind::Rotate, now, key.id, version)?;
         }

@@ -14,16 +14,18 @@ mod stream;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
+use aws_lc_rs::digest;
 use parking_lot::Mutex;
-use polykey_hsm::work::{WorkError, WorkingKey};
+use polykey_hsm::work::{WorkError, WorkingKey, canonical_context};
 use polykey_hsm::{Algorithm, Purpose};
-use polykey_proto::polykey::record::v1::{AuditEvent, KeyRecord, audit_event::Outcome};
+use polykey_proto::polykey::record::v1::{KeyRecord, audit_event::Outcome};
 
 use super::{Key, KeyVersion, Keyring};
+use crate::audit::Draft;
 use crate::authz::{Action, Authorized, Command, DecisionId, Resource};
 use crate::command::crypto::GenerateRandom;
 use crate::context::Context;
-use crate::error::Error;
+use crate::error::{Error, Reason};
 use crate::key::{self, KeyName};
 
 pub use cipher::{DataKeyMade, Decrypted, Encrypted, Rewrapped};
@@ -34,6 +36,12 @@ pub use stream::{Opening, Sealing};
 
 /// The code of "decryption failed" in the audit trail.
 const INVALID_ARGUMENT: i32 = 3;
+/// Pairs of a context that an event has by name.
+const CONTEXT_PAIRS: usize = 12;
+/// What is shorter stands in an event as it is, whatever has to be escaped.
+const CONTEXT_TEXT: usize = 32;
+/// Bytes of a message above which symmetric work leaves the threads of requests.
+const LARGE: usize = 64 * 1024;
 /// Calls to slow algorithms that wait for a thread.
 pub(super) const SLOW_QUEUE: usize = 1024;
 
@@ -147,14 +155,20 @@ impl Keyring {
         WorkingKey::new(key.algorithm, purpose, &opened.material).map_err(failed)
     }
 
-    /// Has the private part of a key work: on this thread, or on one for slow work.
+    /// Has the private part of a key work on so many bytes: on this thread, or on one for slow work.
     async fn work<T: Send + 'static>(
         &self,
         ready: &Ready,
+        bytes: usize,
         f: impl FnOnce(&WorkingKey) -> Result<T, WorkError> + Send + 'static,
     ) -> Result<T, Error> {
         if !ready.key.algorithm.is_asymmetric() {
-            return f(&self.unwrapped(ready)?).map_err(failed);
+            let working = self.unwrapped(ready)?;
+            if bytes <= LARGE {
+                return f(&working).map_err(failed);
+            }
+            let client = Some(&*ready.client);
+            return self.slow.run(client, move || f(&working)).await?.map_err(failed);
         }
         let number = ready.number();
         let client = Some(&*ready.client);
@@ -170,11 +184,14 @@ impl Keyring {
                 let parse = move || WorkingKey::new(algorithm, purpose, &opened.material);
                 let parsed = if slow { self.slow.run(client, parse).await? } else { parse() };
                 let working = Arc::new(parsed.map_err(failed)?);
-                ready.parsed.0.lock().insert(number, Arc::clone(&working));
+                // What was read before a change must not be remembered after it.
+                if self.epoch() == ready.epoch {
+                    ready.parsed.0.lock().insert(number, Arc::clone(&working));
+                }
                 working
             }
         };
-        if slow {
+        if slow || bytes > LARGE {
             self.slow.run(client, move || f(&working)).await?.map_err(failed)
         } else {
             f(&working).map_err(failed)
@@ -189,16 +206,23 @@ impl Keyring {
         self.unchanged(&ready.key, &ready.version).await
     }
 
-    /// Looks again at a key whose work goes on: at its state and version, at who may see it.
-    async fn may_go_on(&self, ready: &Ready, cx: &Context, kind: Use) -> Result<(), Error> {
+    /// Looks again at a key whose work goes on: whether the caller may, its state and version.
+    async fn may_go_on<C: Command>(
+        &self,
+        cx: &Context,
+        ready: &Ready,
+        kind: Use,
+        command: C,
+    ) -> Result<(), Error> {
         let key = self.load(ready.key.id).await?;
-        if !crate::authz::visible(&cx.caller.facts, key.facts()) {
-            return Err(Error::NotFound);
-        }
+        let _asked_again = self.authorize(cx, key.resource(), command).await?;
         let number = key::pick_version(&key.record, ready.number()).map_err(Error::State)?;
         let version = self.load_version(&key, number).await?;
         match kind {
-            // Another primary does not end what was begun under this one.
+            // Another primary does not end what was begun under this one; a minimum does.
+            Use::Seal if number.get() < key.record.min_encryption_version => {
+                Err(Reason::VersionTooOld)
+            }
             Use::Seal => key::may_seal(&key.record, cx.now),
             Use::Open => key::may_open(&key.record, cx.now),
         }
@@ -209,17 +233,24 @@ impl Keyring {
     fn work_event(
         cx: &Context,
         ready: &Ready,
-        details: &BTreeMap<String, String>,
+        context: &BTreeMap<String, String>,
         outcome: Outcome,
-    ) -> AuditEvent {
+    ) -> Draft {
         let code = if outcome == Outcome::Success { 0 } else { INVALID_ARGUMENT };
         let about = Some((ready.key.id, Some(ready.number())));
         let decision = ready.decision.to_string();
         let mut event = cx.origin().event(ready.action.name(), about, outcome, code, &decision);
-        for (name, value) in details {
-            event = event.detail(name, value);
+        for (name, value) in context.iter().take(CONTEXT_PAIRS) {
+            event = event.detail(&format!("context.{name}"), value);
         }
-        event.build()
+        let whole = context.len() <= CONTEXT_PAIRS
+            && context.iter().all(|(n, v)| n.len() + 8 <= CONTEXT_TEXT && v.len() <= CONTEXT_TEXT);
+        if !whole {
+            let digest = digest::digest(&digest::SHA256, &canonical_context(context));
+            let digest = data_encoding::HEXLOWER.encode(digest.as_ref());
+            event = event.detail("context_sha256", digest);
+        }
+        event
     }
 
     /// Records an ordinary use.
@@ -230,6 +261,12 @@ impl Keyring {
         context: &BTreeMap<String, String>,
     ) -> Result<(), Error> {
         self.trail.used(Self::work_event(cx, ready, context, Outcome::Success)).await
+    }
+
+    /// Records that something was checked, and what came of it: guessing must be seen.
+    async fn checked(&self, cx: &Context, ready: &Ready, valid: bool) -> Result<(), Error> {
+        let event = Self::work_event(cx, ready, &BTreeMap::new(), Outcome::Success);
+        self.trail.used(event.detail("valid", if valid { "yes" } else { "no" })).await
     }
 
     /// Records a use whose result is a secret that leaves the node: durable before it does.

@@ -4,6 +4,8 @@ mod large;
 mod parse;
 pub(crate) use parse::wire_scheme;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use futures::{StreamExt, stream};
 use pb::crypto_operation::Operation;
 use pb::crypto_result::Result as Outcome;
@@ -19,15 +21,27 @@ use crate::context::Context;
 use crate::error::Error;
 use crate::keyring::work::{Checked, Encrypted, Shared};
 use crate::limits;
+use crate::share::Places;
 
 /// Operations of a batch worked on at the same time: slow ones have threads of their own.
 const PARALLEL: usize = 16;
 /// Random bytes that one batch may ask for.
 const BATCH_RANDOM: usize = 4 * 1024 * 1024;
 
-/// The service; it works on the same keyring, in the same ways.
+/// Bytes of results after which a batch does nothing more.
+const ANSWER: usize = 4 * 1024 * 1024;
+/// Large streams at the same time, each of which holds some MiB.
+const LARGE_STREAMS: usize = 64;
+
+/// The service; it works on the same keyring, in the same ways. Beside it, the places of large streams.
 #[derive(Clone)]
-pub(crate) struct CryptoService(pub(crate) KeyService);
+pub(crate) struct CryptoService(KeyService, Places<String>);
+
+impl CryptoService {
+    pub(crate) fn new(keys: KeyService) -> Self {
+        Self(keys, Places::new(LARGE_STREAMS))
+    }
+}
 
 /// One operation's surroundings.
 struct Call<'a> {
@@ -320,6 +334,15 @@ fn error(error: &Error) -> Outcome {
     })
 }
 
+fn no_room() -> Outcome {
+    Outcome::Error(pb::CryptoError {
+        code: tonic::Code::ResourceExhausted as i32,
+        message: "not attempted: the answer has no room for more; ask again in a smaller batch"
+            .to_owned(),
+        reason: "ANSWER_FULL".to_owned(),
+    })
+}
+
 fn not_tried() -> Outcome {
     Outcome::Error(pb::CryptoError {
         code: tonic::Code::Aborted as i32,
@@ -353,8 +376,7 @@ impl CryptoService {
         &self,
         request: Request<pb::BatchCryptoRequest>,
     ) -> Result<pb::BatchCryptoResponse, Error> {
-        let admitted = self.0.admit(&request)?;
-        let cx = admitted.context(None, None)?;
+        let first = self.0.admit(&request)?;
         let pb::BatchCryptoRequest { operations, continue_on_error } = request.into_inner();
         if !(1..=limits::BATCH).contains(&operations.len()) {
             return Err(Error::invalid("operations", "must have 1 to 1000 items"));
@@ -367,13 +389,29 @@ impl CryptoService {
             return Err(Error::invalid("operations", "ask for more than 4 MiB of random bytes"));
         }
         let references: Vec<String> = operations.iter().map(|o| o.reference.clone()).collect();
+        let answered = AtomicUsize::new(0);
         let one = |(index, operation): (usize, pb::CryptoOperation)| {
-            let (service, admitted, cx) = (&self.0, &admitted, cx.clone());
+            let (service, first, answered) = (&self.0, &first, &answered);
             async move {
-                let item = u32::try_from(index).unwrap_or(u32::MAX);
-                let call = Call { service, admitted, cx, import: ("BatchCrypto", item) };
                 let path = format!("operations[{index}]");
-                Box::pin(run_one(&call, &path, operation)).await
+                if answered.load(Ordering::Relaxed) > ANSWER {
+                    return no_room();
+                }
+                let again = async {
+                    let admitted = first.again(&service.0).await?;
+                    let cx = admitted.context(None, None)?;
+                    Ok::<_, Error>((admitted, cx))
+                };
+                let (admitted, cx) = match again.await {
+                    Ok(now) => now,
+                    Err(failure) => return error(&failure),
+                };
+                let item = u32::try_from(index).unwrap_or(u32::MAX);
+                let import = ("BatchCrypto", item);
+                let call = Call { service, admitted: &admitted, cx, import };
+                let outcome = Box::pin(run_one(&call, &path, operation)).await;
+                answered.fetch_add(outcome.encoded_len(), Ordering::Relaxed);
+                outcome
             }
         };
         let mut outcomes = Vec::with_capacity(references.len());
@@ -484,7 +522,7 @@ macro_rules! unary {
                 &self,
                 request: Request<Streaming<pb::EncryptStreamRequest>>,
             ) -> Result<Response<Self::EncryptStreamStream>, Status> {
-                large::encrypt(&self.0, request).await.map_err(Status::from)
+                large::encrypt(self, request).await.map_err(Status::from)
             }
 
             type DecryptStreamStream = Answers<pb::DecryptStreamResponse>;
@@ -493,7 +531,7 @@ macro_rules! unary {
                 &self,
                 request: Request<Streaming<pb::DecryptStreamRequest>>,
             ) -> Result<Response<Self::DecryptStreamStream>, Status> {
-                large::decrypt(&self.0, request).await.map_err(Status::from)
+                large::decrypt(self, request).await.map_err(Status::from)
             }
         }
     };

@@ -67,7 +67,7 @@ records! {
     IDEMPOTENCY = 14 { IdempotencyRecord = 32 }
     /// Use of keys: `key id`.
     USAGE = 15 { UsageRecord = 33 }
-    /// One-time keys for imports: 16 random bytes.
+    /// One-time keys for imports: `expires at (u64 BE, µs) ‖ 16 random bytes`.
     IMPORTS = 16 { ImportRecord = 34 }
     /// How often versions with a limit have sealed: `key id ‖ version (u32 BE)`.
     COUNTS = 17 { UseCountRecord = 35 }

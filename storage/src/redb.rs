@@ -274,9 +274,8 @@ impl Redb {
         }
         if self.on_file {
             file::check(&self.path)?;
-            if again {
-                file::forget_cached(&self.path).map_err(|error| self.open_failed(error.into()))?;
-            }
+            // A process before this one may have died of a sync that failed.
+            file::forget_cached(&self.path).map_err(|error| self.open_failed(error.into()))?;
         }
         let (database, found) = self.open_database()?;
         let mut known = self.known.lock();
@@ -332,9 +331,10 @@ impl Redb {
         let Some(medium) = open(false).map_err(StorageError::from)? else {
             let journal = journal::path_of(&self.path);
             return Err(Failure::damaged(format!(
-                "its journal {} is missing, and with it the last changes; put it back (an empty \
-                 file in its place gives them up)",
-                journal.display()
+                "its journal {} is missing, and with it what was acknowledged after {}; put it \
+                 back, or restore a backup",
+                journal.display(),
+                found.revision
             )));
         };
         let entries = match journal::entries(&*medium, &salt, found.revision) {
@@ -344,9 +344,6 @@ impl Redb {
             read => read.map_err(StorageError::from)?,
         };
         let mut before = found.revision;
-        if entries.is_empty() {
-            return Ok(false);
-        }
         let transaction = begin_write(database)?;
         for journal::Entry { revision, writes } in entries {
             let filled =
@@ -359,6 +356,9 @@ impl Redb {
         }
         transaction.open_table(META)?.remove(META_JOURNAL)?;
         transaction.commit()?;
+        if self.on_file {
+            journal::remove_file(&self.path).map_err(StorageError::from)?;
+        }
         Ok(true)
     }
 

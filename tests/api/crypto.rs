@@ -373,6 +373,10 @@ async fn others_use_a_key_that_is_shared_with_them_and_do_not_see_any_other() {
     a.call("UpdateKeyMetadata", body).await.unwrap();
     refused(decrypt(&b, &sealed).await, Code::PermissionDenied);
     encrypt(&b, &key, b"x").await.unwrap();
+    // A way round would be to move the plaintext under a key of one's own.
+    let mine = b.create(json!({})).await;
+    let body = json!({"ciphertext": sealed, "context": {"a": "b"}, "destination_key_id": mine});
+    refused(b.call("Rewrap", body).await, Code::PermissionDenied);
     // Who did what is on record, with the context, and with failures.
     let wrong = json!({"ciphertext": sealed, "context": {"a": "c"}});
     refused(a.call("Decrypt", wrong).await, Code::InvalidArgument);
@@ -392,7 +396,7 @@ async fn others_use_a_key_that_is_shared_with_them_and_do_not_see_any_other() {
         let outcome = format!("AUDIT_OUTCOME_{outcome}");
         events.iter().find(|e| e["action"] == action && e["outcome"] == outcome.as_str())
     };
-    assert_eq!(found("Encrypt", "SUCCESS").unwrap()["details"]["a"], "b", "{events:#?}");
+    assert_eq!(found("Encrypt", "SUCCESS").unwrap()["details"]["context.a"], "b", "{events:#?}");
     assert!(found("Decrypt", "FAILED").is_some(), "{events:#?}");
     assert!(found("Decrypt", "DENIED").is_some(), "{events:#?}");
 }

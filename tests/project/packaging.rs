@@ -69,7 +69,9 @@ fn the_readme_begins_with_its_two_commands_and_has_a_tour() {
     assert!(screen.contains("make test"), "{screen}");
     let (begin, end) = (text.find("<!-- tour -->").unwrap(), text.find("<!-- /tour -->").unwrap());
     let tour = &text[begin..end];
-    for command in ["key create", "key get", "key rotate", "key revoke", "audit list"] {
+    for command in
+        ["key create", "encrypt", "decrypt", "sign", "key rotate", "key revoke", "audit list"]
+    {
         assert!(tour.contains(&format!("$ polykey {command}")), "the tour has no {command}");
     }
 }

@@ -5787,8 +5787,9 @@ pub struct EncryptRequest {
     /// At most 4 MiB; with RSA-OAEP at most the modulus less 66 bytes.
     #[prost(bytes = "bytes", tag = "3")]
     pub plaintext: ::prost::bytes::Bytes,
-    /// Bound to the ciphertext and needed to decrypt it: at most 32 pairs, 8 KiB in all; not secret, and
-    /// recorded in the audit log. Not for RSA keys.
+    /// Bound to the ciphertext and needed to decrypt it: at most 32 pairs, 8 KiB in all; not secret. The
+    /// audit log has the first 12 pairs, each text up to 256 bytes, and where that is not all of it the
+    /// SHA-256 of the whole. Not for RSA keys.
     #[prost(btree_map = "string, string", tag = "4")]
     pub context: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
@@ -5825,7 +5826,7 @@ pub struct DecryptRequest {
     /// "decryption failed".
     #[prost(string, tag = "1")]
     pub key_id: ::prost::alloc::string::String,
-    /// The ciphertext.
+    /// The ciphertext. A printable one must fit into a message too: encrypt at most 3 MiB that way.
     #[prost(bytes = "bytes", tag = "2")]
     pub ciphertext: ::prost::bytes::Bytes,
     /// The context it was encrypted with.
@@ -7116,7 +7117,9 @@ pub mod crypto_service_client {
             self.inner.unary(req, path, codec).await
         }
         /// Encrypts a ciphertext anew, under another version or key, without showing the plaintext. Needs
-        /// `crypto:rewrap` on its key and, where another key is named, `crypto:encrypt` on that one.
+        /// `crypto:rewrap` on its key. Where a key is named or the binding changes, it also needs
+        /// `crypto:decrypt` on its key, because whoever asks could open the result, and `crypto:encrypt` on
+        /// the key that is named.
         pub async fn rewrap(
             &mut self,
             request: impl tonic::IntoRequest<super::RewrapRequest>,
@@ -7511,7 +7514,8 @@ pub mod crypto_service_client {
             self.inner.unary(req, path, codec).await
         }
         /// Up to 1,000 of the operations above in one call, of any kinds. Each is authorized and answered as
-        /// if it had come alone.
+        /// if it had come alone. When the answers have come to 4 MiB, the operations after them are not tried
+        /// (RESOURCE_EXHAUSTED, "ANSWER_FULL").
         pub async fn batch_crypto(
             &mut self,
             request: impl tonic::IntoRequest<super::BatchCryptoRequest>,
@@ -7643,7 +7647,9 @@ pub mod crypto_service_server {
             request: tonic::Request<super::DecryptRequest>,
         ) -> std::result::Result<tonic::Response<super::DecryptResponse>, tonic::Status>;
         /// Encrypts a ciphertext anew, under another version or key, without showing the plaintext. Needs
-        /// `crypto:rewrap` on its key and, where another key is named, `crypto:encrypt` on that one.
+        /// `crypto:rewrap` on its key. Where a key is named or the binding changes, it also needs
+        /// `crypto:decrypt` on its key, because whoever asks could open the result, and `crypto:encrypt` on
+        /// the key that is named.
         async fn rewrap(
             &self,
             request: tonic::Request<super::RewrapRequest>,
@@ -7761,7 +7767,8 @@ pub mod crypto_service_server {
             tonic::Status,
         >;
         /// Up to 1,000 of the operations above in one call, of any kinds. Each is authorized and answered as
-        /// if it had come alone.
+        /// if it had come alone. When the answers have come to 4 MiB, the operations after them are not tried
+        /// (RESOURCE_EXHAUSTED, "ANSWER_FULL").
         async fn batch_crypto(
             &self,
             request: tonic::Request<super::BatchCryptoRequest>,
@@ -9549,7 +9556,8 @@ pub mod key_lifecycle_service_client {
                 );
             self.inner.unary(req, path, codec).await
         }
-        /// Points an alias to another key of the same type. Needs `keys:alias` on both keys.
+        /// Points an alias to another key of the same type and purpose. Needs `keys:alias` on both keys, and
+        /// `keys:share` on the old one where the new one is another client's.
         pub async fn update_alias(
             &mut self,
             request: impl tonic::IntoRequest<super::UpdateAliasRequest>,
@@ -9807,7 +9815,8 @@ pub mod key_lifecycle_service_server {
             tonic::Response<super::CreateAliasResponse>,
             tonic::Status,
         >;
-        /// Points an alias to another key of the same type. Needs `keys:alias` on both keys.
+        /// Points an alias to another key of the same type and purpose. Needs `keys:alias` on both keys, and
+        /// `keys:share` on the old one where the new one is another client's.
         async fn update_alias(
             &self,
             request: tonic::Request<super::UpdateAliasRequest>,

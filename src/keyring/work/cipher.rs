@@ -176,7 +176,8 @@ impl Keyring {
                 Form::Blob | Form::Raw => sealed,
             });
         }
-        self.work(ready, move |key| seal(key, &owned, how, plaintext.as_ref())).await
+        let bytes = plaintext.as_ref().len();
+        self.work(ready, bytes, move |key| seal(key, &owned, how, plaintext.as_ref())).await
     }
 
     /// Encrypts.
@@ -219,10 +220,11 @@ impl Keyring {
                 let bytes = blob("ciphertext", bytes)?;
                 let (id, version) = named("ciphertext", &bytes)?;
                 let name = key.cloned().unwrap_or(KeyName::Id(id));
-                let asked = (ENCRYPT, version, Use::Open);
+                // The version is of the key that the ciphertext names: of another it says nothing.
+                let other = !matches!(self.resolve(&name).await, Ok(named) if named == id);
+                let asked = (ENCRYPT, if other { 0 } else { version }, Use::Open);
                 let ready = self.ready(cx, &name, asked, command).await?;
-                // The version is of the key that the ciphertext names.
-                if ready.key.id != id {
+                if other {
                     self.unopened::<()>(cx, &ready, Err(Error::Crypto)).await?;
                 }
                 Ok((ready, bytes))
@@ -238,11 +240,11 @@ impl Keyring {
         ciphertext: bytes::Bytes,
         raw: bool,
     ) -> Result<Zeroizing<Vec<u8>>, Error> {
-        let owned = Owned::of(ready, bound);
+        let (owned, bytes) = (Owned::of(ready, bound), ciphertext.len());
         let open = move |key: &WorkingKey| {
             if raw { key.open_raw(&ciphertext) } else { key.open(&owned.binding(), &ciphertext) }
         };
-        let opened = self.work(ready, open).await;
+        let opened = self.work(ready, bytes, open).await;
         self.unopened(cx, ready, opened).await
     }
 
@@ -338,6 +340,7 @@ impl Keyring {
             } else {
                 self.ready(cx, &command.key, asked, part::WrappedDataKey(command)).await?
             };
+            check(&ready, &command.bound, command.form)?;
             let (plaintext, public) = self.data_key(cx.caller.client_id(), command.what).await?;
             let copy = plaintext.clone();
             let sealed = self.sealed(&ready, &command.bound, command.form, copy).await?;

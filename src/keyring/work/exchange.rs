@@ -6,6 +6,7 @@ use std::sync::Arc;
 use polykey_hsm::algorithm::PublicKeyError;
 use polykey_hsm::work::{self, SignatureScheme, canonical_context};
 use polykey_hsm::{Algorithm, KeyMaterial, PublicKey, Purpose};
+use polykey_proto::polykey::record::v1::audit_event::Outcome;
 use zeroize::Zeroizing;
 
 use super::super::read::ATTEMPTS;
@@ -92,7 +93,7 @@ impl Keyring {
             let ready = self.ready(cx, &command.key, asked, command).await?;
             let info = canonical_context(&command.context);
             let (salt, length) = (command.salt.clone(), command.length);
-            let secret = self.work(&ready, move |key| key.derive(&salt, &info, length)).await?;
+            let secret = self.work(&ready, 0, move |key| key.derive(&salt, &info, length)).await?;
             self.shared(cx, &ready, &command.context, (secret, Vec::new())).await?
         })
     }
@@ -108,7 +109,7 @@ impl Keyring {
             let algorithm = ready.key.algorithm;
             let peer = public_key(algorithm, "peer_public_key", &command.peer)?;
             let derivation = command.derivation.clone();
-            let agreed = self.work(&ready, move |key| {
+            let agreed = self.work(&ready, 0, move |key| {
                 let secret = key.agree(&peer.spki_der)?;
                 match derivation {
                     Derivation::None => Ok(secret),
@@ -145,7 +146,7 @@ impl Keyring {
             let asked = (&[Purpose::Encapsulate][..], command.version, Use::Open);
             let ready = self.ready(cx, &command.key, asked, command).await?;
             let ciphertext = command.ciphertext.clone();
-            let secret = self.work(&ready, move |key| key.decapsulate(&ciphertext)).await;
+            let secret = self.work(&ready, 0, move |key| key.decapsulate(&ciphertext)).await;
             let secret = self.unopened(cx, &ready, secret).await?;
             self.shared(cx, &ready, &BTreeMap::new(), (secret, Vec::new())).await?
         })
@@ -156,9 +157,9 @@ impl Keyring {
         &self,
         cx: &Context,
         command: &GetKey,
-    ) -> Result<(KeyMaterial, Arc<Key>, Arc<KeyVersion>), Error> {
+    ) -> Result<(KeyMaterial, (Arc<Key>, Arc<KeyVersion>, String)), Error> {
         let key = self.find(cx, Action::ExportKey, &command.key).await?;
-        self.require(cx, key.resource(), ExportKey(command)).await?;
+        let permit = self.authorize(cx, key.resource(), ExportKey(command)).await?;
         key::may_open(&key.record, cx.now).map_err(Error::State)?;
         let version = key::pick_version(&key.record, command.version).map_err(Error::State)?;
         let version = self.load_version(&key, version).await?;
@@ -166,7 +167,8 @@ impl Keyring {
         if !key.record.exportable {
             return Err(Error::State(Reason::NotExportable));
         }
-        Ok((self.open_material(&key, &version.record)?.material, key, version))
+        let material = self.open_material(&key, &version.record)?.material;
+        Ok((material, (key, version, permit.decision_id().to_string())))
     }
 
     /// Wraps key material.
@@ -177,7 +179,6 @@ impl Keyring {
         settled!(self, {
             let asked = (&[Purpose::Wrap][..], command.version, Use::Seal);
             let ready = self.ready(cx, &command.key, asked, command).await?;
-            self.count_use(&ready.key, ready.number()).await?;
             let (material, target) = match &command.target {
                 ToWrap::Material(bytes) => {
                     let material = KeyMaterial::from_secret(bytes.0.to_vec())
@@ -185,37 +186,38 @@ impl Keyring {
                     (material, None)
                 }
                 ToWrap::Key(get) => {
-                    let (material, key, version) = self.to_wrap(cx, get).await?;
-                    (material, Some((key, version)))
+                    let (material, target) = self.to_wrap(cx, get).await?;
+                    (material, Some(target))
                 }
             };
+            self.count_use(&ready.key, ready.number()).await?;
             let rsa = ready.key.algorithm.is_asymmetric();
             let bytes = if rsa {
                 let public = ready.public()?;
                 work::wrap_to(ready.key.algorithm, &public, &material).map_err(failed)?
             } else {
-                self.work(&ready, move |key| key.wrap(&material)).await?
+                self.work(&ready, 0, move |key| key.wrap(&material)).await?
             };
             let holds = match &target {
-                Some((key, version)) => {
+                Some((key, version, _)) => {
                     self.still(&ready).await?
                         && (self.epoch() == ready.epoch || self.unchanged(key, version).await?)
                 }
                 None => self.still(&ready).await?,
             };
             if holds {
-                let mut details = BTreeMap::new();
+                self.used(cx, &ready, &BTreeMap::new()).await?;
+                // That its material leaves stands with the key that it is of.
                 let leaf = match target {
-                    Some((key, version)) => {
-                        details.insert("exported_key".to_owned(), key.id.to_string());
-                        let number = version.record.version.to_string();
-                        details.insert("exported_version".to_owned(), number);
-                        Some(self.released(cx, &ready, &details).await?)
+                    Some((key, version, decision)) => {
+                        let about = Some((key.id, Some(version.record.version)));
+                        let name = Action::ExportKey.name();
+                        let event = cx.origin().event(name, about, Outcome::Success, 0, &decision);
+                        let event = event.detail("export", "wrapped");
+                        let by = format!("{} version {}", ready.key.id, ready.number());
+                        Some(self.trail.record(event.detail("wrapping_key", by)).await?)
                     }
-                    None => {
-                        self.used(cx, &ready, &details).await?;
-                        None
-                    }
+                    None => None,
                 };
                 let algorithm = if rsa { "RSA-OAEP-SHA256" } else { "AES-KWP" };
                 let (key, version) = (ready.key.id, ready.number());
@@ -235,7 +237,7 @@ impl Keyring {
             let asked = (&[Purpose::Wrap][..], command.version, Use::Open);
             let ready = self.ready(cx, &command.key, asked, command).await?;
             let wrapped = command.wrapped.clone();
-            let material = self.work(&ready, move |key| key.unwrap(&wrapped)).await;
+            let material = self.work(&ready, 0, move |key| key.unwrap(&wrapped)).await;
             let material = self.unopened(cx, &ready, material).await?;
             let secret = material.expose_for_export();
             self.shared(cx, &ready, &BTreeMap::new(), (secret, Vec::new())).await?
@@ -267,9 +269,8 @@ impl Keyring {
         let number = version.record.version;
         let about = Some((key.id, Some(number)));
         let decision = permit.decision_id().to_string();
-        let outcome = polykey_proto::polykey::record::v1::audit_event::Outcome::Success;
         let name = Action::GetKeyMetadata.name();
-        self.trail.used(cx.origin().event(name, about, outcome, 0, &decision)).await?;
+        self.trail.used(cx.origin().event(name, about, Outcome::Success, 0, &decision)).await?;
         let purpose = purpose(&key.record, algorithm);
         let schemes = match purpose {
             Purpose::Sign => {

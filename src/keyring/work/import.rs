@@ -1,8 +1,10 @@
 //! Material from outside: one-time keys that protect it on its way, each used once.
 
+use std::ops::Bound;
+
 use polykey_hsm::import as protection;
 use polykey_hsm::{KeyMaterial, algorithm, random};
-use polykey_proto::polykey::record::v1::ImportRecord;
+use polykey_proto::polykey::record::v1::{ImportRecord, audit_event};
 use zeroize::Zeroizing;
 
 use super::Keyring;
@@ -11,10 +13,24 @@ use crate::command::crypto::{GetImportParameters, Import, Protection};
 use crate::context::Context;
 use crate::error::Error;
 use crate::time::Time;
-use crate::vault::Tx;
+use crate::vault::{Tx, space};
 
-/// Seconds for which a one-time key can be used: a day.
-const LIFE: i64 = 86_400;
+/// Seconds for which a one-time key can be used: an hour.
+const LIFE: i64 = 3600;
+/// One-time keys that wait for their import, at most.
+const WAITING: usize = 10_000;
+/// The row of a one-time key: when it expires (u64 BE, µs) ‖ 16 random bytes.
+type Row = [u8; 24];
+
+fn row(expires_at: Time) -> Result<Row, Error> {
+    let random: [u8; 16] = random::array().map_err(|e| Error::internal(e.to_string()))?;
+    let mut row = [0; 24];
+    let expires_at = u64::try_from(expires_at.micros()).unwrap_or(0).to_be_bytes();
+    for (to, from) in row.iter_mut().zip(expires_at.into_iter().chain(random)) {
+        *to = from;
+    }
+    Ok(row)
+}
 
 /// A one-time public key.
 #[derive(Debug)]
@@ -22,7 +38,7 @@ pub struct ImportParameters {
     /// SubjectPublicKeyInfo (RSA) or 32 raw bytes (X25519).
     pub public: Vec<u8>,
     /// Names it in the import.
-    pub id: [u8; 16],
+    pub id: Row,
     /// Until when.
     pub expires_at: Time,
     /// What HPKE must bind.
@@ -60,6 +76,10 @@ impl Keyring {
     ) -> Result<ImportParameters, Error> {
         let permit = self.authorize(cx, Resource::Node, command).await?;
         let kind = command.protection;
+        let all = polykey_storage::all();
+        if self.vault.count(space::IMPORTS, all, WAITING).await? >= WAITING {
+            return Err(Error::Exhausted { retry_after: std::time::Duration::from_secs(60) });
+        }
         let make = move || protection::generate_one_time_key(wrapping(kind));
         let made = self
             .forge
@@ -67,8 +87,8 @@ impl Keyring {
             .await?
             .map_err(|e| Error::internal(e.to_string()))?;
         let public = made.public.map(|p| p.spki_der).unwrap_or_default();
-        let id: [u8; 16] = random::array().map_err(|e| Error::internal(e.to_string()))?;
         let expires_at = cx.now.plus_seconds(LIFE);
+        let id = row(expires_at)?;
         let record = ImportRecord {
             wrapping: code(kind),
             private_key: made.material.expose_for_export().to_vec().into(),
@@ -78,7 +98,7 @@ impl Keyring {
         let mut tx = self.vault.begin().await?;
         tx.insert(&id, &record)?;
         let about = permit.decision_id().to_string();
-        let outcome = polykey_proto::polykey::record::v1::audit_event::Outcome::Success;
+        let outcome = audit_event::Outcome::Success;
         let action = crate::authz::Action::GetImportParameters.name();
         tx.event(cx.origin().event(action, None, outcome, 0, &about).build());
         tx.commit().await?;
@@ -123,14 +143,23 @@ impl Keyring {
                     Protection::RsaAes => protection::unwrap_rsa_aes(&private, &bytes),
                     Protection::Hpke => protection::unwrap_hpke(&private, &info, &bytes),
                 };
-                self.slow.run(client, open).await?.map_err(|_| Error::Crypto)?
+                match self.slow.run(client, open).await? {
+                    Ok(material) => material,
+                    Err(_) => {
+                        let action = crate::authz::Action::ImportKey.name();
+                        let outcome = audit_event::Outcome::Failed;
+                        let event = cx.origin().event(action, None, outcome, 3, "");
+                        self.trail.used(event).await?;
+                        return Err(Error::Crypto);
+                    }
+                }
             }
         };
         let take = move || algorithm::import(key_algorithm, material);
         self.forge.run(client, take).await?.map_err(refused)
     }
 
-    fn import_info(&self, id: [u8; 16]) -> protection::ImportInfo {
+    fn import_info(&self, id: Row) -> protection::ImportInfo {
         protection::ImportInfo { node: self.vault.node_id(), token: id.to_vec() }
     }
 
@@ -153,20 +182,17 @@ impl Keyring {
     /// # Errors
     /// As [`Tx::commit`].
     pub async fn sweep_imports(&self, now: Time, limit: usize) -> Result<bool, Error> {
+        let now = u64::try_from(now.micros()).unwrap_or(0);
+        let range = (Bound::Unbounded, Bound::Excluded(now.to_be_bytes().to_vec()));
         let mut tx = self.vault.begin().await?;
-        let all = polykey_storage::all();
-        let forward = polykey_storage::Direction::Forward;
-        let rows = self.vault.scan::<ImportRecord>(all, forward, limit).await?;
-        let full = rows.len() == limit;
-        let expired = rows.into_iter().filter(|(_, r)| r.record.expires_at <= now.micros());
-        let rows: Vec<Vec<u8>> = expired.map(|(row, _)| row).collect();
+        let rows = self.vault.scan_keys(space::IMPORTS, range, limit).await?;
         for row in &rows {
             tx.delete::<ImportRecord>(row);
         }
         if !rows.is_empty() {
             tx.commit().await?;
         }
-        Ok(full && !rows.is_empty())
+        Ok(rows.len() == limit)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use polykey_hsm::work::{self, SignatureScheme};
+use polykey_hsm::work::{self, SignatureScheme, WorkingKey};
 use polykey_hsm::{Algorithm, PublicKey, Purpose};
 
 use super::super::read::ATTEMPTS;
@@ -82,7 +82,9 @@ impl Keyring {
             let scheme = scheme(ready.key.algorithm, command.scheme)?;
             self.count_use(&ready.key, ready.number()).await?;
             let input = command.input.clone();
-            let signature = self.work(&ready, move |key| key.sign(scheme, input.input())).await?;
+            let bytes = input.len();
+            let signature =
+                self.work(&ready, bytes, move |key| key.sign(scheme, input.input())).await?;
             if self.still(&ready).await? {
                 self.used(cx, &ready, &BTreeMap::new()).await?;
                 let (key, version) = (ready.key.id, ready.number());
@@ -105,16 +107,17 @@ impl Keyring {
             let scheme = scheme(algorithm, command.scheme)?;
             let public = ready.public()?;
             let (input, signature) = (command.input.clone(), command.signature.clone());
+            let large = input.len() > super::LARGE;
             let verify =
                 move || work::verify(algorithm, scheme, &public, input.input(), &signature);
-            let valid = if algorithm.verifies_slowly() {
+            let valid = if algorithm.verifies_slowly() || large {
                 self.slow.run(Some(&*ready.client), verify).await?
             } else {
                 verify()
             };
             let valid = valid.map_err(failed)?;
             if self.still(&ready).await? {
-                self.used(cx, &ready, &BTreeMap::new()).await?;
+                self.checked(cx, &ready, valid).await?;
                 Some(ready.checked(valid))
             } else {
                 None
@@ -132,7 +135,7 @@ impl Keyring {
             let ready = self.ready(cx, &command.key, asked, command).await?;
             self.count_use(&ready.key, ready.number()).await?;
             let message = command.message.0.clone();
-            let mac = self.work(&ready, move |key| key.mac(&message)).await?;
+            let mac = self.work(&ready, message.len(), move |key| key.mac(&message)).await?;
             if self.still(&ready).await? {
                 self.used(cx, &ready, &BTreeMap::new()).await?;
                 Some(Coded { mac, key: ready.key.id, version: ready.number() })
@@ -151,9 +154,10 @@ impl Keyring {
             let asked = (&[Purpose::Mac][..], command.version, Use::Open);
             let ready = self.ready(cx, &command.key, asked, command).await?;
             let (message, mac) = (command.message.0.clone(), command.mac.clone());
-            let valid = self.work(&ready, move |key| key.verify_mac(&message, &mac)).await?;
+            let check = move |key: &WorkingKey| key.verify_mac(&message, &mac);
+            let valid = self.work(&ready, command.message.0.len(), check).await?;
             if self.still(&ready).await? {
-                self.used(cx, &ready, &BTreeMap::new()).await?;
+                self.checked(cx, &ready, valid).await?;
                 Some(ready.checked(valid))
             } else {
                 None

@@ -15,13 +15,15 @@ use crate::key::{KeyId, KeyName};
 /// Plaintext on its way into a ciphertext.
 pub struct Sealing {
     ready: Ready,
+    command: EncryptStream,
     sealer: StreamSealer,
 }
 
 /// Ciphertext on its way back to the plaintext.
 pub struct Opening {
     ready: Ready,
-    opener: StreamOpener,
+    command: DecryptStream,
+    opener: Option<StreamOpener>,
 }
 
 impl Sealing {
@@ -60,15 +62,21 @@ impl Opening {
     /// # Errors
     /// [`Error::Crypto`] if it does not open.
     pub fn push(&mut self, ciphertext: &[u8]) -> Result<Zeroizing<Vec<u8>>, Error> {
-        self.opener.push(ciphertext).map_err(failed)
+        match &mut self.opener {
+            Some(opener) => opener.push(ciphertext).map_err(failed),
+            None => Err(Error::internal("a stream that goes on after its end")),
+        }
     }
 
     /// The end of the plaintext.
     ///
     /// # Errors
     /// [`Error::Crypto`] if the ciphertext is not whole.
-    pub fn finish(self) -> Result<Zeroizing<Vec<u8>>, Error> {
-        self.opener.finish(&[]).map_err(failed)
+    pub fn finish(&mut self) -> Result<Zeroizing<Vec<u8>>, Error> {
+        match self.opener.take() {
+            Some(opener) => opener.finish(&[]).map_err(failed),
+            None => Err(Error::internal("a stream that was finished twice")),
+        }
     }
 }
 
@@ -95,10 +103,11 @@ impl Keyring {
         self.count_use(&ready.key, ready.number()).await?;
         let owned = Owned::of(&ready, &command.bound);
         let chunk = command.chunk;
-        let begun = self.work(&ready, move |key| key.seal_stream(&owned.binding(), chunk)).await?;
+        let begun =
+            self.work(&ready, 0, move |key| key.seal_stream(&owned.binding(), chunk)).await?;
         let (header, sealer) = begun;
         self.used(cx, &ready, &command.bound.context).await?;
-        Ok((header, Sealing { ready, sealer }))
+        Ok((header, Sealing { ready, command: command.clone(), sealer }))
     }
 
     /// Begins to decrypt large data.
@@ -119,30 +128,45 @@ impl Keyring {
         let name = command.key.clone().unwrap_or(KeyName::Id(id));
         let asked = (&[Purpose::Encrypt][..], header.version, Use::Open);
         let ready = self.ready(cx, &name, asked, command).await?;
+        // Compared once the named key may be seen.
         if ready.key.id != id {
             return self.unopened(cx, &ready, Err(Error::Crypto)).await;
         }
         let owned = Owned::of(&ready, &command.bound);
         let bytes = command.header.clone();
-        let opener = self.work(&ready, move |key| key.open_stream(&owned.binding(), &bytes)).await;
-        let opener = self.unopened(cx, &ready, opener).await?;
+        let opener =
+            self.work(&ready, 0, move |key| key.open_stream(&owned.binding(), &bytes)).await;
+        let opener = Some(self.unopened(cx, &ready, opener).await?);
         self.used(cx, &ready, &command.bound.context).await?;
-        Ok(Opening { ready, opener })
+        Ok(Opening { ready, command: command.clone(), opener })
     }
 
     /// Whether large data may go on being sealed: the key and version as they are now.
     ///
     /// # Errors
     /// The reason why not.
-    pub async fn may_go_on_sealing(&self, sealing: &Sealing, cx: &Context) -> Result<(), Error> {
-        self.may_go_on(&sealing.ready, cx, Use::Seal).await
+    pub async fn may_go_on_sealing(&self, cx: &Context, sealing: &Sealing) -> Result<(), Error> {
+        self.may_go_on(cx, &sealing.ready, Use::Seal, &sealing.command).await
     }
 
     /// Whether large data may go on being opened.
     ///
     /// # Errors
     /// The reason why not.
-    pub async fn may_go_on_opening(&self, opening: &Opening, cx: &Context) -> Result<(), Error> {
-        self.may_go_on(&opening.ready, cx, Use::Open).await
+    pub async fn may_go_on_opening(&self, cx: &Context, opening: &Opening) -> Result<(), Error> {
+        self.may_go_on(cx, &opening.ready, Use::Open, &opening.command).await
+    }
+
+    /// Records that a piece of large data did not open, and passes the failure on.
+    ///
+    /// # Errors
+    /// The failure, or that of the trail.
+    pub async fn piece_opened<T>(
+        &self,
+        cx: &Context,
+        opening: &Opening,
+        result: Result<T, Error>,
+    ) -> Result<T, Error> {
+        self.unopened(cx, &opening.ready, result).await
     }
 }

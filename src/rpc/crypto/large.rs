@@ -1,6 +1,8 @@
 //! Large data: pieces in, pieces out, in constant memory. The token and the key are looked at again
 //! with every piece, and a piece is taken only when the one before it has been read.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use futures::Stream;
 use pb::decrypt_stream_request::Part as DecryptPart;
@@ -12,12 +14,16 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::super::admit::Admitted;
 use super::super::key_service::{Answers, KeyService};
-use super::{number, parse};
+use super::{CryptoService, number, parse};
+use crate::context::Context;
 use crate::error::Error;
 use crate::keyring::work::{Opening, Sealing};
+use crate::share::Place;
 
 /// Answers that wait for a slow reader: pieces of at most a message each.
-const AHEAD: usize = 2;
+const AHEAD: usize = 1;
+/// How long a message of the caller's is waited for.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn answers<T: Send + 'static>(
     stream: impl Stream<Item = Result<T, Status>> + Send + 'static,
@@ -40,26 +46,44 @@ async fn next<T>(
     tokio::select! {
         message = incoming.message() => message.transpose(),
         () = answers.closed() => None,
+        // Whoever sends nothing holds a chunk's memory.
+        () = tokio::time::sleep(PATIENCE) => Some(Err(Error::DeadlineExceeded.into())),
     }
+}
+
+/// A place among the large streams, while it is held.
+fn place(service: &CryptoService, cx: &Context) -> Result<Place<String>, Error> {
+    let client = cx.caller.client_id().to_owned();
+    let none = Error::Exhausted { retry_after: Duration::from_secs(1) };
+    service.1.take(Some(&client)).ok_or(none)
+}
+
+/// The surroundings of a step, with the authority of its moment.
+async fn now(service: &KeyService, admitted: &Admitted) -> Result<Context, Error> {
+    admitted.again(&service.0).await?.context(None, None)
 }
 
 /// The next message of a body that must not end yet.
 async fn opening_message<T>(incoming: &mut Streaming<T>) -> Result<Option<T>, Error> {
-    incoming.message().await.map_err(|_| Error::invalid("header", "is not a message of this call"))
+    let message = tokio::time::timeout(PATIENCE, incoming.message()).await;
+    let message = message.map_err(|_| Error::DeadlineExceeded)?;
+    message.map_err(|_| Error::invalid("header", "is not a message of this call"))
 }
 
 pub(super) async fn encrypt(
-    service: &KeyService,
+    service: &CryptoService,
     request: Request<Streaming<pb::EncryptStreamRequest>>,
 ) -> Result<Response<Answers<pb::EncryptStreamResponse>>, Error> {
-    let admitted = service.admit(&request)?;
+    let admitted = service.0.admit(&request)?;
+    let place = place(service, &admitted.context(None, None)?)?;
+    let service = service.0.clone();
     let mut incoming = request.into_inner();
     let header = match opening_message(&mut incoming).await?.and_then(|m| m.part) {
         Some(EncryptPart::Header(header)) => Some(header),
         Some(EncryptPart::Plaintext(_)) | None => None,
     };
     let command = parse::encrypt_stream(first(header)?)?;
-    let cx = admitted.context(None, None)?;
+    let cx = now(&service, &admitted).await?;
     let (header, sealing) = service.0.keyring.encrypt_stream(&cx, &command).await?;
     let (key, version) = sealing.under();
     let (sender, receiver) = tokio::sync::mpsc::channel(AHEAD);
@@ -68,8 +92,8 @@ pub(super) async fn encrypt(
         key_id: key.to_string(),
         version: number(version),
     };
-    let service = service.clone();
     tokio::spawn(async move {
+        let _place = place;
         if sender.send(Ok(begun)).await.is_err() {
             return;
         }
@@ -82,7 +106,7 @@ pub(super) async fn encrypt(
                 Some(Err(status)) => Err(status),
                 None if sender.is_closed() => return,
                 None => {
-                    let last = sealing.finish().map_err(Status::from);
+                    let last = encrypt_end(&service, &admitted, sealing).await;
                     let _ = sender.send(last.map(ciphertext)).await;
                     return;
                 }
@@ -112,17 +136,28 @@ async fn encrypt_piece(
     let Some(EncryptPart::Plaintext(plaintext)) = message.part else {
         return Err(again().into());
     };
-    let admitted = admitted.again(&service.0).await?;
-    let cx = admitted.context(None, None)?;
-    service.0.keyring.may_go_on_sealing(sealing, &cx).await?;
+    let cx = now(service, admitted).await?;
+    service.0.keyring.may_go_on_sealing(&cx, sealing).await?;
     Ok(sealing.push(&plaintext)?)
 }
 
-pub(super) async fn decrypt(
+async fn encrypt_end(
     service: &KeyService,
+    admitted: &Admitted,
+    sealing: Sealing,
+) -> Result<Vec<u8>, Status> {
+    let cx = now(service, admitted).await?;
+    service.0.keyring.may_go_on_sealing(&cx, &sealing).await?;
+    Ok(sealing.finish()?)
+}
+
+pub(super) async fn decrypt(
+    service: &CryptoService,
     request: Request<Streaming<pb::DecryptStreamRequest>>,
 ) -> Result<Response<Answers<pb::DecryptStreamResponse>>, Error> {
-    let admitted = service.admit(&request)?;
+    let admitted = service.0.admit(&request)?;
+    let place = place(service, &admitted.context(None, None)?)?;
+    let service = service.0.clone();
     let mut incoming = request.into_inner();
     let header = match opening_message(&mut incoming).await?.and_then(|m| m.part) {
         Some(DecryptPart::Header(header)) => Some(header),
@@ -142,12 +177,12 @@ pub(super) async fn decrypt(
     }
     let mut begin = Bytes::from(begin);
     command.header = begin.split_to(STREAM_HEADER_LEN);
-    let cx = admitted.context(None, None)?;
+    let cx = now(&service, &admitted).await?;
     let opening = service.0.keyring.decrypt_stream(&cx, &command).await?;
     let (key, version) = opening.under();
     let (sender, receiver) = tokio::sync::mpsc::channel(AHEAD);
-    let service = service.clone();
     tokio::spawn(async move {
+        let _place = place;
         let mut opening = opening;
         let mut named = Some((key.to_string(), number(version)));
         let mut waiting = Some(begin);
@@ -163,7 +198,7 @@ pub(super) async fn decrypt(
                 Some(Err(status)) => (Err(status), true),
                 None if sender.is_closed() => return,
                 None => {
-                    let end = opening.finish().map_err(Status::from);
+                    let end = decrypt_end(&service, &admitted, &mut opening).await;
                     let _ = sender.send(end.map(|p| plaintext(&p, named.take()))).await;
                     return;
                 }
@@ -195,8 +230,19 @@ async fn decrypt_piece(
     let Some(DecryptPart::Ciphertext(ciphertext)) = part else {
         return Err(again().into());
     };
-    let admitted = admitted.again(&service.0).await?;
-    let cx = admitted.context(None, None)?;
-    service.0.keyring.may_go_on_opening(opening, &cx).await?;
-    Ok(opening.push(&ciphertext)?)
+    let cx = now(service, admitted).await?;
+    service.0.keyring.may_go_on_opening(&cx, opening).await?;
+    let piece = opening.push(&ciphertext);
+    Ok(service.0.keyring.piece_opened(&cx, opening, piece).await?)
+}
+
+async fn decrypt_end(
+    service: &KeyService,
+    admitted: &Admitted,
+    opening: &mut Opening,
+) -> Result<zeroize::Zeroizing<Vec<u8>>, Status> {
+    let cx = now(service, admitted).await?;
+    service.0.keyring.may_go_on_opening(&cx, opening).await?;
+    let end = opening.finish();
+    Ok(service.0.keyring.piece_opened(&cx, opening, end).await?)
 }

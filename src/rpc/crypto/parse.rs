@@ -467,11 +467,11 @@ pub(super) fn import_parameters(
 }
 
 /// The text of an import token.
-pub(super) fn token(id: &[u8; 16]) -> String {
+pub(super) fn token(id: &[u8; 24]) -> String {
     format!("pki_{}", data_encoding::BASE64URL_NOPAD.encode(id))
 }
 
-fn token_id(text: &str) -> Option<[u8; 16]> {
+fn token_id(text: &str) -> Option<[u8; 24]> {
     let bytes =
         data_encoding::BASE64URL_NOPAD.decode(text.strip_prefix("pki_")?.as_bytes()).ok()?;
     bytes.try_into().ok()

@@ -31,6 +31,8 @@ const DIGEST_BYTES: usize = 32;
 const FRAME_BYTES: usize = 4 + DIGEST_BYTES;
 /// The file is extended by so many zeros at a time, so that few syncs have a new length to write.
 const STEP: u64 = 256 * 1024;
+/// A file with more bytes is not read into memory.
+const MOST: u64 = 1 << 30;
 
 /// Ties entries to one stay of a database.
 pub(super) type Salt = [u8; SALT_BYTES];
@@ -65,8 +67,9 @@ impl Journal {
         salt: Salt,
         capacity: u64,
     ) -> io::Result<Self> {
-        let extent = medium.len()?;
-        Ok(Self { medium, salt, at: 0, extent, capacity })
+        // Entries of a store that stood here before must not be met behind one of this store.
+        medium.set_len(0)?;
+        Ok(Self { medium, salt, at: 0, extent: 0, capacity })
     }
 
     /// Begins anew. Only once the database holds every entry, and the salt.
@@ -122,21 +125,27 @@ impl Journal {
 }
 
 /// The entries of a medium that follow `after`, in order and without a gap.
+///
+/// An entry that a power cut tore is the last one, and was never acknowledged. Whatever stands in the
+/// way of an entry that is whole is damage, and an error: what was acknowledged would be passed over.
 pub(super) fn entries(
     medium: &dyn StorageBackend,
     salt: &Salt,
     after: Revision,
 ) -> io::Result<Vec<Entry>> {
-    let length = usize::try_from(medium.len()?).map_err(io::Error::other)?;
-    let mut bytes = vec![0; length];
+    let length = medium.len()?;
+    if length > MOST {
+        return Err(damaged(format!("the journal has {length} bytes, more than one ever has")));
+    }
+    let mut bytes = vec![0; usize::try_from(length).map_err(io::Error::other)?];
     medium.read(0, &mut bytes)?;
     let mut rest = bytes.as_slice();
     let mut found: Vec<Entry> = Vec::new();
     let mut last = None;
-    while let Some((entry, behind)) = entry(rest, salt) {
+    while let Some((entry, behind)) = entry(rest, Some(salt)) {
         // Within one round revisions follow each other; the first may be older than the database.
         if last.is_some_and(|last: u64| entry.revision.0 != last.saturating_add(1)) {
-            break;
+            return Err(damaged(format!("the journal has a gap before {}", entry.revision)));
         }
         last = Some(entry.revision.0);
         if entry.revision > after {
@@ -144,19 +153,47 @@ pub(super) fn entries(
         }
         rest = behind;
     }
+    let at = bytes.len() - rest.len();
+    if let Some(entry) = whole_entry(rest, salt) {
+        let revision = entry.revision;
+        return Err(damaged(format!(
+            "the journal is damaged at byte {at}, and {revision} stands behind it"
+        )));
+    }
+    // A round begins over the one before, of which the database holds everything.
+    if let (None, Some((foreign, _))) = (last, entry(rest, None))
+        && foreign.revision > after
+    {
+        let revision = foreign.revision;
+        return Err(damaged(format!(
+            "the journal is not of this file, which ends with {after}: it begins with {revision}"
+        )));
+    }
     if found.first().is_some_and(|first| first.revision.0 != after.0.saturating_add(1)) {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "the journal has a gap"));
+        return Err(damaged("the journal has a gap after what the file holds".to_owned()));
     }
     Ok(found)
 }
 
-fn entry<'a>(bytes: &'a [u8], salt: &Salt) -> Option<(Entry, &'a [u8])> {
+fn damaged(text: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, text)
+}
+
+/// Any entry of this round, wherever it begins.
+fn whole_entry(bytes: &[u8], salt: &Salt) -> Option<Entry> {
+    let starts = bytes.windows(FRAME_BYTES + SALT_BYTES).enumerate();
+    let mut carries = starts.filter(|(_, window)| window.ends_with(salt));
+    carries.find_map(|(start, _)| Some(entry(bytes.get(start..)?, Some(salt))?.0))
+}
+
+/// The entry that the bytes begin with, of this round if one is given.
+fn entry<'a>(bytes: &'a [u8], salt: Option<&Salt>) -> Option<(Entry, &'a [u8])> {
     let (length, rest) = bytes.split_first_chunk::<4>()?;
     let (digest, rest) = rest.split_first_chunk::<DIGEST_BYTES>()?;
     let (payload, behind) =
         rest.split_at_checked(usize::try_from(u32::from_be_bytes(*length)).ok()?)?;
     let (of, body) = payload.split_first_chunk::<SALT_BYTES>()?;
-    if of != salt || Sha256::digest(payload).as_slice() != digest {
+    if salt.is_some_and(|salt| of != salt) || Sha256::digest(payload).as_slice() != digest {
         return None;
     }
     let (revision, mut body) = body.split_first_chunk::<8>()?;
@@ -321,6 +358,20 @@ mod tests {
     }
 
     #[test]
+    fn the_journal_of_a_later_file_is_an_error() {
+        let mut journal = Journal::begin(medium(), [1; 16], 1 << 20).unwrap();
+        for revision in 4..7 {
+            assert!(append(&mut journal, revision, &[9]));
+        }
+        let error = entries(&*journal.medium, &[2; 16], Revision(3)).unwrap_err();
+        assert!(error.to_string().contains("not of this file"), "{error}");
+        assert_eq!(entries(&*journal.medium, &[2; 16], Revision(6)).unwrap(), []);
+        let huge = medium();
+        huge.set_len(MOST + 1).unwrap();
+        assert!(entries(&*huge, &[1; 16], Revision(0)).is_err());
+    }
+
+    #[test]
     fn a_full_journal_takes_nothing() {
         let mut journal = Journal::begin(medium(), [1; 16], 1000).unwrap();
         assert!(append(&mut journal, 1, &[201; 2]));
@@ -343,7 +394,14 @@ mod tests {
             journal.medium.read(at as u64, &mut byte).unwrap();
             journal.medium.write(at as u64, &[byte[0] ^ (1 << bit)]).unwrap();
             let whole = ends.iter().filter(|end| **end <= at).count() - 1;
-            prop_assert_eq!(revisions(&journal, 0), (1..=whole as u64).collect::<Vec<_>>());
+            if whole == 4 {
+                prop_assert_eq!(revisions(&journal, 0), [1, 2, 3, 4]);
+            } else {
+                // What was acknowledged behind the damage is not passed over in silence.
+                let error = entries(&*journal.medium, &[1; 16], Revision(0)).unwrap_err();
+                let place = format!("damaged at byte {}", ends[whole]);
+                prop_assert!(error.to_string().contains(&place), "{}", error);
+            }
         }
 
         #[test]
