@@ -113,7 +113,7 @@ impl AppError {
     /// What kind of failure it is.
     #[must_use]
     pub fn fault(&self) -> Fault {
-        use polykey_storage::OpenError as Store;
+        use polykey_storage::{OpenError as Store, StoreError};
         match self {
             Self::Config(_)
             | Self::Telemetry(_)
@@ -142,6 +142,7 @@ impl AppError {
                 | custody::OpenError::Damaged(_),
             )
             | Self::Setup(SetupError::MasterKeyLost { .. })
+            | Self::Store(Store::Store { error: StoreError::Damaged(_), .. })
             | Self::Vault(Error::DataLoss { .. }) => Fault::Damaged,
             Self::Setup(
                 SetupError::Foreign(_) | SetupError::Owner { .. } | SetupError::Config(_),

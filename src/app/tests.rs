@@ -148,6 +148,13 @@ async fn what_is_in_the_way_is_told_with_a_remedy() {
     let error = App::found(config, Clock::System).await.unwrap().spawn().await.unwrap_err();
     assert_eq!(error.fault(), Fault::Conflict, "{error}");
     assert!(error.hint().unwrap().contains("--listen"), "{error}");
+    // A copy of the store without its journal.
+    let mut config = prepared.config.clone();
+    config.storage.path = dir.join("copy.redb");
+    fs::copy(&prepared.config.storage.path, &config.storage.path).unwrap();
+    let error = App::open(config, Clock::System).await.unwrap_err();
+    assert_eq!(error.fault(), Fault::Damaged, "{error}");
+    assert!(error.to_string().contains("copy.redb-journal is missing"), "{error}");
     running.stop().await;
     // Another master key.
     fs::copy(other_dir.join("master.key"), dir.join("master.key")).unwrap();

@@ -7,6 +7,7 @@ use tonic::Code;
 
 use super::output::clean;
 use crate::client::{ClientError, Failure, ProfileError};
+use crate::error::Error;
 
 /// Exit codes of the process. Scripts rely on them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,6 +156,12 @@ impl From<Failure> for CliError {
         }
         let hint = match (failure.code, failure.retry_after) {
             (_, Some(wait)) => format!("Try again in {} s.", wait.as_secs().max(1)),
+            // The server says nothing more, so that nobody learns by trying.
+            (Code::InvalidArgument, _) if failure.message == Error::Crypto.to_string() => {
+                "Either the bytes were changed or cut, or this is not the key, the --context or the \
+                 --aad-file that they were encrypted with."
+                    .to_owned()
+            }
             (Code::NotFound, _) => {
                 "Check the name; what this client may not see is reported as not found, too."
                     .to_owned()
