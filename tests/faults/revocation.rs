@@ -1,6 +1,7 @@
 //! 32 connections hammer while keys, tokens, clients and roles are taken away: after the acknowledgement nothing
 //! that starts later succeeds, alone, in batches or in streams. One process, one monotonic clock.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -19,6 +20,8 @@ use crate::support::{Random, Wire, full, no_panic, size};
 
 const VICTIMS: usize = 4;
 const CONNECTIONS: usize = 32;
+const FORMS: [&str; 7] =
+    ["single", "batch", "stream", "message", "encrypt", "encrypt batch", "encrypt message"];
 const ROLE: &str = "reader-for-now";
 
 /// What is used at the moment, and by which token.
@@ -94,6 +97,70 @@ async fn open(wire: &Wire, round: usize) -> Result<Open, Status> {
     let request = wire.with(ReceiverStream::new(asked));
     let answers = wire.keys().stream_get_key_metadata(request).await?.into_inner();
     Ok(Open { ask, answers, round })
+}
+
+/// A stream of operations that stays open likewise.
+struct Working {
+    ask: mpsc::Sender<pb::CryptoOperation>,
+    answers: tonic::Streaming<pb::CryptoResult>,
+    round: usize,
+}
+
+fn encrypting(key: String) -> pb::EncryptRequest {
+    pb::EncryptRequest { key_id: key, plaintext: b"x".as_slice().into(), ..Default::default() }
+}
+
+fn operation(key: String) -> pb::CryptoOperation {
+    let operation = Some(pb::crypto_operation::Operation::Encrypt(encrypting(key)));
+    pb::CryptoOperation { operation, ..Default::default() }
+}
+
+fn encrypted(result: &pb::CryptoResult) -> bool {
+    matches!(result.result, Some(pb::crypto_result::Result::Encrypt(_)))
+}
+
+async fn encrypt(wire: &Wire, key: String) -> bool {
+    judged(wire.work().encrypt(wire.with(encrypting(key))).await.map(drop))
+}
+
+async fn encrypt_batch(wire: &Wire, key: String) -> bool {
+    let operations = vec![operation(key); 3];
+    let body = pb::BatchCryptoRequest { operations, continue_on_error: true };
+    match wire.work().batch_crypto(wire.with(body)).await {
+        Ok(reply) => reply.into_inner().results.iter().any(encrypted),
+        Err(status) => judged(Err(status)),
+    }
+}
+
+async fn encrypt_message(
+    held: &mut Option<Working>,
+    wire: &Wire,
+    round: usize,
+    key: String,
+) -> bool {
+    if held.as_ref().is_none_or(|open| open.round != round) {
+        let (ask, asked) = mpsc::channel(1);
+        match wire.work().stream_crypto(wire.with(ReceiverStream::new(asked))).await {
+            Ok(answers) => *held = Some(Working { ask, answers: answers.into_inner(), round }),
+            Err(status) => return judged(Err(status)),
+        }
+    }
+    let Some(stream) = held else { return false };
+    let answer = match stream.ask.send(operation(key)).await {
+        Ok(()) => stream.answers.next().await,
+        Err(_) => None,
+    };
+    match answer {
+        Some(Ok(result)) => encrypted(&result),
+        Some(Err(status)) => {
+            *held = None;
+            judged(Err(status))
+        }
+        None => {
+            *held = None;
+            false
+        }
+    }
 }
 
 async fn single(wire: &Wire, key: String) -> bool {
@@ -185,12 +252,11 @@ fn judged(result: Result<(), Status>) -> bool {
 
 async fn hammer(field: Arc<Field>, wire: Wire, number: usize) {
     let victim = number % VICTIMS;
-    let forms = ["single", "batch", "stream", "message"];
-    let mut held = None;
+    let (mut held, mut working) = (None, None);
     let mut turn = number;
     while !field.stop.load(Ordering::Relaxed) {
         turn += 1;
-        let form = forms[turn % forms.len()];
+        let form = FORMS[turn % FORMS.len()];
         let target = field.target.read().clone();
         if target.tokens[victim].is_empty() {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -203,6 +269,11 @@ async fn hammer(field: Arc<Field>, wire: Wire, number: usize) {
                 "single" => single(&wire, target.key).await,
                 "batch" => batch(&wire, target.key).await,
                 "stream" => stream(&wire, target.key).await,
+                "encrypt" => encrypt(&wire, target.key).await,
+                "encrypt batch" => encrypt_batch(&wire, target.key).await,
+                "encrypt message" => {
+                    encrypt_message(&mut working, &wire, target.round, target.key).await
+                }
                 _ => message(&mut held, &wire, target.round, target.key).await,
             }
         };
@@ -307,9 +378,9 @@ impl Attacker {
 
     async fn role(&self, over_all_keys: bool) {
         let permissions = if over_all_keys {
-            json!(["keys:read", "keys:describe", "keys:list", "keys:all"])
+            json!(["keys:read", "keys:describe", "keys:list", "keys:all", "crypto:encrypt"])
         } else {
-            json!(["keys:list"])
+            json!(["keys:list", "crypto:encrypt"])
         };
         let body = json!({"name": ROLE, "permissions": permissions});
         self.admin.call("PutRole", body).await.unwrap();
@@ -347,6 +418,7 @@ async fn nothing_that_starts_after_the_acknowledgement_succeeds() {
         })
         .collect();
     let (mut late, mut control, mut refused, mut later) = (Vec::new(), 0, 0, 0);
+    let mut worked = BTreeSet::new();
     for round in 0..rounds {
         let victim = random.below(VICTIMS);
         let blow = match round % 9 {
@@ -375,6 +447,7 @@ async fn nothing_that_starts_after_the_acknowledgement_succeeds() {
         );
         // The checker, given an acknowledgement that came too early, must object.
         control += usize::from(!violations(&attempts, round, blow, fresh).is_empty());
+        worked.extend(attempts.iter().filter(|a| a.succeeded).map(|a| a.form));
         let after_it = |a: &&Attempt| a.round == round && a.started > acknowledged;
         later += attempts.iter().filter(after_it).count();
         refused += attempts.iter().filter(after_it).filter(|a| !a.succeeded).count();
@@ -389,6 +462,7 @@ async fn nothing_that_starts_after_the_acknowledgement_succeeds() {
         late.len()
     );
     assert!(late.is_empty(), "{} later calls succeeded, e.g. {:?}", late.len(), late[0]);
+    assert_eq!(worked.len(), FORMS.len(), "only these ever succeeded: {worked:?}");
     assert_eq!(control, rounds, "in some round nothing succeeded before: the test saw nothing");
     assert!(
         later >= rounds * after / 2 && refused * 4 >= later,

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use polykey_proto::polykey::v2::admin_service_client::AdminServiceClient;
+use polykey_proto::polykey::v2::crypto_service_client::CryptoServiceClient;
 use polykey_proto::polykey::v2::key_lifecycle_service_client::KeyLifecycleServiceClient;
 use polykey_proto::polykey::v2::polykey_service_client::PolykeyServiceClient;
 use tonic::transport::Channel;
@@ -80,6 +81,10 @@ impl Wire {
 
     pub(crate) fn keys(&self) -> PolykeyServiceClient<Channel> {
         PolykeyServiceClient::new(self.channel.clone())
+    }
+
+    pub(crate) fn work(&self) -> CryptoServiceClient<Channel> {
+        CryptoServiceClient::new(self.channel.clone())
     }
 
     pub(crate) fn lifecycle(&self) -> KeyLifecycleServiceClient<Channel> {
