@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 use tonic::Code;
 
 use crate::common::{Options, Server};
-use crate::support::{Outcome, Random, Wire, deadline, full, no_panic, outcome, size};
+use crate::support::{Outcome, Random, Wire, deadline, no_panic, outcome, size};
 
 const WORKERS: usize = 8;
 const READY: Duration = Duration::from_secs(1);
@@ -311,7 +311,6 @@ async fn what_was_acknowledged_survives_kill_nine() {
     let mut admin = server.admin().await;
     let mut workers: Vec<Worker> = (0..WORKERS).map(|n| Worker::new(n, random.fork())).collect();
     let mut slowest = Duration::ZERO;
-    let mut late = 0;
     let mut unknown = 0;
     let mut acknowledged = 0;
     for round in 0..kills {
@@ -337,10 +336,7 @@ async fn what_was_acknowledged_survives_kill_nine() {
         healthy(&wire).await;
         let ready = started.elapsed();
         slowest = slowest.max(ready);
-        // A shared machine may stand still for a moment, and not at every tenth start.
-        late += usize::from(ready > deadline(READY));
-        let allowed = if full() { 0 } else { kills / 10 };
-        assert!(late <= allowed, "round {round}: ready after {ready:?}, late {late} times");
+        assert!(ready <= deadline(READY), "round {round}: ready after {ready:?}");
         if round % 40 == 39 {
             admin.login().await.unwrap();
         }
