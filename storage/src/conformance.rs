@@ -37,6 +37,31 @@ pub fn seed() -> u64 {
     seed
 }
 
+/// Runs the `#[test]` named `test`, whose body is `body`, in a process of its own that ends with it.
+///
+/// For tests on which redb may panic: the thread on which it does is kept inside the panic hook,
+/// and the harness would wait for the hook before it exits.
+///
+/// # Panics
+/// If the body does, or the process cannot be started.
+pub fn in_a_process(test: &str, body: impl FnOnce()) {
+    const INSIDE: &str = "POLYKEY_TEST_INSIDE";
+    const DONE: i32 = 42;
+    if std::env::var(INSIDE).as_deref() == Ok(test) {
+        body();
+        std::process::exit(DONE);
+    }
+    let this = std::env::current_exe().expect("the test knows its file");
+    let output = std::process::Command::new(this)
+        .args(["--exact", test, "--nocapture"])
+        .env(INSIDE, test)
+        .output()
+        .expect("the test starts once more");
+    print!("{}", String::from_utf8_lossy(&output.stdout));
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(DONE), "{}\n{errors}", output.status);
+}
+
 /// Numbers that repeat with their seed (SplitMix64). Not for secrets.
 #[derive(Clone, Debug)]
 pub struct Rng(u64);

@@ -10,10 +10,12 @@
 //! store opens in milliseconds after a crash, whatever its size, but for the few groups of the
 //! journal, which are then committed once more. While a store is closed it is one file.
 
+mod apart;
 mod encode;
 mod failure;
 mod file;
 mod journal;
+mod opening;
 mod snapshot;
 mod upgrade;
 
@@ -26,8 +28,8 @@ use std::{
 };
 
 use ::redb::{
-    Builder, Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, StorageBackend,
-    StorageError, Table, TableDefinition, WriteTransaction,
+    Builder, Database, DatabaseError, Durability, ReadableTable, StorageBackend, StorageError,
+    Table, TableDefinition, WriteTransaction,
 };
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -36,6 +38,7 @@ use parking_lot::{Mutex, RwLock};
 use self::{
     failure::{Failed, Failure, Latch},
     journal::{Journal, Salt},
+    opening::begin_write,
     snapshot::{RedbSnapshot, View},
 };
 use crate::{
@@ -256,127 +259,6 @@ impl Redb {
         Ok(store)
     }
 
-    fn reopen_now(&self) -> Result<Revision, OpenError> {
-        let mut journal = self.writer.lock();
-        *journal = None;
-        let mut slot = self.database.write();
-        let again = {
-            let mut known = self.known.lock();
-            known.failure.get_or_insert_with(|| {
-                StoreError::Other("the store has not been opened again yet".into())
-            });
-            // Snapshots of the generation before no longer speak for this store.
-            known.generation = known.generation.saturating_add(1);
-            known.generation > 1
-        };
-        if let Some(database) = slot.take() {
-            close(database);
-        }
-        if self.on_file {
-            file::check(&self.path)?;
-            // A process before this one may have died of a sync that failed.
-            file::forget_cached(&self.path).map_err(|error| self.open_failed(error.into()))?;
-        }
-        let (database, found) = self.open_database()?;
-        let mut known = self.known.lock();
-        if let Some(loss) = known.loss(&found).filter(|_| again) {
-            close(database);
-            return Err(self.open_failed(StoreError::Damaged(loss)));
-        }
-        *slot = Some(database);
-        known.id = found.id;
-        known.revision = found.revision;
-        known.rows = found.rows;
-        known.failure = None;
-        Ok(found.revision)
-    }
-
-    fn open_database(&self) -> Result<(Database, file::Identity), OpenError> {
-        let mut builder = Builder::new();
-        builder.set_cache_size(self.options.cache_bytes);
-        // redb asserts on some files it has not written.
-        let opened = catch_unwind(AssertUnwindSafe(|| (self.opener)(&builder)));
-        let database = match opened {
-            Ok(Ok(database)) => database,
-            Ok(Err(error)) => return Err(file::open_error(&self.path, error)),
-            Err(_) => return Err(file::not_a_store(&self.path, "its pages make no sense")),
-        };
-        let identified = catch_unwind(AssertUnwindSafe(|| {
-            if !self.on_file {
-                initialise_if_empty(&database).map_err(|error| self.open_failed(error))?;
-            }
-            let found = file::identify(&self.path, &database)?;
-            let upgraded = upgrade::run(&database, found.format)
-                .map_err(|failure| self.open_failed(failure.error))?;
-            let recovered = self
-                .recover(&database, &found)
-                .map_err(|failure| self.open_failed(failure.error))?;
-            if upgraded || recovered { file::identify(&self.path, &database) } else { Ok(found) }
-        }))
-        .unwrap_or_else(|_| Err(file::not_a_store(&self.path, "its pages make no sense")));
-        match identified {
-            Ok(found) => Ok((database, found)),
-            Err(error) => {
-                close(database);
-                Err(error)
-            }
-        }
-    }
-
-    // Commits what only the journal has; whether there was anything.
-    fn recover(&self, database: &Database, found: &file::Identity) -> Result<bool, Failure> {
-        let (Some(salt), Some(open)) = (found.journal, &self.journal_opener) else {
-            return Ok(false);
-        };
-        let Some(medium) = open(false).map_err(StorageError::from)? else {
-            let journal = journal::path_of(&self.path);
-            return Err(Failure::damaged(format!(
-                "its journal {} is missing, and with it what was acknowledged after {}; put it \
-                 back, or restore a backup",
-                journal.display(),
-                found.revision
-            )));
-        };
-        let entries = match journal::entries(&*medium, &salt, found.revision) {
-            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
-                return Err(Failure::damaged(error.to_string()));
-            }
-            read => read.map_err(StorageError::from)?,
-        };
-        let mut before = found.revision;
-        let transaction = begin_write(database)?;
-        for journal::Entry { revision, writes } in entries {
-            let filled =
-                self.fill(&transaction, (before, revision), writes.into_iter(), |_| Ok(vec![]));
-            match filled {
-                Ok(_) => before = revision,
-                Err(Failed::Before(failure) | Failed::During(failure)) => return Err(failure),
-                Err(other) => return Err(Failure::damaged(format!("its journal: {other:?}"))),
-            }
-        }
-        transaction.open_table(META)?.remove(META_JOURNAL)?;
-        transaction.commit()?;
-        if self.on_file {
-            journal::remove_file(&self.path).map_err(StorageError::from)?;
-        }
-        Ok(true)
-    }
-
-    // Has the database hold everything by itself, so that the journal is of no more use.
-    fn retire_journal(&self, database: &Database) -> Result<(), Failure> {
-        let transaction = begin_write(database)?;
-        transaction.open_table(META)?.remove(META_JOURNAL)?;
-        transaction.commit()?;
-        if self.on_file {
-            journal::remove_file(&self.path).map_err(StorageError::from)?;
-        }
-        Ok(())
-    }
-
-    fn open_failed(&self, error: StoreError) -> OpenError {
-        OpenError::Store { path: self.path.clone(), error }
-    }
-
     // The last durable revision, unless nothing is served.
     fn serving(&self) -> Option<Revision> {
         let known = self.known.lock();
@@ -472,12 +354,12 @@ impl Redb {
         let filled = self.fill(&transaction, (before, revision), writes.flatten(), |replaced| {
             finish.finish(&Applied { revision, accepted: &admitted.accepted, replaced })
         });
-        let rows = filled.and_then(|filled| {
-            self.make_durable(&mut transaction, journal, revision, &filled)?;
-            Ok(filled.rows)
+        let filled = filled.and_then(|filled| {
+            let durable = self.make_durable(&mut transaction, journal, revision, &filled)?;
+            Ok((filled.rows, durable))
         });
-        let rows = match rows {
-            Ok(rows) => rows,
+        let (rows, durable) = match filled {
+            Ok(filled) => filled,
             Err(failed) => {
                 // Nothing has been made current, so the database keeps nothing, even if this fails.
                 if let Err(error) = transaction.abort() {
@@ -486,22 +368,26 @@ impl Redb {
                 return Err(failed);
             }
         };
-        transaction.commit().map_err(|error| Failed::During(error.into()))?;
+        let committed = match durable {
+            true => transaction.commit().map_err(Failure::from),
+            false => opening::commit(transaction),
+        };
+        committed.map_err(Failed::During)?;
         Ok((Committed { revision, outcomes: admitted.outcomes }, rows))
     }
 
     // Appends a group to the journal, so that its transaction need not be durable; or leaves it to
-    // the transaction to be so, with all that the journal has had until then.
+    // the transaction to be so, with all that the journal has had until then. Whether it is durable.
     fn make_durable(
         &self,
         transaction: &mut WriteTransaction,
         journal: &mut Option<Journal>,
         revision: Revision,
         filled: &Filled,
-    ) -> Result<(), Failed> {
+    ) -> Result<bool, Failed> {
         let Some(opener) = self.journal_opener.as_ref().filter(|_| self.options.journal_bytes > 0)
         else {
-            return Ok(());
+            return Ok(false);
         };
         let replaced = filled.replaced.iter().map(|write| (&write.row, write.new.as_ref()));
         let appended = filled.appended.iter().map(|write| (write.row(), write.value()));
@@ -512,7 +398,7 @@ impl Redb {
                 .map_err(|error| Failure::latching(StoreError::Other(error.to_string())))?;
             transaction.set_quick_repair(false);
             let appended = journal.append(&entry).map_err(StorageError::from);
-            return appended.map_err(|error| Failed::During(error.into()));
+            return appended.map(|()| true).map_err(|error| Failed::During(error.into()));
         }
         // The entries up to here count until this transaction is durable: none is overwritten
         // before the next group.
@@ -527,7 +413,7 @@ impl Redb {
                 *journal = Some(started.map_err(StorageError::from)?);
             }
         }
-        Ok(())
+        Ok(false)
     }
 
     // Everything a transaction writes.
@@ -609,21 +495,6 @@ impl Redb {
     }
 }
 
-// Closes without a panic, which dropping does not promise for a damaged file. A failure says
-// nothing new: recovery follows with the next opening.
-fn close(database: Database) {
-    drop(catch_unwind(AssertUnwindSafe(|| database.close())));
-}
-
-fn begin_write(database: &Database) -> Result<WriteTransaction, Failure> {
-    let mut transaction = database.begin_write()?;
-    transaction
-        .set_durability(Durability::Immediate)
-        .map_err(|error| Failure::latching(StoreError::Other(error.to_string())))?;
-    transaction.set_quick_repair(true);
-    Ok(transaction)
-}
-
 // What a transaction has written.
 struct Filled {
     replaced: Vec<Replaced>,
@@ -665,41 +536,6 @@ impl Rows<'_> {
         };
         self.added += i64::from(new.is_some()) - i64::from(old.is_some());
         Ok(old)
-    }
-}
-
-// Makes an empty database a store at revision 0.
-fn initialise_if_empty(database: &Database) -> Result<(), StoreError> {
-    let initialise = || -> Result<(), Failure> {
-        if database.begin_read()?.list_tables()?.next().is_some() {
-            return Ok(());
-        }
-        let transaction = begin_write(database)?;
-        initialise(&transaction)?;
-        transaction.commit()?;
-        Ok(())
-    };
-    initialise().map_err(|failure| failure.error)
-}
-
-fn initialise(transaction: &WriteTransaction) -> Result<(), Failure> {
-    transaction.open_table(CHANGES)?;
-    let mut meta = transaction.open_table(META)?;
-    let id = memory::random_id().map_err(Failure::latching)?;
-    meta.insert(META_FORMAT, FORMAT.to_be_bytes().as_slice())?;
-    meta.insert(META_ID, id.as_slice())?;
-    meta.insert(META_REVISION, 0_u64.to_be_bytes().as_slice())?;
-    Ok(())
-}
-
-impl Drop for Redb {
-    fn drop(&mut self) {
-        let Some(database) = self.database.get_mut().take() else { return };
-        if self.writer.get_mut().take().is_some() && self.known.lock().failure.is_none() {
-            // If this fails, the journal stays and counts.
-            drop(catch_unwind(AssertUnwindSafe(|| self.retire_journal(&database))));
-        }
-        close(database);
     }
 }
 

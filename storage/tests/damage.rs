@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 
 use futures::executor::block_on;
 use polykey_storage::{
-    Commit, Direction, KeyRange, NoFinish, ReadError, Snapshot, Space, Store,
+    Commit, Direction, KeyRange, NoFinish, ReadError, Snapshot, Space, Store, conformance,
     redb::{Options, Redb},
 };
 use redb::StorageBackend;
@@ -123,37 +123,42 @@ fn walk(
 
 #[test]
 fn a_walk_over_damaged_pages_ends() {
-    let (bytes, places) = file();
-    let (mut damaged, mut refused, mut unseen) = (0, 0, 0);
-    let mut endless = Vec::new();
-    for place in places {
-        for bit in 0..8 {
-            let mut changed = bytes.clone();
-            changed[place] ^= 1 << bit;
-            let Some(store) = Medium::holding(&changed).store() else {
-                refused += 1;
-                continue;
-            };
-            let Ok(snapshot) = block_on(store.snapshot()) else {
-                refused += 1;
-                continue;
-            };
-            let mut seen = false;
-            for space in SPACES {
-                for direction in [Direction::Forward, Direction::Backward] {
-                    for page in [1, 1024] {
-                        match walk(&*snapshot, Space(space), direction, page) {
-                            Ok(true) => {}
-                            Ok(false) => endless.push((place, bit, space, direction, page)),
-                            Err(_) => seen = true,
+    conformance::in_a_process("a_walk_over_damaged_pages_ends", || {
+        let (bytes, places) = file();
+        let (mut damaged, mut refused, mut unseen) = (0, 0, 0);
+        let mut endless = Vec::new();
+        for place in places {
+            for bit in 0..8 {
+                let mut changed = bytes.clone();
+                changed[place] ^= 1 << bit;
+                let Some(store) = Medium::holding(&changed).store() else {
+                    refused += 1;
+                    continue;
+                };
+                let Ok(snapshot) = block_on(store.snapshot()) else {
+                    refused += 1;
+                    continue;
+                };
+                let mut seen = false;
+                for space in SPACES {
+                    for direction in [Direction::Forward, Direction::Backward] {
+                        for page in [1, 1024] {
+                            match walk(&*snapshot, Space(space), direction, page) {
+                                Ok(true) => {}
+                                Ok(false) => endless.push((place, bit, space, direction, page)),
+                                Err(_) => seen = true,
+                            }
                         }
                     }
                 }
+                if seen { damaged += 1 } else { unseen += 1 }
             }
-            if seen { damaged += 1 } else { unseen += 1 }
         }
-    }
-    println!("{damaged} damaged, {refused} refused, {unseen} unseen; endless: {}", endless.len());
-    assert!(endless.is_empty(), "{endless:?}");
-    assert!(damaged > 100, "hardly anything was seen: {damaged}");
+        println!(
+            "{damaged} damaged, {refused} refused, {unseen} unseen; endless: {}",
+            endless.len()
+        );
+        assert!(endless.is_empty(), "{endless:?}");
+        assert!(damaged > 100, "hardly anything was seen: {damaged}");
+    });
 }

@@ -128,16 +128,18 @@ fn one(seed: u64, operation: u64, sticky: bool, power_cut: bool, seen: &mut Seen
 
 #[test]
 fn every_early_operation_may_fail() {
-    let seed = conformance::seed();
-    let mut seen = Seen::default();
-    for operation in 0..120 {
-        for sticky in [false, true] {
-            for power_cut in [false, true] {
-                one(seed ^ operation, operation, sticky, power_cut, &mut seen);
+    conformance::in_a_process("every_early_operation_may_fail", || {
+        let seed = conformance::seed();
+        let mut seen = Seen::default();
+        for operation in 0..120 {
+            for sticky in [false, true] {
+                for power_cut in [false, true] {
+                    one(seed ^ operation, operation, sticky, power_cut, &mut seen);
+                }
             }
         }
-    }
-    println!("{seen:?}");
-    assert!(seen.certain > 0, "{seen:?}");
-    assert!(seen.unknown_done > 0 && seen.unknown_undone > 0, "{seen:?}");
+        println!("{seen:?}");
+        assert!(seen.certain > 0, "{seen:?}");
+        assert!(seen.unknown_done > 0 && seen.unknown_undone > 0, "{seen:?}");
+    });
 }

@@ -142,31 +142,35 @@ fn life(rng: &mut Rng, disk: &Disk, model: &mut Model, seen: &mut Seen) -> Resul
 
 #[test]
 fn nothing_is_lost() {
-    let seed = conformance::seed();
-    let cuts: usize = match std::env::var("POLYKEY_CUTS") {
-        Ok(cuts) => cuts.parse().expect("POLYKEY_CUTS is a number"),
-        Err(_) => 10_000,
-    };
-    let runs = [seed, seed ^ 1]
-        .map(|seed| thread::spawn(move || run(seed, cuts.div_ceil(2), Honesty::Honest)));
-    let mut total = 0;
-    for run in runs {
-        let seen = run.join().unwrap().unwrap();
-        println!("{seen:?}");
-        total += seen.cuts;
-        // The test has seen what it is about.
-        assert!(cuts < 1000 || seen.during_recovery > 0 && seen.during_creation > 0);
-        assert!(cuts < 1000 || seen.unknown_done > 0 && seen.unknown_undone > 0);
-    }
-    assert!(total >= cuts);
+    conformance::in_a_process("nothing_is_lost", || {
+        let seed = conformance::seed();
+        let cuts: usize = match std::env::var("POLYKEY_CUTS") {
+            Ok(cuts) => cuts.parse().expect("POLYKEY_CUTS is a number"),
+            Err(_) => 10_000,
+        };
+        let runs = [seed, seed ^ 1]
+            .map(|seed| thread::spawn(move || run(seed, cuts.div_ceil(2), Honesty::Honest)));
+        let mut total = 0;
+        for run in runs {
+            let seen = run.join().unwrap().unwrap();
+            println!("{seen:?}");
+            total += seen.cuts;
+            // The test has seen what it is about.
+            assert!(cuts < 1000 || seen.during_recovery > 0 && seen.during_creation > 0);
+            assert!(cuts < 1000 || seen.unknown_done > 0 && seen.unknown_undone > 0);
+        }
+        assert!(total >= cuts);
+    });
 }
 
 /// Negative control: the same run notices a disk that does not sync.
 #[test]
 fn a_lying_disk_is_noticed() {
-    let seed = conformance::seed();
-    for honesty in [Honesty::SyncsNothing, Honesty::SyncsAllButOne] {
-        let error = run(seed, 2000, honesty).unwrap_err();
-        println!("{honesty:?}: {error}");
-    }
+    conformance::in_a_process("a_lying_disk_is_noticed", || {
+        let seed = conformance::seed();
+        for honesty in [Honesty::SyncsNothing, Honesty::SyncsAllButOne] {
+            let error = run(seed, 2000, honesty).unwrap_err();
+            println!("{honesty:?}: {error}");
+        }
+    });
 }

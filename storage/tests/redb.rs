@@ -175,38 +175,50 @@ fn what_is_not_a_store_of_this_version_is_refused() {
 
 #[test]
 fn damaged_files_never_panic() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("store");
-    let store = Redb::create(&path, Options::default()).unwrap();
-    for n in 0..40_u8 {
-        commit(&store, put([n], vec![n; 200]));
-    }
-    drop(store);
-    let whole = fs::read(&path).unwrap();
-    let mut rng = conformance::Rng::new(conformance::seed());
-    let mut refused = 0;
-    for round in 0..300 {
-        let mut bytes = whole.clone();
-        if round % 3 == 0 {
-            bytes.truncate(rng.below(whole.len()));
-        } else {
-            // Anywhere, or in the header.
-            let within = if round % 3 == 1 { whole.len() } else { 512 };
-            for _ in 0..=rng.below(8) {
-                let at = rng.below(within);
-                bytes[at] ^= 1 << rng.below(8);
-            }
+    conformance::in_a_process("damaged_files_never_panic", || {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("store");
+        let store = Redb::create(&path, Options::default()).unwrap();
+        for n in 0..40_u8 {
+            commit(&store, put([n], vec![n; 200]));
         }
-        fs::write(&path, &bytes).unwrap();
-        let Ok(store) = Redb::open(&path, Options::default()) else {
-            refused += 1;
-            continue;
-        };
-        drop(block_on(store.scan(SPACE, all(), Direction::Forward, 100)));
-        drop(block_on(store.changes(Revision::EMPTY, 100)));
-        drop(block_on(store.commit(vec![put("new", "row")], &mut NoFinish)));
-    }
-    assert!(refused > 0);
+        drop(store);
+        let whole = fs::read(&path).unwrap();
+        let mut rng = conformance::Rng::new(conformance::seed());
+        let mut refused = 0;
+        for round in 0..300 {
+            let mut bytes = whole.clone();
+            if round % 3 == 0 {
+                bytes.truncate(rng.below(whole.len()));
+            } else {
+                // Anywhere, or in the header.
+                let within = if round % 3 == 1 { whole.len() } else { 512 };
+                for _ in 0..=rng.below(8) {
+                    let at = rng.below(within);
+                    bytes[at] ^= 1 << rng.below(8);
+                }
+            }
+            // A file of its own: one that redb gave up stays locked.
+            let path = directory.path().join(format!("damaged-{round}"));
+            fs::write(&path, &bytes).unwrap();
+            let Ok(store) = Redb::open(&path, Options::default()) else {
+                refused += 1;
+                continue;
+            };
+            drop(block_on(store.scan(SPACE, all(), Direction::Forward, 100)));
+            drop(block_on(store.changes(Revision::EMPTY, 100)));
+            drop(block_on(store.commit(vec![put("new", "row")], &mut NoFinish)));
+            // What fails once goes on to fail, in words.
+            let health = store.status().health;
+            if let Health::NeedsReopen(failure) = health {
+                let outcome = block_on(store.commit(vec![put("new", "row")], &mut NoFinish));
+                assert!(matches!(outcome, Err(CommitError::ReadOnly)), "{failure}: {outcome:?}");
+            }
+            drop(store);
+            fs::remove_file(&path).unwrap();
+        }
+        assert!(refused > 0);
+    });
 }
 
 #[test]
@@ -341,20 +353,22 @@ fn reopening_notices_a_file_put_in_its_place() {
 
 #[test]
 fn reopening_notices_that_the_disk_has_lied() {
-    let disk = Disk::new(2);
-    let store = {
-        let disk = disk.clone();
-        Redb::with_backend("simulated", Options::default(), move || disk.open()).unwrap()
-    };
-    commit(&store, put("a", "1"));
-    disk.set_honesty(Honesty::SyncsNothing);
-    for _ in 0..5 {
-        commit(&store, put("a", "2"));
-    }
-    disk.power_cycle();
-    assert!(block_on(store.reopen()).is_err());
-    let outcome = block_on(store.commit(vec![put("a", "3")], &mut NoFinish));
-    assert!(matches!(outcome, Err(CommitError::ReadOnly)));
+    conformance::in_a_process("reopening_notices_that_the_disk_has_lied", || {
+        let disk = Disk::new(2);
+        let store = {
+            let disk = disk.clone();
+            Redb::with_backend("simulated", Options::default(), move || disk.open()).unwrap()
+        };
+        commit(&store, put("a", "1"));
+        disk.set_honesty(Honesty::SyncsNothing);
+        for _ in 0..5 {
+            commit(&store, put("a", "2"));
+        }
+        disk.power_cycle();
+        assert!(block_on(store.reopen()).is_err());
+        let outcome = block_on(store.commit(vec![put("a", "3")], &mut NoFinish));
+        assert!(matches!(outcome, Err(CommitError::ReadOnly)));
+    });
 }
 
 #[test]

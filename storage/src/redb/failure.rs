@@ -36,6 +36,15 @@ impl Failure {
         Self::latching(StoreError::Other("interrupted by a panic".into()))
     }
 
+    /// A panic of redb's after which its thread keeps the file: see [`super::apart`].
+    pub(super) fn given_up() -> Self {
+        Self::latching(StoreError::Damaged(
+            "redb stopped at a page that makes no sense; nothing is written or read until the \
+             process is started again. If this comes back, restore a backup"
+                .into(),
+        ))
+    }
+
     fn other(error: impl Display) -> Self {
         Self::latching(StoreError::Other(error.to_string()))
     }

@@ -16,7 +16,11 @@ use rustix::fs::{Advice, FlockOperation, fadvise, flock};
 
 use super::{
     CHANGES, FORMAT, META, META_FORMAT, META_ID, META_JOURNAL, META_REVISION, Options, TABLES,
-    begin_write, encode, failure::Failure, initialise, journal::Salt, table,
+    encode,
+    failure::Failure,
+    journal::Salt,
+    opening::{begin_write, commit, initialise},
+    table,
 };
 use crate::{OpenError, Revision, StoreError};
 
@@ -130,7 +134,7 @@ pub(super) fn create(path: &Path, options: Options) -> Result<(), OpenError> {
     let filled = || -> Result<(), Failure> {
         let transaction = begin_write(&database)?;
         initialise(&transaction)?;
-        transaction.commit()?;
+        commit(transaction)?;
         Ok(())
     };
     filled().map_err(|failure| failed(failure.error))?;

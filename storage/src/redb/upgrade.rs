@@ -4,7 +4,12 @@
 
 use ::redb::{Database, ReadableTable, TableDefinition};
 
-use super::{FORMAT, META, META_FORMAT, begin_write, failure::Failure, table, table_name};
+use super::{
+    FORMAT, META, META_FORMAT,
+    failure::Failure,
+    opening::{begin_write, commit},
+    table, table_name,
+};
 use crate::Space;
 
 const ROWS: TableDefinition<'static, &[u8], &[u8]> = TableDefinition::new("rows");
@@ -37,6 +42,6 @@ pub(super) fn run(database: &Database, format: u32) -> Result<bool, Failure> {
     }
     transaction.delete_table(ROWS)?;
     transaction.open_table(META)?.insert(META_FORMAT, FORMAT.to_be_bytes().as_slice())?;
-    transaction.commit()?;
+    commit(transaction)?;
     Ok(true)
 }
