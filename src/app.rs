@@ -11,6 +11,7 @@ mod bootstrap;
 mod check;
 mod error;
 mod measured;
+mod recover;
 mod reload;
 mod report;
 mod tasks;
@@ -24,7 +25,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use polykey_hsm::{BoxFuture, KeyWrapper, LocalWrapper};
+use polykey_hsm::BoxFuture;
 use polykey_proto::grpc::health::v1::health_server::HealthServer;
 use polykey_proto::polykey::record::v1::AuditEvent;
 use polykey_proto::polykey::record::v1::audit_event::Outcome;
@@ -41,7 +42,7 @@ use crate::authn::session::{Authenticator, Settings};
 use crate::authz::Authorizer;
 use crate::config::Config;
 use crate::custody::signing::{self, Purpose, SigningKey};
-use crate::custody::{Custody, Pace, SlotSpec};
+use crate::custody::{self, Custody, MASTER_KEY, NamedWrapper, Pace, Unusable};
 use crate::directory::{Directory, SecurityCaches};
 use crate::error::Error;
 use crate::health::grpc::HealthService;
@@ -59,6 +60,7 @@ use crate::vault::{Invalidate, Vault};
 pub use bootstrap::{Admin, Bootstrapped, bootstrap};
 pub use check::{Finding, check};
 pub use error::{AppError, Fault};
+pub use recover::{Recovered, RecoveryFailure, recover};
 pub use reload::Reloaded;
 
 /// Longest time that a call which is not a stream may take.
@@ -139,8 +141,8 @@ pub struct App {
     pub tls: Arc<TlsState>,
     /// The authority of `cert issue`, where there is one.
     pub authority: Option<Arc<Authority>>,
-    /// What opened the root key.
-    pub wrapper: Arc<dyn KeyWrapper>,
+    /// What may open the root key.
+    pub wrappers: Vec<NamedWrapper>,
     /// Figures of requests.
     pub metrics: Arc<RequestMetrics>,
     /// Figures of the network, once there is one.
@@ -169,9 +171,47 @@ fn store_options(config: &Config) -> redb::Options {
     }
 }
 
-/// The wrapper that the configuration names.
-fn wrapper(config: &Config) -> Result<Arc<dyn KeyWrapper>, AppError> {
-    Ok(Arc::new(LocalWrapper::open(&config.master_key)?))
+/// The wrappers that the configuration names, where at least one can be used.
+fn wrappers(config: &Config) -> Result<(Vec<NamedWrapper>, Vec<Unusable>), AppError> {
+    let (opened, mut unusable) = NamedWrapper::open_all(config);
+    match (opened.is_empty(), unusable.pop()) {
+        (true, Some(only)) if unusable.is_empty() => Err(AppError::MasterKey(only.error)),
+        (true, Some(last)) => {
+            unusable.push(last);
+            Err(AppError::NoWrapper(unusable))
+        }
+        (_, last) => {
+            unusable.extend(last);
+            Ok((opened, unusable))
+        }
+    }
+}
+
+/// Opens the root key by the first slot that one of these opens.
+async fn unlock(
+    store: Arc<dyn Store>,
+    (wrappers, unusable): (&[NamedWrapper], Vec<Unusable>),
+    caches: Arc<dyn Invalidate>,
+    clock: Clock,
+) -> Result<Arc<Custody>, AppError> {
+    let by: Vec<_> = wrappers.iter().map(|named| Arc::clone(&named.wrapper)).collect();
+    match Custody::open(store, &by, caches, clock).await {
+        Ok(custody) => {
+            for unusable in unusable {
+                tracing::warn!(%unusable, "a wrapper cannot be used; another one opened the root key");
+            }
+            Ok(custody)
+        }
+        Err(custody::OpenError::NoSlotOpened(trials)) if !unusable.is_empty() => {
+            Err(AppError::Locked { trials, unusable })
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn missing_master_key(unusable: Vec<Unusable>) -> AppError {
+    let master_key = unusable.into_iter().find(|unusable| unusable.name == MASTER_KEY);
+    master_key.map_or(AppError::NoWrapper(Vec::new()), |only| AppError::MasterKey(only.error))
 }
 
 fn settings(config: &Config) -> Settings {
@@ -216,7 +256,7 @@ impl App {
             tracing::warn!(%warning, "a policy is odd");
         }
         let authorizer = Arc::new(ArcSwap::from_pointee(policies));
-        let wrapper = wrapper(&config)?;
+        let (wrappers, unusable) = wrappers(&config)?;
         let (path, options) = (&config.storage.path, store_options(&config));
         let store = match found {
             true => redb::Redb::open_or_create(path, options)?,
@@ -234,11 +274,16 @@ impl App {
         ];
         let caches = Arc::new(Rememberers(rememberers));
         let custody = if found && store.status().revision == Revision::EMPTY {
-            let slot = SlotSpec::local(FIRST_SLOT, &config.master_key);
+            // The first slot is that of the master key, whatever else could open it.
+            let first = match wrappers.first().filter(|named| named.name == MASTER_KEY) {
+                Some(first) => first,
+                None => return Err(missing_master_key(unusable)),
+            };
+            let (slot, wrapper) = (first.slot(FIRST_SLOT), Arc::clone(&first.wrapper));
             let event = event("InitialiseStore", clock.now());
-            Custody::init(store, Arc::clone(&wrapper), slot, event, caches, clock.clone()).await?
+            Custody::init(store, wrapper, slot, event, caches, clock.clone()).await?
         } else {
-            Custody::open(store, &[Arc::clone(&wrapper)], caches, clock.clone()).await?
+            unlock(store, (&wrappers, unusable), caches, clock.clone()).await?
         };
         let vault = Arc::clone(custody.vault());
 
@@ -280,7 +325,7 @@ impl App {
             jobs,
             tls,
             authority,
-            wrapper,
+            wrappers,
             metrics: Arc::default(),
             network: Arc::default(),
             connections: Arc::default(),
@@ -365,7 +410,7 @@ impl App {
             authority: self.authority.clone(),
             config: Arc::clone(&self.config),
             loaded_at: self.started_at,
-            wrapper: Arc::clone(&self.wrapper),
+            wrappers: self.wrappers.clone(),
         };
         let service = rpc::service(deps, admin, |routes| routes.add_service(health));
         let service = measured::Measured::new(service, Arc::clone(&self.metrics));

@@ -29,6 +29,7 @@ pub mod policy;
 mod policy_check;
 mod progress;
 mod remote;
+mod root;
 pub mod server;
 pub mod shell;
 pub mod value;
@@ -41,7 +42,7 @@ mod parse_tests;
 
 pub use access::{RevokeArgs, TokenCommand};
 pub use error::{CliError, Exit};
-pub use server::{CheckArgs, DevArgs, InitArgs, ServeArgs};
+pub use server::{CheckArgs, DevArgs, InitArgs, RecoverArgs, ServeArgs};
 
 use output::{Format, Output};
 use remote::Remote;
@@ -81,6 +82,9 @@ pub enum Command {
     Serve(ServeArgs),
     /// Check a configuration; nothing is touched.
     Check(CheckArgs),
+    /// Open a store with a recovery key or its shares, and put its root key under the master key of the
+    /// configuration again. No server may have it open.
+    Recover(RecoverArgs),
     /// Keys: create, read, change, rotate, revoke, destroy, export.
     #[command(subcommand)]
     Key(key::KeyCommand),
@@ -105,7 +109,7 @@ pub enum Command {
     Token(TokenCommand),
     /// The root key.
     #[command(subcommand)]
-    Root(node::RootCommand),
+    Root(root::RootCommand),
     /// Policies: check files, list, explain a decision.
     #[command(subcommand)]
     Policy(policy::PolicyCommand),
@@ -182,6 +186,7 @@ pub fn run(cli: Cli) -> Result<(), CliError> {
         Command::Init(args) => server::init(&app, args),
         Command::Serve(args) => server::serve(args),
         Command::Check(args) => server::check(&app, args),
+        Command::Recover(args) => server::recover(&app, args),
         Command::Audit(audit::AuditCommand::Verify(args)) if args.store.is_some() => {
             server::audit_verify_store(&app, args)
         }
@@ -209,7 +214,7 @@ async fn talk(app: &App, command: Command) -> Result<(), CliError> {
         Command::Login => access::login(app).await,
         Command::Whoami => access::whoami(app).await,
         Command::Token(command) => access::token(app, command).await,
-        Command::Root(command) => node::root(app, command).await,
+        Command::Root(command) => root::root(app, command).await,
         Command::Policy(command) => policy::run(app, command).await,
         Command::Audit(command) => audit::run(app, command).await,
         Command::Store(command) => node::store(app, command).await,
@@ -220,6 +225,7 @@ async fn talk(app: &App, command: Command) -> Result<(), CliError> {
         | Command::Init(_)
         | Command::Serve(_)
         | Command::Check(_)
+        | Command::Recover(_)
         | Command::Completion { .. }
         | Command::Man { .. }
         | Command::Version => Ok(()),

@@ -45,6 +45,8 @@ pub struct Config {
     pub storage: Storage,
     /// `[master_key]`
     pub master_key: MasterKeySource,
+    /// `[wrappers.NAME]`: what else may open the root key, by its name.
+    pub wrappers: BTreeMap<String, Wrapper>,
     /// `[tokens]`
     pub tokens: Tokens,
     /// `[login]`
@@ -61,6 +63,13 @@ pub struct Config {
     pub ca: Option<Ca>,
     /// `[runtime]`
     pub runtime: Runtime,
+}
+
+/// `[wrappers.NAME]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Wrapper {
+    /// A master key or a passphrase.
+    Local(MasterKeySource),
 }
 
 /// `[node]`

@@ -9,12 +9,14 @@
 //!
 //! The root is opened once and kept for the life of the process, because wrapping it anew needs it.
 
+mod change;
 mod error;
 mod reseal;
 pub mod signing;
 mod slots;
 #[cfg(test)]
 mod tests;
+mod wrappers;
 
 use std::sync::Arc;
 
@@ -26,9 +28,11 @@ use polykey_storage::{Revision, Store};
 use prost::Message;
 use tokio::sync::{Mutex, Notify};
 
+pub use change::{Removal, Rewrap, Terms};
 pub use error::{ChangeError, InitError, OpenError, Trial, TrialOutcome};
 pub use reseal::Pace;
-pub use slots::SlotSpec;
+pub use slots::{RECOVERY, SlotSpec};
+pub use wrappers::{MASTER_KEY, NamedWrapper, Unusable};
 
 use crate::error::Error;
 use crate::keyring::Remember;
@@ -89,23 +93,6 @@ pub struct Status {
     pub epochs: Vec<u32>,
     /// The last resealing, if there was one.
     pub reseal: Option<ResealStatus>,
-}
-
-/// What a slot's wrapping becomes; see [`Custody::rewrap_slot`].
-#[derive(Clone, Debug)]
-pub struct Rewrap {
-    /// The slot, by label or id.
-    pub slot: String,
-    /// What kind of wrapper it is for from now on.
-    pub kind: String,
-    /// Where the wrapper's secret is found from now on.
-    pub source: String,
-    /// The new label; `None` = as before.
-    pub label: Option<String>,
-    /// The generation that the slot table is believed to have.
-    pub expected: Option<u64>,
-    /// What is written down with it for whoever repeats the request.
-    pub remember: Option<Remember>,
 }
 
 /// A root and ring that may or may not have become durable.
@@ -298,191 +285,6 @@ impl Custody {
         })
     }
 
-    /// Wraps the root of one slot, named by label or id, under another wrapper: the replacement of
-    /// a master key. The other slots stay. An old copy of the store still opens with the old
-    /// master key, whose holder then knows this root: follow with [`Self::rotate_root`] where
-    /// that matters.
-    ///
-    /// # Errors
-    /// See [`ChangeError`]; nothing has changed then, unless the outcome is unknown.
-    pub async fn rewrap(
-        self: &Arc<Self>,
-        slot: &str,
-        wrapper: Arc<dyn KeyWrapper>,
-        kind: &str,
-        source: &str,
-        event: AuditEvent,
-    ) -> Result<(), ChangeError> {
-        let rewrap = Rewrap {
-            slot: slot.to_owned(),
-            kind: kind.to_owned(),
-            source: source.to_owned(),
-            label: None,
-            expected: None,
-            remember: None,
-        };
-        self.rewrap_slot(rewrap, wrapper, event).await.map(drop)
-    }
-
-    /// As [`Self::rewrap`], with a new label and an expected generation. Returns the index of the
-    /// event's leaf, if it is known.
-    ///
-    /// # Errors
-    /// As [`Self::rewrap`]; [`Error::Conflict`] if the table has another generation,
-    /// [`ChangeError::LabelTaken`] if another slot has the new label.
-    pub async fn rewrap_slot(
-        self: &Arc<Self>,
-        rewrap: Rewrap,
-        wrapper: Arc<dyn KeyWrapper>,
-        event: AuditEvent,
-    ) -> Result<Option<u64>, ChangeError> {
-        let this = Arc::clone(self);
-        detached(async move {
-            let Rewrap { slot: name, kind, source, label, expected, remember } = rewrap;
-            let mut state = this.state.lock().await;
-            let (mut table, at) = this.reconciled(&mut state).await?;
-            if expected.is_some_and(|expected| expected != table.generation) {
-                return Err(Error::Conflict.into());
-            }
-            let node_id = this.vault.node_id();
-            let id = slots::id(slots::find(&mut table, &name)?)?;
-            if let Some(label) = &label
-                && table.slots.iter().any(|s| s.label == *label && s.slot_id != id.as_slice())
-            {
-                return Err(ChangeError::LabelTaken(label.clone()));
-            }
-            let slot = slots::find(&mut table, &name)?;
-            let label = label.unwrap_or_else(|| slot.label.clone());
-            let spec = SlotSpec { label, kind, source };
-            spec.check()?;
-            let wrapped = slots::wrap(&state.root, &wrapper, node_id, id).await;
-            let wrapped =
-                wrapped.map_err(|error| ChangeError::Wrap { slot: spec.clone(), error })?;
-            let event = slots::describe(event, &spec);
-            *slot = spec.record(id, wrapped, this.vault.clock().now());
-            this.apply_slots(&mut state, table, at, event, remember).await
-        })
-        .await
-    }
-
-    /// Adds a slot that opens the same root through another wrapper.
-    ///
-    /// # Errors
-    /// As [`Self::rewrap`]; [`ChangeError::LabelTaken`] if there is one of that label.
-    pub async fn add_slot(
-        self: &Arc<Self>,
-        wrapper: Arc<dyn KeyWrapper>,
-        spec: SlotSpec,
-        event: AuditEvent,
-    ) -> Result<[u8; 16], ChangeError> {
-        spec.check()?;
-        let this = Arc::clone(self);
-        detached(async move {
-            let mut state = this.state.lock().await;
-            let (mut table, at) = this.reconciled(&mut state).await?;
-            if table.slots.iter().any(|slot| slot.label == spec.label) {
-                return Err(ChangeError::LabelTaken(spec.label));
-            }
-            let id = random::array().map_err(|e| Error::internal(e.to_string()))?;
-            let wrapped = slots::wrap(&state.root, &wrapper, this.vault.node_id(), id).await;
-            let wrapped =
-                wrapped.map_err(|error| ChangeError::Wrap { slot: spec.clone(), error })?;
-            table.slots.push(spec.record(id, wrapped, this.vault.clock().now()));
-            let event = slots::describe(event, &spec);
-            this.apply_slots(&mut state, table, at, event, None).await?;
-            Ok(id)
-        })
-        .await
-    }
-
-    /// Removes a slot, never the last one. Its wrapper still opens old copies of the store; see
-    /// [`Self::rewrap`].
-    ///
-    /// # Errors
-    /// See [`ChangeError`].
-    pub async fn remove_slot(
-        self: &Arc<Self>,
-        slot: &str,
-        event: AuditEvent,
-    ) -> Result<(), ChangeError> {
-        let (this, name) = (Arc::clone(self), slot.to_owned());
-        detached(async move {
-            let mut state = this.state.lock().await;
-            let (mut table, at) = this.reconciled(&mut state).await?;
-            let slot = slots::find(&mut table, &name)?.clone();
-            if table.slots.len() == 1 {
-                return Err(ChangeError::LastSlot);
-            }
-            table.slots.retain(|other| other.slot_id != slot.slot_id);
-            let event = slots::describe(event, &SlotSpec::of(&slot));
-            this.apply_slots(&mut state, table, at, event, None).await.map(drop)
-        })
-        .await
-    }
-
-    /// Makes a new root key and a new storage-key epoch, wraps the root for every slot by that of
-    /// `wrappers` which opens the slot now, and proves each new wrapping, all before the one
-    /// commit. Resealing what older epochs sealed is left to [`Self::run_reseal`].
-    ///
-    /// # Errors
-    /// [`ChangeError::SlotUnavailable`] if a slot opens with none of `wrappers`; see
-    /// [`ChangeError`].
-    pub async fn rotate_root(
-        self: &Arc<Self>,
-        wrappers: Vec<Arc<dyn KeyWrapper>>,
-        event: AuditEvent,
-    ) -> Result<(), ChangeError> {
-        self.rotate_root_from(None, wrappers, event, None).await.map(drop)
-    }
-
-    /// As [`Self::rotate_root`], if the root has the expected id. Returns the new id, the new epoch
-    /// and the index of the event's leaf, if it is known.
-    ///
-    /// # Errors
-    /// As [`Self::rotate_root`]; [`Error::Conflict`] if the root is another one.
-    pub async fn rotate_root_from(
-        self: &Arc<Self>,
-        expected: Option<[u8; 16]>,
-        wrappers: Vec<Arc<dyn KeyWrapper>>,
-        event: AuditEvent,
-        remember: Option<Remember>,
-    ) -> Result<([u8; 16], u32, Option<u64>), ChangeError> {
-        let this = Arc::clone(self);
-        detached(async move {
-            let mut state = this.state.lock().await;
-            let (mut table, at) = this.reconciled(&mut state).await?;
-            if expected.is_some_and(|expected| expected != state.root.id()) {
-                return Err(Error::Conflict.into());
-            }
-            let crypto = |e: polykey_hsm::CryptoFailure| Error::internal(e.to_string());
-            let root = Arc::new(RootKey::generate().map_err(crypto)?);
-            let mut ring = Ring::clone(&this.vault.ring());
-            let epoch = ring.add_epoch().map_err(|e| Error::internal(e.to_string()))?;
-            let node_id = this.vault.node_id();
-            for slot in &mut table.slots {
-                let wrapper = slots::wrapper_of(slot, &wrappers, node_id, &state.root).await?;
-                let wrapped = slots::wrap(&root, &wrapper, node_id, slots::id(slot)?).await;
-                slot.wrapped = wrapped
-                    .map_err(|error| ChangeError::Wrap { slot: SlotSpec::of(slot), error })?
-                    .into();
-            }
-            let mut event = event;
-            event.details.insert("epoch".into(), epoch.to_string());
-            event.details.insert("root_id".into(), slots::hex(&root.id()));
-            let reseal = ResealRecord {
-                target_epoch: epoch,
-                started_at: this.vault.clock().now().micros(),
-                ..ResealRecord::default()
-            };
-            let root_id = root.id();
-            let change = Change { table, at, root, ring, reseal: Some(reseal), remember };
-            let leaf = this.apply(&mut state, change, event).await?;
-            this.wake.notify_one();
-            Ok((root_id, epoch, leaf))
-        })
-        .await
-    }
-
     /// The slot table as it is stored, not yet authenticated.
     async fn table(&self) -> Result<(SlotTable, Revision), Error> {
         let row = self.vault.get_clear(META, meta::SLOTS).await?;
@@ -597,16 +399,6 @@ impl Custody {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
         Err(Error::OutcomeUnknown { internal: cause })
-    }
-}
-
-/// Runs a change to its end even if whoever asked for it goes away.
-async fn detached<T: Send + 'static>(
-    change: impl Future<Output = Result<T, ChangeError>> + Send + 'static,
-) -> Result<T, ChangeError> {
-    match tokio::spawn(change).await {
-        Ok(result) => result,
-        Err(error) => Err(Error::internal(format!("a change of slots: {error}")).into()),
     }
 }
 

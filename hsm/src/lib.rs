@@ -33,6 +33,7 @@ mod local;
 mod mac;
 mod material;
 pub mod random;
+pub mod recovery;
 mod ring;
 mod root;
 mod sealer;
@@ -72,6 +73,11 @@ pub trait KeyWrapper: Send + Sync {
 
     /// What kind of wrapper this is.
     fn kind(&self) -> SlotKind;
+
+    /// Whether it opens what it wraps. The public half of a recovery key does not.
+    fn opens(&self) -> bool {
+        true
+    }
 
     /// Wraps `key` so that it opens only for the same `cx`.
     fn wrap_key<'a>(

@@ -5,11 +5,12 @@ use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use polykey_hsm::MasterKeySource;
+use polykey_hsm::SlotKind;
 use rustix::fs::FlockOperation;
 
-use super::{AppError, load_authority, reload, wrapper};
+use super::{AppError, load_authority, reload};
 use crate::config::Config;
+use crate::custody::{MASTER_KEY, NamedWrapper};
 use crate::net::tls::TlsState;
 
 /// The first bytes of every store file: redb's magic number.
@@ -55,18 +56,40 @@ pub fn check(config: &Config) -> Vec<Finding> {
             authorizer.warnings().iter().map(|warning| format!("\n  {warning}")).collect();
         format!("{} files of yours, all valid{warnings}", config.policies.len())
     });
-    let master_key = wrapper(config).map(|wrapper| match &config.master_key {
-        MasterKeySource::Passphrase { .. } => "a passphrase".to_owned(),
-        _ => wrapper.id().as_str().to_owned(),
-    });
-    vec![
+    let (opened, unusable) = NamedWrapper::open_all(config);
+    let told = |named: &NamedWrapper| match named.wrapper.kind() {
+        SlotKind::Passphrase => "a passphrase".to_owned(),
+        _ => named.wrapper.id().as_str().to_owned(),
+    };
+    let (first, others): (Vec<_>, Vec<_>) =
+        opened.iter().partition(|named| named.name == MASTER_KEY);
+    let (failed, failures): (Vec<_>, Vec<_>) =
+        unusable.into_iter().partition(|unusable| unusable.name == MASTER_KEY);
+    let master_key = match (first.first(), failed.into_iter().next()) {
+        (Some(named), _) => Ok(told(named)),
+        (None, Some(failed)) => Err(AppError::MasterKey(failed.error)),
+        (None, None) => Err(AppError::NoWrapper(Vec::new())),
+    };
+    let further = match (others.is_empty(), failures.is_empty()) {
+        (true, true) => None,
+        (_, false) => Some(Err(AppError::NoWrapper(failures))),
+        (false, true) => {
+            let told = |named: &&NamedWrapper| format!("{} ({})", named.name, told(named));
+            Some(Ok(others.iter().map(told).collect::<Vec<_>>().join(", ")))
+        }
+    };
+    let mut findings = vec![
         Finding { subject: "certificates", result: certificates },
         Finding { subject: "authority", result: authority },
         Finding { subject: "policies", result: policies },
         Finding { subject: "master key", result: master_key },
+    ];
+    findings.extend(further.map(|result| Finding { subject: "wrappers", result }));
+    findings.extend([
         Finding { subject: "data directory", result: data_directory(&config.node.data_dir) },
         Finding { subject: "store", result: store(&config.storage.path) },
-    ]
+    ]);
+    findings
 }
 
 fn data_directory(path: &Path) -> Result<String, AppError> {

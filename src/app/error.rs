@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use super::recover::RecoveryFailure;
 use crate::authz::PolicyErrors;
 use crate::config::ConfigErrors;
 use crate::custody;
@@ -35,6 +36,20 @@ pub enum AppError {
     /// The master key or passphrase cannot be read.
     #[error(transparent)]
     MasterKey(#[from] polykey_hsm::LocalError),
+    /// None of the wrappers can be used.
+    #[error("no wrapper can be used:{}", lines(.0))]
+    NoWrapper(Vec<custody::Unusable>),
+    /// No slot opens, and some wrappers cannot be used.
+    #[error("no slot of the store opens:{}\nand these wrappers cannot be used:{}", lines(.trials), lines(.unusable))]
+    Locked {
+        /// What became of each slot.
+        trials: Vec<custody::Trial>,
+        /// The wrappers that could not be tried.
+        unusable: Vec<custody::Unusable>,
+    },
+    /// The recovery key or its shares are not those of any slot.
+    #[error("{0}")]
+    Recovery(#[from] RecoveryFailure),
     /// The store file does not open.
     #[error("{0}")]
     Store(#[from] polykey_storage::OpenError),
@@ -88,6 +103,10 @@ pub enum AppError {
     Process(std::io::Error),
 }
 
+fn lines<T: std::fmt::Display>(all: &[T]) -> String {
+    all.iter().map(|one| format!("\n  {one}")).collect()
+}
+
 /// For operators: with what strangers are not told.
 fn words(error: &Error) -> String {
     match error.internal_text() {
@@ -121,6 +140,8 @@ impl AppError {
             | Self::Authority(_)
             | Self::Policies(_)
             | Self::MasterKey(_)
+            | Self::NoWrapper(_)
+            | Self::Recovery(_)
             | Self::Exposed { .. }
             | Self::NoIdentity
             | Self::Store(
@@ -141,6 +162,7 @@ impl AppError {
                 | custody::OpenError::Replayed { .. }
                 | custody::OpenError::Damaged(_),
             )
+            | Self::Locked { .. }
             | Self::Setup(SetupError::MasterKeyLost { .. })
             | Self::Store(Store::Store { error: StoreError::Damaged(_), .. })
             | Self::Vault(Error::DataLoss { .. }) => Fault::Damaged,
@@ -183,6 +205,11 @@ impl AppError {
             Self::MasterKey(polykey_hsm::LocalError::Unreadable { .. }) => {
                 "Make one with `polykey init --generate-master-key`, or correct [master_key]; if the \
                  store exists, it needs the key it was made with."
+                    .into()
+            }
+            Self::NoWrapper(_) | Self::Locked { .. } => {
+                "Give one of the wrappers its secret again, or recover with `polykey recover` if there is \
+                 a recovery slot."
                     .into()
             }
             Self::NoIdentity => {

@@ -372,7 +372,7 @@ actions! {
     ReadNode             Inspect    Node   NodeRead     "See configuration, root slots, store and jobs."
     ListClients          Inspect    Node   ClientsRead  "List clients."
     RotateRoot           Operate    Node   NodeAdmin    "Make a new root key and storage-key epoch."
-    RewrapRoot           Operate    Node   NodeAdmin    "Wrap the root key again, under new slots."
+    RewrapRoot           Operate    Node   NodeAdmin    "Wrap the root key again; add, remove and test slots."
     RotateTokenKey       Operate    Node   NodeAdmin    "Roll the token signing key over."
     ReloadConfiguration  Operate    Node   NodeAdmin    "Read certificates, policies and configuration again."
     VerifyStore          Operate    Node   NodeAdmin    "Verify the whole store."

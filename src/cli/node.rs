@@ -1,4 +1,4 @@
-//! `polykey root|store|jobs`: the node beneath the keys.
+//! `polykey store|jobs`: the node beneath the keys.
 
 use clap::{Args, Subcommand, ValueEnum};
 use polykey_proto::polykey::v2 as pb;
@@ -6,57 +6,13 @@ use polykey_proto::polykey::v2::verify_store_response::Part;
 use serde::Serialize;
 
 use super::App;
-use super::admin_view::{JobView, JobsView, RootView, SlotView, StoreView};
+use super::admin_view::{JobView, JobsView, StoreView};
 use super::error::{CliError, Exit};
 use super::output::{Human, View};
 use super::progress::Bar;
 use super::remote::{next, pages};
 use super::value;
 use crate::client::rpc;
-
-/// Subcommands of `root`.
-#[derive(Subcommand, Debug)]
-pub enum RootCommand {
-    /// Show the root key's slots, storage-key epochs and the progress of resealing.
-    Status,
-    /// Make a new root key and seal every record anew in the background.
-    Rotate {
-        /// Do nothing unless this is the id of the root key.
-        #[arg(long, value_name = "ID")]
-        expected_root: Option<String>,
-    },
-    /// Replace the master key that wraps the root key in a slot.
-    Rewrap(RewrapArgs),
-}
-
-/// Arguments of `root rewrap`.
-#[derive(Args, Debug)]
-pub struct RewrapArgs {
-    /// The slot, by id or label; may be left out when there is one.
-    #[arg(long, value_name = "SLOT", default_value = "", hide_default_value = true)]
-    pub slot: String,
-    /// Where the new master key is found on the server: file:PATH, env:POLYKEY_NAME or credential:NAME.
-    /// Without it: where it was, read again.
-    #[arg(long, value_name = "REFERENCE", value_parser = reference)]
-    pub source: Option<String>,
-    /// What shall wrap the root key, such as local-file or local-passphrase; without it, as before.
-    #[arg(long, value_name = "KIND", default_value = "", hide_default_value = true)]
-    pub kind: String,
-    /// A new label for the slot.
-    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
-    pub label: String,
-    /// Do nothing unless the slots have this generation.
-    #[arg(long, value_name = "N")]
-    pub expected_generation: Option<u64>,
-}
-
-/// A reference to a secret: never the secret itself, which others see in the list of processes.
-fn reference(text: &str) -> Result<String, String> {
-    match text.split_once(':') {
-        Some(("file" | "env" | "credential", place)) if !place.is_empty() => Ok(text.to_owned()),
-        _ => Err("a master key is named by file:PATH, env:NAME or credential:NAME".to_owned()),
-    }
-}
 
 /// Subcommands of `store`.
 #[derive(Subcommand, Debug)]
@@ -118,77 +74,6 @@ pub struct JobsArgs {
     /// First say that the server's clock is right, so that what waits because of it goes on.
     #[arg(long)]
     pub confirm_clock: bool,
-}
-
-/// A new root key.
-#[derive(Serialize)]
-struct RotatedView {
-    root_id: String,
-    epoch: u32,
-    audit_index: u64,
-}
-
-impl View for RotatedView {
-    fn human(&self) -> Human {
-        Human::Record(vec![
-            ("root key", self.root_id.clone()),
-            ("epoch", self.epoch.to_string()),
-            ("resealing", "in the background; `polykey root status` shows how far".to_owned()),
-        ])
-    }
-}
-
-/// A slot after it was rewrapped.
-#[derive(Serialize)]
-struct RewrappedView {
-    slot: SlotView,
-    generation: u64,
-    audit_index: u64,
-}
-
-impl View for RewrappedView {
-    fn human(&self) -> Human {
-        Human::Record(vec![
-            ("slot", self.slot.to_string()),
-            ("generation", self.generation.to_string()),
-        ])
-    }
-}
-
-pub(super) async fn root(app: &App, command: RootCommand) -> Result<(), CliError> {
-    let remote = app.connect().await?;
-    match command {
-        RootCommand::Status => {
-            let request = pb::GetRootStatusRequest {};
-            let answer = remote.read(request, rpc!(AdminServiceClient, get_root_status)).await?;
-            app.out.print(&RootView::from(answer))
-        }
-        RootCommand::Rotate { expected_root } => {
-            let request =
-                pb::RotateRootRequest { expected_root_id: expected_root.unwrap_or_default() };
-            let answer = remote.mutate(request, rpc!(AdminServiceClient, rotate_root)).await?;
-            app.out.print(&RotatedView {
-                root_id: answer.root_id,
-                epoch: answer.epoch,
-                audit_index: answer.audit_index,
-            })
-        }
-        RootCommand::Rewrap(args) => {
-            let request = pb::RewrapSlotRequest {
-                slot_id: args.slot,
-                source: args.source.unwrap_or_default(),
-                kind: args.kind,
-                label: args.label,
-                expected_generation: args.expected_generation,
-            };
-            let answer = remote.mutate(request, rpc!(AdminServiceClient, rewrap_slot)).await?;
-            app.out.print(&RewrappedView {
-                slot: answer.slot.unwrap_or_default().into(),
-                generation: answer.generation,
-                audit_index: answer.audit_index,
-            })
-        }
-    }
 }
 
 /// What a check of the store found.

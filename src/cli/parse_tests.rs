@@ -87,6 +87,15 @@ token revoke --token-file - --client bob
 root status
 root rotate --expected-root 00
 root rewrap --slot main --source file:/k --kind local-file --label l --expected-generation 1
+root slot list
+root slot add spare --wrapper hsm --expected-generation 1
+root slot add safe --shares 5 --threshold 3 --out d
+root slot test spare
+root slot remove spare --expected-generation 2
+root slot rotate --slot main --source file:/k
+root recovery-key --out f
+recover --config f --share a --share b --generate-master-key
+recover --config f --key -
 policy check a.cedar b.cedar
 policy check a.cedar --key-policy
 policy list --text
@@ -155,6 +164,14 @@ cert issue bob
 cert issue bob --out d --csr r.pem
 cert issue bob --out d --days 401
 root rewrap --source hunter2
+root slot add x
+root slot add x --shares 3
+root slot add x --shares 3 --threshold 2
+root slot add x --shares 1 --threshold 1 --out d
+root slot add x --wrapper a --shares 3 --threshold 2 --out d
+root slot add x --recovery-key hunter2
+recover --config f
+recover --config f --key k --share s
 policy check
 policy explain --client bob
 audit list --follow --limit 3

@@ -2,6 +2,7 @@
 
 mod dev;
 mod init;
+mod recover;
 mod run;
 
 use std::path::PathBuf;
@@ -25,6 +26,8 @@ use crate::vault::space::{META, meta};
 pub use dev::{DevArgs, dev};
 pub use init::InitArgs;
 pub(super) use init::init;
+pub use recover::RecoverArgs;
+pub(super) use recover::recover;
 pub use run::{ServeArgs, serve};
 
 impl From<AppError> for CliError {

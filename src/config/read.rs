@@ -1,5 +1,6 @@
 //! Reads a TOML document section by section and gathers every mistake with its place.
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -169,7 +170,7 @@ type Value<'t> = Spanned<DeValue<'t>>;
 pub(super) struct Section<'d, 't> {
     pub(super) document: &'d Document<'t>,
     /// As in `[listen]`; empty for the document.
-    name: &'static str,
+    name: Cow<'static, str>,
     table: Option<&'d DeTable<'t>>,
     span: Range<usize>,
     known: RefCell<Vec<&'static str>>,
@@ -178,7 +179,7 @@ pub(super) struct Section<'d, 't> {
 impl<'d, 't> Section<'d, 't> {
     pub(super) fn root(document: &'d Document<'t>, table: &'d Spanned<DeTable<'t>>) -> Self {
         let table = Some(table.get_ref());
-        Self { document, name: "", table, span: 0..0, known: RefCell::default() }
+        Self { document, name: "".into(), table, span: 0..0, known: RefCell::default() }
     }
 
     /// The section `[name]`, empty if it is absent.
@@ -196,7 +197,13 @@ impl<'d, 't> Section<'d, 't> {
                 ),
             }
         }
-        Section { document: self.document, name, table, span, known: RefCell::default() }
+        Section {
+            document: self.document,
+            name: name.into(),
+            table,
+            span,
+            known: RefCell::default(),
+        }
     }
 
     /// Whether the file has this section.
@@ -204,10 +211,7 @@ impl<'d, 't> Section<'d, 't> {
         self.table.is_some()
     }
 
-    fn find(
-        &self,
-        key: &'static str,
-    ) -> Option<(&'d Spanned<std::borrow::Cow<'t, str>>, &'d Value<'t>)> {
+    fn find(&self, key: &'static str) -> Option<(&'d Spanned<Cow<'t, str>>, &'d Value<'t>)> {
         self.known.borrow_mut().push(key);
         self.table?.iter().find(|(name, _)| name.get_ref() == key)
     }
@@ -245,7 +249,7 @@ impl<'d, 't> Section<'d, 't> {
         read: impl FnOnce(&'d DeValue<'t>) -> Result<T, Refused>,
     ) -> Option<T> {
         if self.find(key).is_none() {
-            let section = self.name;
+            let section = &self.name;
             let what = format!("{}: missing", self.label(key));
             let remedy = format!("add `{key} = {example}` to [{section}]");
             self.document.note(self.span.start, what, remedy);
@@ -311,12 +315,44 @@ impl<'d, 't> Section<'d, 't> {
     }
 
     /// A table within the section, read like a section.
-    pub(super) fn inner(&self, key: &'static str, name: &'static str) -> Option<Section<'d, 't>> {
+    /// Its name, as in `[listen]`.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The tables of this section whatever they are called: name, place, and the table if it is one.
+    pub(super) fn each(&self) -> Vec<(String, usize, Option<Section<'d, 't>>)> {
+        let each = |(key, value): (&'d Spanned<Cow<'t, str>>, &'d Value<'t>)| {
+            let (name, span) = (key.get_ref().to_string(), key.span());
+            let at = span.start;
+            let section = match value.get_ref() {
+                DeValue::Table(table) => Some(Section {
+                    document: self.document,
+                    name: format!("{}.{name}", self.name).into(),
+                    table: Some(table),
+                    span,
+                    known: RefCell::default(),
+                }),
+                other => {
+                    let what =
+                        format!("[{}]: a {} where a section belongs", self.name, other.type_str());
+                    let remedy = format!("write a section [{}.NAME]", self.name);
+                    self.document.note(value.span().start, what, remedy);
+                    None
+                }
+            };
+            (name, at, section)
+        };
+        self.table.into_iter().flatten().map(each).collect()
+    }
+
+    /// The table `key` of this section.
+    pub(super) fn inner(&self, key: &'static str) -> Option<Section<'d, 't>> {
         let (found, value) = self.find(key)?;
         match value.get_ref() {
             DeValue::Table(table) => Some(Section {
                 document: self.document,
-                name,
+                name: format!("{}.{key}", self.name).into(),
                 table: Some(table),
                 span: found.span(),
                 known: RefCell::default(),
@@ -339,7 +375,7 @@ impl<'d, 't> Section<'d, 't> {
             let tame = name.len() <= 32
                 && name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_' || b == b'-');
             let shown = if tame { format!("`{name}`") } else { "this key".to_owned() };
-            let (what, where_) = match self.name {
+            let (what, where_) = match &*self.name {
                 "" => (format!("{shown} is not a section"), "sections are".to_owned()),
                 section => {
                     (format!("[{section}]: {shown} is not an option"), "options are".to_owned())

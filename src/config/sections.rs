@@ -1,5 +1,6 @@
 //! What each section of the configuration may say, in which range, and what holds when it is silent.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,8 +12,9 @@ use tracing::level_filters::LevelFilter;
 use super::read::{ConfigErrors, Document, Refused, Section, path, refuse, string};
 use super::{
     Audit, Ca, Config, DataPlane, Limits, Listen, Log, LogFormat, Login, Node, Runtime, Storage,
-    Tokens,
+    Tokens, Wrapper,
 };
+use crate::custody::MASTER_KEY;
 use crate::net::NetConfig;
 use crate::net::tls::TlsFiles;
 
@@ -31,6 +33,7 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
     let listen = listen(root.section("listen"));
     let storage = storage(root.section("storage"), node.as_ref());
     let master_key = master_key(root.section("master_key"));
+    let wrappers = wrappers(&root.section("wrappers"));
     let tokens = tokens(root.section("tokens"));
     let login = login(root.section("login"));
     let audit = audit(root.section("audit"));
@@ -55,6 +58,7 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
         listen,
         storage,
         master_key,
+        wrappers,
         tokens,
         login,
         audit,
@@ -175,6 +179,27 @@ fn storage(section: Section<'_, '_>, node: Option<&Node>) -> Option<Storage> {
     Some(storage)
 }
 
+fn wrappers(section: &Section<'_, '_>) -> BTreeMap<String, Wrapper> {
+    let mut found = BTreeMap::new();
+    for (name, at, inner) in section.each() {
+        let fit = (1..=64).contains(&name.len())
+            && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'))
+            && name != MASTER_KEY;
+        if !fit {
+            section.document.note(
+                at,
+                "[wrappers]: a section whose name is none of a wrapper".to_owned(),
+                format!("name it with 1 to 64 of a-z A-Z 0-9 _ -, other than {MASTER_KEY}"),
+            );
+        }
+        let Some(inner) = inner else { continue };
+        if let Some(source) = master_key(inner) {
+            found.insert(name, Wrapper::Local(source));
+        }
+    }
+    found
+}
+
 fn master_key(section: Section<'_, '_>) -> Option<MasterKeySource> {
     section.get("kind", |value| match string(value)? {
         "local" => Ok(()),
@@ -193,7 +218,7 @@ fn master_key(section: Section<'_, '_>) -> Option<MasterKeySource> {
     let written = |key| section.get(key, |_| Ok(())).is_some();
     let (has_source, has_passphrase) = (written("source"), written("passphrase"));
     let default = PassphraseParams::default();
-    let argon2 = section.inner("argon2", "master_key.argon2");
+    let argon2 = section.inner("argon2");
     let (least, most) = (PassphraseParams::MIN, PassphraseParams::MAX);
     let range = |least: u32, most: u32| i64::from(least)..=i64::from(most);
     let params = argon2.map_or(default, |inner| {
@@ -227,7 +252,7 @@ fn master_key(section: Section<'_, '_>) -> Option<MasterKeySource> {
             "source",
             (
                 "missing".to_owned(),
-                "add `source = { file = \"master.key\" }` to [master_key]".to_owned(),
+                format!("add `source = {{ file = \"master.key\" }}` to [{}]", section.name()),
             ),
         ),
         _ => {}

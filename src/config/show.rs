@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use polykey_hsm::MasterKeySource;
 
-use super::{Config, DataPlane, LogFormat};
+use super::{Config, DataPlane, LogFormat, Wrapper};
+use crate::custody::SlotSpec;
 
 /// One setting in effect.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +31,10 @@ fn time(duration: Duration) -> String {
     }
 }
 
+fn place(source: &MasterKeySource) -> String {
+    SlotSpec::local("", source).source
+}
+
 fn optional<T>(value: Option<T>, text: impl FnOnce(T) -> String) -> String {
     value.map(text).unwrap_or_default()
 }
@@ -45,6 +50,7 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         listen,
         storage,
         master_key,
+        wrappers,
         tokens,
         login,
         audit,
@@ -56,11 +62,13 @@ pub fn entries(config: &Config) -> Vec<Entry> {
     } = config;
     let net = &listen.net;
     let (key_setting, key_place) = match master_key {
-        MasterKeySource::File(file) => ("master_key.source", format!("file {}", file.display())),
-        MasterKeySource::Env(name) => ("master_key.source", format!("environment variable {name}")),
-        MasterKeySource::Credential(name) => ("master_key.source", format!("credential {name}")),
-        MasterKeySource::Passphrase { from, .. } => ("master_key.passphrase", from.to_string()),
+        MasterKeySource::Passphrase { .. } => ("master_key.passphrase", place(master_key)),
+        _ => ("master_key.source", place(master_key)),
     };
+    let others = wrappers.iter().map(|(name, Wrapper::Local(source))| match source {
+        MasterKeySource::Passphrase { .. } => format!("{name} (passphrase, {})", place(source)),
+        _ => format!("{name} ({})", place(source)),
+    });
     let mut all = vec![
         ("node.data_dir", path(&node.data_dir)),
         ("listen.address", listen.address.to_string()),
@@ -90,6 +98,7 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         ("storage.cache_mib", storage.cache_mib.to_string()),
         ("storage.changes", storage.changes.to_string()),
         (key_setting, key_place),
+        ("wrappers", others.collect::<Vec<_>>().join(", ")),
         ("tokens.access_ttl", time(tokens.access_ttl)),
         ("tokens.refresh_ttl", time(tokens.refresh_ttl)),
         ("login.address_burst", login.address_burst.to_string()),

@@ -255,6 +255,33 @@ fn the_optional_examples_are_valid() {
         config.ca.is_some() && config.listen.health.is_some() && config.listen.tls.crl.is_some()
     );
     assert_eq!(config.listen.net.workers, Some(2));
+    assert_eq!(config.wrappers.keys().collect::<Vec<_>>(), ["spare"]);
+}
+
+#[test]
+fn wrappers_are_read_as_the_master_key_is() {
+    let config = parse(&edited(
+        9,
+        "[wrappers.a]\nsource = { env = \"POLYKEY_A\" }\n[wrappers.b]\n\
+        passphrase = { file = \"words\" }\n",
+    ))
+    .unwrap();
+    let a = Wrapper::Local(MasterKeySource::Env("POLYKEY_A".into()));
+    let from = SecretSource::File("/etc/polykey/words".into());
+    let b =
+        Wrapper::Local(MasterKeySource::Passphrase { from, params: PassphraseParams::default() });
+    assert_eq!(config.wrappers.into_iter().collect::<Vec<_>>(), [("a".into(), a), ("b".into(), b)]);
+    for (text, said) in [
+        ("[wrappers]\na = 1", "where a section belongs"),
+        ("[wrappers.master_key]\nsource = { env = \"A\" }", "none of a wrapper"),
+        ("[wrappers.\"a b\"]\nsource = { env = \"A\" }", "none of a wrapper"),
+        ("[wrappers.a]\n", "[wrappers.a] source: missing"),
+        ("[wrappers.a]\nsource = \"CANARY-hunter2-Zm9vYmFy\"", "[wrappers.a] source"),
+        ("[wrappers.a]\nsauce = 1\nsource = { env = \"A\" }", "[wrappers.a]: `sauce`"),
+    ] {
+        let errors = parse(&edited(9, text)).unwrap_err().to_string();
+        assert!(errors.contains(said) && !errors.contains(CANARY), "{text}: {errors}");
+    }
 }
 
 #[test]

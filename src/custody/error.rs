@@ -10,6 +10,8 @@ use crate::error::{Error, Reason};
 pub enum TrialOutcome {
     /// No wrapper that is configured made it.
     NotConfigured,
+    /// It opens with its recovery key only, which no node has.
+    Recovery,
     /// The wrapper that should open it did not.
     Failed(RootError),
     /// Its stored form is not one.
@@ -33,6 +35,9 @@ impl std::fmt::Display for Trial {
                 "wrapped by something that is not configured, or by another master key; configure \
                  the wrapper that made it, with the secret it had then",
             ),
+            TrialOutcome::Recovery => f.write_str(
+                "opens with its recovery key or enough of its shares: `polykey recover`",
+            ),
             TrialOutcome::Failed(RootError::Wrap(WrapError::Broken)) => f.write_str(
                 "does not open: the secret is wrong, or the slot was changed or is of another \
                  node; check the passphrase, or restore the store from a backup",
@@ -53,6 +58,10 @@ fn list(trials: &[Trial]) -> String {
         return "\n  there is no slot at all; restore the store from a backup".to_owned();
     }
     trials.iter().map(|trial| format!("\n  {trial}")).collect()
+}
+
+fn list_if_any(trials: &[Trial]) -> String {
+    if trials.is_empty() { String::new() } else { list(trials) }
 }
 
 /// Why a store was not founded. Nothing was written, unless [`Self::Store`] says that the outcome
@@ -153,9 +162,15 @@ pub enum ChangeError {
     /// The label is not one.
     #[error("a slot's label is 1 to 64 of a-z A-Z 0-9 . _ - (its source at most 4096 bytes)")]
     BadLabel,
-    /// Without any slot nothing would open the store.
-    #[error("the last slot cannot be removed: nothing would open the store; add another one first")]
-    LastSlot,
+    /// Without this slot the node could not open the store.
+    #[error(
+        "the last usable slot cannot be removed: no other one opens by itself; add one first{}",
+        list_if_any(.0)
+    )]
+    LastSlot(Vec<Trial>),
+    /// There are 32.
+    #[error("there are 32 slots, which is the most; remove one first")]
+    TooManySlots,
     /// The slot's wrapper is needed and not at hand.
     #[error("{0}")]
     SlotUnavailable(Trial),
@@ -178,8 +193,9 @@ impl From<ChangeError> for Error {
         match error {
             ChangeError::NoSuchSlot(_) => Self::NotFound,
             ChangeError::LabelTaken(_) => Self::State(Reason::AlreadyExists),
-            ChangeError::LastSlot => Self::State(Reason::InUse),
+            ChangeError::LastSlot(_) => Self::State(Reason::InUse),
             ChangeError::BadLabel => Self::invalid("label", text),
+            ChangeError::TooManySlots => Self::invalid("label", text),
             ChangeError::SlotUnavailable(_) | ChangeError::Wrap { .. } => {
                 Self::invalid("slot", text)
             }

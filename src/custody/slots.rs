@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use polykey_hsm::recovery::{RecoveryPublicKey, RecoveryWrapper};
 use polykey_hsm::{
-    Deadline, KeyWrapper, MasterKeySource, Ring, RootError, RootKey, SecretSource, WrapContext,
-    WrapError, WrappedKey,
+    Deadline, KeyWrapper, MasterKeySource, Ring, RootError, RootKey, SecretSource, SlotKind,
+    WrapContext, WrapError, WrappedKey,
 };
 use polykey_proto::polykey::record::v1::{AuditEvent, Slot, SlotTable};
 use prost::Message;
@@ -18,14 +19,17 @@ use crate::time::Time;
 /// How long one wrapper may take for one slot.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The kind of a slot that opens with a recovery key.
+pub const RECOVERY: &str = "recovery";
+
 /// What a slot is called and where its secret is found. No secrets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SlotSpec {
     /// The operator's name for it: 1 to 64 of `a-z A-Z 0-9 . _ -`.
     pub label: String,
-    /// "local-file", "local-env", "local-credential" or "local-passphrase".
+    /// "local-file", "local-env", "local-credential", "local-passphrase" or "recovery".
     pub kind: String,
-    /// Where the secret is found, e.g. "file /etc/polykey/master.key".
+    /// Where the secret is found, e.g. "file /etc/polykey/master.key"; or the recovery public key.
     pub source: String,
 }
 
@@ -42,6 +46,12 @@ impl SlotSpec {
             MasterKeySource::Passphrase { from, .. } => ("local-passphrase", from.clone()),
         };
         Self { label: label.into(), kind: kind.into(), source: from.to_string() }
+    }
+
+    /// The specification of a slot that opens with a recovery key, whole or in shares.
+    #[must_use]
+    pub fn recovery(label: impl Into<String>, public: &RecoveryPublicKey) -> Self {
+        Self { label: label.into(), kind: RECOVERY.into(), source: public.to_string() }
     }
 
     pub(super) fn of(slot: &Slot) -> Self {
@@ -160,7 +170,8 @@ fn same(a: &RootKey, b: &RootKey) -> bool {
     a.id() == b.id() && a.mac_slots(PROOF).is_ok_and(|mac| b.verify_slots(PROOF, &mac))
 }
 
-/// Wraps a root for a slot, and proves that what will be stored opens again as this root.
+/// Wraps a root for a slot, and proves that what will be stored opens again as this root, unless the
+/// wrapper is one that opens nothing here.
 pub(super) async fn wrap(
     root: &Arc<RootKey>,
     wrapper: &Arc<dyn KeyWrapper>,
@@ -176,6 +187,9 @@ pub(super) async fn wrap(
         .await?;
     let bytes = wrapped.encode();
     let decoded = WrappedKey::decode(&bytes).map_err(|e| WrapError::Config(e.to_string()))?;
+    if !wrapper.opens() {
+        return Ok(bytes);
+    }
     let opened = unwrap(wrapper, decoded, node_id, slot_id).await?;
     if same(&opened, root) { Ok(bytes) } else { Err(RootError::NotARoot) }
 }
@@ -189,7 +203,10 @@ async fn open_slot(
     let decoded =
         WrappedKey::decode(&slot.wrapped).map_err(|e| TrialOutcome::Damaged(e.to_string()))?;
     let slot_id = id(slot).map_err(|_| TrialOutcome::Damaged("no slot id".into()))?;
-    let mut outcome = TrialOutcome::NotConfigured;
+    let mut outcome = match decoded.kind() {
+        SlotKind::Recovery => TrialOutcome::Recovery,
+        _ => TrialOutcome::NotConfigured,
+    };
     for wrapper in wrappers {
         match unwrap(wrapper, decoded.clone(), node_id, slot_id).await {
             Ok(root) => return Ok((root, Arc::clone(wrapper))),
@@ -206,14 +223,14 @@ pub(super) async fn open_any(
     wrappers: &[Arc<dyn KeyWrapper>],
     node_id: [u8; 16],
 ) -> Result<(Arc<RootKey>, [u8; 16]), OpenError> {
-    let mut trials = Vec::new();
+    let mut trials: Vec<Trial> = Vec::new();
     for slot in &table.slots {
         match open_slot(slot, wrappers, node_id).await {
             Ok((root, _)) => {
                 if !authentic(table, &root) {
                     return Err(OpenError::SlotsChanged { opened: SlotSpec::of(slot) });
                 }
-                for trial in &trials {
+                for trial in trials.iter().filter(|t| t.outcome != TrialOutcome::Recovery) {
                     tracing::warn!(%trial, "a slot did not open; another one did");
                 }
                 return Ok((Arc::new(root), id(slot).map_err(OpenError::Store)?));
@@ -224,13 +241,34 @@ pub(super) async fn open_any(
     Err(OpenError::NoSlotOpened(trials))
 }
 
-/// The wrapper that opens a slot as `root`.
+/// Whether a slot opens as `root` by one of `wrappers`.
+pub(super) async fn opens(
+    slot: &Slot,
+    wrappers: &[Arc<dyn KeyWrapper>],
+    node_id: [u8; 16],
+    root: &RootKey,
+) -> Result<(), Trial> {
+    let outcome = match open_slot(slot, wrappers, node_id).await {
+        Ok((opened, _)) if same(&opened, root) => return Ok(()),
+        Ok(_) => TrialOutcome::Failed(RootError::NotARoot),
+        Err(outcome) => outcome,
+    };
+    Err(Trial { slot: SlotSpec::of(slot), outcome })
+}
+
+/// The wrapper of a slot of a table that is authentic: the one that opens it as `root`, or the
+/// public half of its recovery key.
 pub(super) async fn wrapper_of(
     slot: &Slot,
     wrappers: &[Arc<dyn KeyWrapper>],
     node_id: [u8; 16],
     root: &RootKey,
 ) -> Result<Arc<dyn KeyWrapper>, ChangeError> {
+    if let Ok(wrapped) = WrappedKey::decode(&slot.wrapped)
+        && let Some(recovery) = RecoveryWrapper::of(&wrapped)
+    {
+        return Ok(Arc::new(recovery));
+    }
     let unavailable =
         |outcome| ChangeError::SlotUnavailable(Trial { slot: SlotSpec::of(slot), outcome });
     match open_slot(slot, wrappers, node_id).await {

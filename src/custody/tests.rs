@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use polykey_hsm::recovery::{self, RecoveryKey, RecoveryWrapper};
 use polykey_hsm::{
     Algorithm, BlobKey, GenerationParams, LocalWrapper, MasterKeySource, MaterialContext,
     generate_master_key, header,
@@ -266,8 +267,13 @@ async fn a_rewrapped_slot_opens_with_the_new_master_key_alone() {
     let (second, second_spec) = master(dir.path(), "second");
     let store = memory();
     let custody = init(Arc::clone(&store), &old, &slot).await;
-    custody.add_slot(Arc::clone(&second), second_spec.clone(), event("AddSlot")).await.unwrap();
-    let taken = custody.add_slot(Arc::clone(&second), second_spec, event("AddSlot")).await;
+    custody
+        .add_slot(Arc::clone(&second), second_spec.clone(), Terms::default(), event("AddSlot"))
+        .await
+        .unwrap();
+    let taken = custody
+        .add_slot(Arc::clone(&second), second_spec, Terms::default(), event("AddSlot"))
+        .await;
     assert!(matches!(taken, Err(ChangeError::LabelTaken(_))));
     let keys = vec![create_key(custody.vault()).await.unwrap()];
     let replaced = raw(&*store, META, meta::SLOTS).await;
@@ -293,14 +299,66 @@ async fn a_rewrapped_slot_opens_with_the_new_master_key_alone() {
     overwrite(&*store, META, meta::SLOTS, current).await;
 
     let custody = open(&store, &[&second]).await.unwrap();
-    custody.remove_slot("main", event("RemoveSlot")).await.unwrap();
-    let last = custody.remove_slot("second", event("RemoveSlot")).await;
-    assert!(matches!(last, Err(ChangeError::LastSlot)));
-    let none = custody.remove_slot("main", event("RemoveSlot")).await;
+    let removal = |slot: &str, by: &[&Arc<dyn KeyWrapper>]| Removal {
+        slot: slot.to_owned(),
+        wrappers: by.iter().map(|wrapper| Arc::clone(wrapper)).collect(),
+        terms: Terms::default(),
+    };
+    // What would stay is a slot that no wrapper of this node opens.
+    let locked_out = custody.remove_slot(removal("second", &[&second]), event("RemoveSlot")).await;
+    assert!(matches!(locked_out, Err(ChangeError::LastSlot(tried)) if tried.len() == 1));
+    custody.remove_slot(removal("main", &[&second]), event("RemoveSlot")).await.unwrap();
+    let last = custody.remove_slot(removal("second", &[&second]), event("RemoveSlot")).await;
+    assert!(matches!(last, Err(ChangeError::LastSlot(tried)) if tried.is_empty()));
+    let none = custody.remove_slot(removal("main", &[&second]), event("RemoveSlot")).await;
     assert!(matches!(none, Err(ChangeError::NoSuchSlot(_))));
     drop(custody);
     assert!(matches!(open(&store, &[&new]).await, Err(OpenError::NoSlotOpened(_))));
     check(open(&store, &[&second]).await.unwrap().vault(), &keys).await;
+}
+
+#[tokio::test]
+async fn a_recovery_key_opens_what_no_node_can_and_survives_rotations() {
+    let dir = tempfile::tempdir().unwrap();
+    let (main, slot) = master(dir.path(), "main");
+    let store = memory();
+    let custody = init(Arc::clone(&store), &main, &slot).await;
+    let keys = vec![create_key(custody.vault()).await.unwrap()];
+    let private = RecoveryKey::generate().unwrap();
+    let public = private.public().unwrap();
+    let shares = recovery::split(&private, 2, 3).unwrap();
+    drop(private);
+    let node: Arc<dyn KeyWrapper> = Arc::new(RecoveryWrapper::to(public).unwrap());
+    let spec = SlotSpec::recovery("shares", &public);
+    custody.add_slot(Arc::clone(&node), spec, Terms::default(), event("AddSlot")).await.unwrap();
+    let before = raw(&*store, META, meta::SLOTS).await;
+
+    // It does not count as what opens the store, and a test of it says why.
+    let removal = Removal {
+        slot: "main".into(),
+        wrappers: vec![Arc::clone(&main), Arc::clone(&node)],
+        terms: Terms::default(),
+    };
+    let last = custody.remove_slot(removal, event("RemoveSlot")).await.unwrap_err();
+    assert!(last.to_string().contains("polykey recover"), "{last}");
+    let tested = custody.test_slot("shares", &[Arc::clone(&main), node]).await.unwrap_err();
+    assert!(tested.to_string().contains("polykey recover"), "{tested}");
+    custody.test_slot("main", &[Arc::clone(&main)]).await.unwrap();
+
+    // A new root is wrapped for it without anybody's help.
+    custody.rotate_root(vec![Arc::clone(&main)], event("RotateRoot")).await.unwrap();
+    drop(custody);
+    let none = open(&store, &[]).await.unwrap_err();
+    assert!(none.to_string().contains("polykey recover"), "{none}");
+    let key = || recovery::combine(&shares[1..]).unwrap();
+    let recovering = || -> Arc<dyn KeyWrapper> { Arc::new(RecoveryWrapper::with(key()).unwrap()) };
+    let custody = open(&store, &[&recovering()]).await.unwrap();
+    check(custody.vault(), &keys).await;
+    custody.test_slot("shares", &[recovering()]).await.unwrap();
+    drop(custody);
+    // The old root's slots give the old root, which opens nothing that is there now.
+    overwrite(&*store, META, meta::SLOTS, before).await;
+    assert!(open(&store, &[&recovering()]).await.is_err());
 }
 
 #[tokio::test]
@@ -330,7 +388,10 @@ async fn rotation_needs_every_wrapper_and_leaves_the_old_root_with_nothing() {
     let store: Arc<dyn Store> =
         Arc::new(Redb::create(dir.path().join("store"), Options::default()).unwrap());
     let custody = init(Arc::clone(&store), &first, &slot).await;
-    custody.add_slot(Arc::clone(&second), second_spec, event("AddSlot")).await.unwrap();
+    custody
+        .add_slot(Arc::clone(&second), second_spec, Terms::default(), event("AddSlot"))
+        .await
+        .unwrap();
     let mut keys = Vec::new();
     for _ in 0..500 {
         keys.push(create_key(custody.vault()).await.unwrap());

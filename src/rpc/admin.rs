@@ -9,12 +9,12 @@ mod parse;
 mod policies;
 mod roles;
 mod root;
+mod slots;
 mod store;
 
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use polykey_hsm::{KeyWrapper, MasterKeySource};
 use polykey_proto::polykey::record::v1::AuditEvent;
 use polykey_proto::polykey::v2 as pb;
 use prost::Message;
@@ -27,7 +27,7 @@ use crate::audit::Outcome;
 use crate::authz::{Action, Command, DecisionId, Resource};
 use crate::config::Config;
 use crate::context::Context;
-use crate::custody::Custody;
+use crate::custody::{Custody, NamedWrapper};
 use crate::directory::{Change, Directory};
 use crate::error::Error;
 use crate::jobs::Runner;
@@ -47,12 +47,9 @@ pub struct AdminDeps {
     pub config: Arc<Config>,
     /// When it was read.
     pub loaded_at: Time,
-    /// What opened the root key, and is needed to rotate it.
-    pub wrapper: Arc<dyn KeyWrapper>,
+    /// What may open the root key, and is needed to rotate it.
+    pub wrappers: Vec<NamedWrapper>,
 }
-
-/// The wrappers of this process and where their secrets are found.
-type Wrappers = Vec<(MasterKeySource, Arc<dyn KeyWrapper>)>;
 
 /// The service.
 #[derive(Clone)]
@@ -61,8 +58,8 @@ pub(crate) struct AdminService(Arc<Inner>);
 struct Inner {
     deps: Arc<Deps>,
     admin: AdminDeps,
-    /// That of the configuration, and those of later rewrappings.
-    wrappers: Mutex<Wrappers>,
+    /// Those of the configuration, and those of later rewrappings and additions.
+    wrappers: Mutex<Vec<NamedWrapper>>,
     /// When the store was last verified, and whether that found nothing.
     verified: Mutex<Option<(Time, bool)>>,
 }
@@ -72,8 +69,7 @@ const ATTEMPTS: usize = 8;
 
 impl AdminService {
     pub(crate) fn new(deps: Arc<Deps>, admin: AdminDeps) -> Self {
-        let configured = (admin.config.master_key.clone(), Arc::clone(&admin.wrapper));
-        let wrappers = Mutex::new(vec![configured]);
+        let wrappers = Mutex::new(admin.wrappers.clone());
         Self(Arc::new(Inner { deps, admin, wrappers, verified: Mutex::new(None) }))
     }
 
@@ -208,6 +204,9 @@ service! {
     get_root_status(GetRootStatusRequest) -> GetRootStatusResponse;
     rotate_root(RotateRootRequest) -> RotateRootResponse;
     rewrap_slot(RewrapSlotRequest) -> RewrapSlotResponse;
+    add_slot(AddSlotRequest) -> AddSlotResponse;
+    remove_slot(RemoveSlotRequest) -> RemoveSlotResponse;
+    test_slot(TestSlotRequest) -> TestSlotResponse;
     list_policies(ListPoliciesRequest) -> ListPoliciesResponse;
     validate_policy(ValidatePolicyRequest) -> ValidatePolicyResponse;
     explain_authorization(ExplainAuthorizationRequest) -> ExplainAuthorizationResponse;

@@ -139,6 +139,9 @@ methods! {
         "GetRootStatus": right(Action::ReadNode);
         "RotateRoot": right(Action::RotateRoot);
         "RewrapSlot": right(Action::RewrapRoot);
+        "AddSlot": right(Action::RewrapRoot);
+        "RemoveSlot": right(Action::RewrapRoot);
+        "TestSlot": right(Action::RewrapRoot);
         "ListPolicies": right(Action::ReadPolicies);
         "ValidatePolicy": right(Action::ReadPolicies);
         "ExplainAuthorization": right(Action::ExplainDecision);

@@ -20,6 +20,7 @@ mod go_lifecycle;
 mod go_node;
 mod limits;
 mod rights;
+mod slots;
 mod stubs;
 mod tokens;
 mod tour;

@@ -93,6 +93,9 @@ IssueCertificate        + - - - -
 GetRootStatus           + + - - -
 RotateRoot              + - - - -
 RewrapSlot              + - - - -
+AddSlot                 + - - - -
+RemoveSlot              + - - - -
+TestSlot                + - - - -
 ListPolicies            + + - + -
 ValidatePolicy          + + - + -
 ExplainAuthorization    + + - + -

@@ -120,6 +120,19 @@ impl Server {
         Self::launch(&args, options, state, None)
     }
 
+    /// `polykey serve` with a configuration that `polykey dev` made in `state`, at any port.
+    pub(crate) fn serve(state: &Path, config: &str, options: &Options) -> Result<Self, Ended> {
+        let text = std::fs::read_to_string(config).unwrap();
+        let any = |line: &str| match line.starts_with("address = ") {
+            true => "address = \"127.0.0.1:0\"\n".to_owned(),
+            false => format!("{line}\n"),
+        };
+        std::fs::write(config, text.lines().map(any).collect::<String>()).unwrap();
+        let mut args = vec!["serve".to_owned(), "--config".into(), config.into()];
+        args.extend(options.args.iter().cloned());
+        Self::launch(&args, options, state, None)
+    }
+
     /// `polykey dev` in a directory that exists; what it wrote if it ends instead of listening.
     pub(crate) fn try_again(state: &Path) -> Result<Self, String> {
         Self::attempt(state, &Options::default()).map_err(|ended| ended.output)

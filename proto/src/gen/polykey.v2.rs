@@ -1585,6 +1585,78 @@ pub struct RewrapSlotResponse {
     #[prost(uint64, tag = "3")]
     pub audit_index: u64,
 }
+/// Adds a slot for the same root key.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AddSlotRequest {
+    /// The operator's name for it: 1 to 64 of a-z A-Z 0-9 . _ -, and no other slot's.
+    #[prost(string, tag = "1")]
+    pub label: ::prost::alloc::string::String,
+    /// A wrapper of the node's configuration: the NAME of a section `\[wrappers.NAME\]`, or `master_key`.
+    /// One that this process does not know is looked for in the configuration as it is now. Exactly one
+    /// of this and `recovery_public_key` is set.
+    #[prost(string, tag = "2")]
+    pub wrapper: ::prost::alloc::string::String,
+    /// The public half of a recovery key, whose private half opens the slot, whole or in shares. The
+    /// text that `polykey root recovery-key` prints.
+    #[prost(string, tag = "3")]
+    pub recovery_public_key: ::prost::alloc::string::String,
+    /// The generation the caller believes the slots to have. When they have another: ABORTED.
+    #[prost(uint64, optional, tag = "4")]
+    pub expected_generation: ::core::option::Option<u64>,
+}
+/// The slot, durable and, unless a recovery key opens it, proven to open.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AddSlotResponse {
+    /// The slot.
+    #[prost(message, optional, tag = "1")]
+    pub slot: ::core::option::Option<RootSlot>,
+    /// How often the slots have changed.
+    #[prost(uint64, tag = "2")]
+    pub generation: u64,
+    /// The position of the event in the audit log.
+    #[prost(uint64, tag = "3")]
+    pub audit_index: u64,
+}
+/// Removes a slot. Old copies of the store still open with it: rotate the root where that matters.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RemoveSlotRequest {
+    /// The slot, by id or label.
+    #[prost(string, tag = "1")]
+    pub slot_id: ::prost::alloc::string::String,
+    /// The generation the caller believes the slots to have. When they have another: ABORTED.
+    #[prost(uint64, optional, tag = "2")]
+    pub expected_generation: ::core::option::Option<u64>,
+}
+/// The slot is gone.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RemoveSlotResponse {
+    /// How often the slots have changed.
+    #[prost(uint64, tag = "1")]
+    pub generation: u64,
+    /// The position of the event in the audit log.
+    #[prost(uint64, tag = "2")]
+    pub audit_index: u64,
+}
+/// Opens a slot on trial.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TestSlotRequest {
+    /// The slot, by id or label.
+    #[prost(string, tag = "1")]
+    pub slot_id: ::prost::alloc::string::String,
+}
+/// What the trial gave.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TestSlotResponse {
+    /// The slot.
+    #[prost(message, optional, tag = "1")]
+    pub slot: ::core::option::Option<RootSlot>,
+    /// Whether it opens as the root key in force.
+    #[prost(bool, tag = "2")]
+    pub opens: bool,
+    /// Why not, for an operator.
+    #[prost(string, tag = "3")]
+    pub problem: ::prost::alloc::string::String,
+}
 /// A policy of the node.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PolicyRecord {
@@ -2625,6 +2697,81 @@ pub mod admin_service_client {
                 .insert(GrpcMethod::new("polykey.v2.AdminService", "RewrapSlot"));
             self.inner.unary(req, path, codec).await
         }
+        /// Adds a slot: one more way to open the root key. Needs `node:admin`.
+        pub async fn add_slot(
+            &mut self,
+            request: impl tonic::IntoRequest<super::AddSlotRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::AddSlotResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.AdminService/AddSlot",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.AdminService", "AddSlot"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Removes a slot, never the last one that the node can open. Needs `node:admin`.
+        pub async fn remove_slot(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RemoveSlotRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RemoveSlotResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.AdminService/RemoveSlot",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.AdminService", "RemoveSlot"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Proves that a slot opens as the root key in force, and changes nothing. Needs `node:admin`.
+        pub async fn test_slot(
+            &mut self,
+            request: impl tonic::IntoRequest<super::TestSlotRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::TestSlotResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.AdminService/TestSlot",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.AdminService", "TestSlot"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Lists the policies of the node. Needs `policies:read`.
         pub async fn list_policies(
             &mut self,
@@ -3079,6 +3226,27 @@ pub mod admin_service_server {
             request: tonic::Request<super::RewrapSlotRequest>,
         ) -> std::result::Result<
             tonic::Response<super::RewrapSlotResponse>,
+            tonic::Status,
+        >;
+        /// Adds a slot: one more way to open the root key. Needs `node:admin`.
+        async fn add_slot(
+            &self,
+            request: tonic::Request<super::AddSlotRequest>,
+        ) -> std::result::Result<tonic::Response<super::AddSlotResponse>, tonic::Status>;
+        /// Removes a slot, never the last one that the node can open. Needs `node:admin`.
+        async fn remove_slot(
+            &self,
+            request: tonic::Request<super::RemoveSlotRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RemoveSlotResponse>,
+            tonic::Status,
+        >;
+        /// Proves that a slot opens as the root key in force, and changes nothing. Needs `node:admin`.
+        async fn test_slot(
+            &self,
+            request: tonic::Request<super::TestSlotRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::TestSlotResponse>,
             tonic::Status,
         >;
         /// Lists the policies of the node. Needs `policies:read`.
@@ -4029,6 +4197,141 @@ pub mod admin_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = RewrapSlotSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.AdminService/AddSlot" => {
+                    #[allow(non_camel_case_types)]
+                    struct AddSlotSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::AddSlotRequest>
+                    for AddSlotSvc<T> {
+                        type Response = super::AddSlotResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::AddSlotRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::add_slot(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = AddSlotSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.AdminService/RemoveSlot" => {
+                    #[allow(non_camel_case_types)]
+                    struct RemoveSlotSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::RemoveSlotRequest>
+                    for RemoveSlotSvc<T> {
+                        type Response = super::RemoveSlotResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RemoveSlotRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::remove_slot(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RemoveSlotSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.AdminService/TestSlot" => {
+                    #[allow(non_camel_case_types)]
+                    struct TestSlotSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::TestSlotRequest>
+                    for TestSlotSvc<T> {
+                        type Response = super::TestSlotResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::TestSlotRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::test_slot(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = TestSlotSvc(inner);
                         let codec = crate::Codec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

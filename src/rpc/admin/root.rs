@@ -10,7 +10,8 @@ use tonic::Request;
 
 use super::{AdminService, commands, event};
 use crate::authz::{Action, Resource};
-use crate::custody::{Rewrap, SlotSpec, SlotStatus, Status};
+use crate::config::Wrapper;
+use crate::custody::{NamedWrapper, RECOVERY, Rewrap, SlotSpec, SlotStatus, Status, Terms};
 use crate::error::{Error, Reason};
 use crate::limits::Violations;
 use crate::rpc::convert::timestamp;
@@ -94,8 +95,8 @@ impl AdminService {
         Ok(pb::RotateRootResponse { root_id: HEXLOWER.encode(&root_id), epoch, audit_index })
     }
 
-    fn wrappers(&self) -> Vec<Arc<dyn KeyWrapper>> {
-        self.0.wrappers.lock().iter().map(|(_, wrapper)| Arc::clone(wrapper)).collect()
+    pub(super) fn wrappers(&self) -> Vec<Arc<dyn KeyWrapper>> {
+        self.0.wrappers.lock().iter().map(|named| Arc::clone(&named.wrapper)).collect()
     }
 
     pub(super) async fn rewrap_slot(
@@ -130,6 +131,11 @@ impl AdminService {
             return Ok(pb::RewrapSlotResponse { slot, generation, audit_index: 0 });
         }
         let old = find(&status, &m.slot_id)?;
+        if old.kind == RECOVERY {
+            let text = "must be a slot that a master key or passphrase opens: add another recovery \
+                        slot and remove this one";
+            return Err(Error::invalid("slot_id", text));
+        }
         let source = self.master_key(from, &m.kind, old)?;
         let opened = source.clone();
         let wrapper = tokio::task::spawn_blocking(move || LocalWrapper::open(&opened)).await;
@@ -143,17 +149,20 @@ impl AdminService {
             kind: spec.kind,
             source: spec.source,
             label: (!m.label.is_empty()).then(|| m.label.clone()),
-            expected: m.expected_generation,
-            remember: key.map(|key| key.noted(custody.vault(), &cx, &HEXLOWER.encode(&old.id))),
+            terms: Terms {
+                expected: m.expected_generation,
+                remember: key.map(|key| key.noted(custody.vault(), &cx, &HEXLOWER.encode(&old.id))),
+            },
         };
         let event = event(&cx, Action::RewrapRoot, decision, &[]);
         let leaf = custody.rewrap_slot(rewrap, Arc::clone(&wrapper), event).await;
         let leaf = leaf.map_err(Error::from)?;
-        {
-            let mut wrappers = self.0.wrappers.lock();
-            wrappers.retain(|(known, _)| *known != source);
-            wrappers.push((source, wrapper));
-        }
+        // Under the name that it has or should get in the configuration.
+        let config = Wrapper::Local(source);
+        let name =
+            self.0.wrappers.lock().iter().find(|n| n.config == config).map(|n| n.name.clone());
+        let name = name.unwrap_or_else(|| format!("slot {}", old.label));
+        self.learn(NamedWrapper { name, config, wrapper });
         let status = custody.status().await?;
         let now = status.slots.iter().find(|slot| slot.id == old.id);
         Ok(pb::RewrapSlotResponse {
@@ -175,7 +184,10 @@ impl AdminService {
             // As before: found among the sources that this process knows.
             None => {
                 let wrappers = self.0.wrappers.lock();
-                let known = wrappers.iter().map(|(source, _)| source).find(|source| {
+                let known = wrappers
+                    .iter()
+                    .map(|NamedWrapper { config: Wrapper::Local(source), .. }| source);
+                let known = known.into_iter().find(|source| {
                     let spec = SlotSpec::local(old.label.clone(), source);
                     (spec.kind == old.kind || !kind.is_empty()) && spec.source == old.source
                 });
@@ -256,7 +268,7 @@ fn find<'s>(status: &'s Status, name: &str) -> Result<&'s SlotStatus, Error> {
     }
 }
 
-fn slot(slot: &SlotStatus) -> pb::RootSlot {
+pub(super) fn slot(slot: &SlotStatus) -> pb::RootSlot {
     pb::RootSlot {
         slot_id: HEXLOWER.encode(&slot.id),
         label: slot.label.clone(),

@@ -1,0 +1,114 @@
+//! Recovery: the root key from a recovery key or its shares, put under the node's own master key again.
+
+use std::sync::Arc;
+
+use polykey_hsm::KeyWrapper;
+use polykey_hsm::recovery::{RecoveryKey, RecoveryWrapper};
+use polykey_storage::{Store, redb};
+
+use super::{AppError, closed, event, store_options};
+use crate::config::{Config, Wrapper};
+use crate::custody::{self, Custody, MASTER_KEY, NamedWrapper, RECOVERY, Rewrap, SlotSpec, Terms};
+use crate::time::Clock;
+
+/// Why nothing was recovered, besides what keeps a node from opening.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum RecoveryFailure {
+    /// Not a key.
+    #[error("the recovery key: {0}")]
+    Key(#[from] polykey_hsm::recovery::RecoveryError),
+    /// Its public half is that of no slot.
+    #[error(
+        "this recovery key is of no slot of the store, or of a root key from before the last \
+         rotation: its public half is {0}"
+    )]
+    OfNoSlot(String),
+}
+
+/// What came of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recovered {
+    /// The node.
+    pub node_id: [u8; 16],
+    /// The slot that the master key opens from now on.
+    pub slot: SlotSpec,
+    /// Whether it did before, so that nothing was changed.
+    pub unchanged: bool,
+}
+
+/// Opens the store with a recovery key and wraps its root key under the configuration's master key, so
+/// that the node starts by itself again. No server may have the store open. The recovery slot stays.
+///
+/// # Errors
+/// See [`AppError`]; nothing has changed then.
+pub async fn recover(
+    config: &Config,
+    key: RecoveryKey,
+    clock: Clock,
+) -> Result<Recovered, AppError> {
+    let recovery = RecoveryWrapper::with(key).map_err(RecoveryFailure::from)?;
+    let public = recovery.public().to_string();
+    let master_key = Wrapper::Local(config.master_key.clone());
+    let master = NamedWrapper::open(MASTER_KEY, &master_key)
+        .map_err(|unusable| AppError::MasterKey(unusable.error))?;
+    let path = &config.storage.path;
+    let store: Arc<dyn Store> = Arc::new(redb::Redb::open(path, store_options(config))?);
+    let recovery: Arc<dyn KeyWrapper> = Arc::new(recovery);
+    let nobody = Arc::new(Vec::<Arc<dyn crate::vault::Invalidate>>::new());
+    let opened = Custody::open(store, &[recovery], nobody, clock.clone()).await;
+    let custody = opened.map_err(|error| match error {
+        custody::OpenError::NoSlotOpened(_) => RecoveryFailure::OfNoSlot(public).into(),
+        error => AppError::from(error),
+    })?;
+    let recovered = rewrap(&custody, &master, clock).await;
+    drop(custody);
+    closed(path).await;
+    recovered
+}
+
+async fn rewrap(
+    custody: &Arc<Custody>,
+    master: &NamedWrapper,
+    clock: Clock,
+) -> Result<Recovered, AppError> {
+    let status = custody.status().await?;
+    let node_id = status.node_id;
+    for slot in status.slots.iter().filter(|slot| slot.kind != RECOVERY) {
+        let tried = custody.test_slot(&slot.label, &[Arc::clone(&master.wrapper)]).await;
+        if let Ok(slot) = tried {
+            return Ok(Recovered { node_id, slot, unchanged: true });
+        }
+    }
+    // The slot whose secret stood where the new one stands is of no use to anybody now.
+    let place = master.slot("");
+    let same = |slot: &&custody::SlotStatus| slot.kind == place.kind && slot.source == place.source;
+    let event = |action| event(action, clock.now());
+    let slot = match status.slots.iter().find(same) {
+        Some(old) => {
+            let rewrap = Rewrap {
+                slot: old.label.clone(),
+                kind: place.kind,
+                source: place.source,
+                label: None,
+                terms: Terms::default(),
+            };
+            let spec = master.slot(&old.label);
+            let wrapper = Arc::clone(&master.wrapper);
+            custody.rewrap_slot(rewrap, wrapper, event("Recover")).await.map(|_| spec)
+        }
+        None => {
+            let taken = |label: &str| status.slots.iter().any(|slot| slot.label == label);
+            let label = std::iter::once("recovered".to_owned())
+                .chain((2..=u32::MAX).map(|n| format!("recovered-{n}")))
+                .find(|label| !taken(label))
+                .unwrap_or_default();
+            let spec = master.slot(&label);
+            let wrapper = Arc::clone(&master.wrapper);
+            let added =
+                custody.add_slot(wrapper, spec.clone(), Terms::default(), event("Recover")).await;
+            added.map(|_| spec)
+        }
+    };
+    let slot = slot.map_err(crate::error::Error::from)?;
+    Ok(Recovered { node_id, slot, unchanged: false })
+}
