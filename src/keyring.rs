@@ -288,7 +288,7 @@ impl Keyring {
                     code,
                     &id.to_string(),
                 );
-                self.trail.denied(event).await?;
+                Box::pin(self.trail.denied(event)).await?;
                 Err(error)
             }
         }
@@ -328,7 +328,7 @@ impl Keyring {
             let decision = cx.facts().decision_id.to_string();
             // The name is no key of ours: nothing is kept of it but this event.
             let event = cx.origin().event(action.name(), None, Outcome::Denied, 5, &decision);
-            self.trail.denied(event.detail("key", name.to_string())).await?;
+            Box::pin(self.trail.denied(event.detail("key", name.to_string()))).await?;
         }
         found
     }
@@ -339,7 +339,8 @@ impl Keyring {
             return Ok(key);
         }
         let ticket = self.caches.keys.ticket(&id);
-        let loaded = self.vault.get::<KeyRecord>(&id.bytes()).await?.ok_or(Error::NotFound)?;
+        let row = id.bytes();
+        let loaded = Box::pin(self.vault.get::<KeyRecord>(&row)).await?.ok_or(Error::NotFound)?;
         let key = Arc::new(Key::new(loaded.record)?);
         self.caches.keys.insert(ticket, id, Arc::clone(&key));
         Ok(key)
@@ -351,7 +352,8 @@ impl Keyring {
             KeyName::Id(id) => Ok(*id),
             KeyName::Alias(alias) => {
                 let row = self.vault.row_name("alias", alias);
-                let alias = self.vault.get::<AliasRecord>(&row).await?.ok_or(Error::NotFound)?;
+                let alias = Box::pin(self.vault.get::<AliasRecord>(&row)).await?;
+                let alias = alias.ok_or(Error::NotFound)?;
                 KeyId::from_slice(&alias.record.key_id)
                     .ok_or_else(|| Error::data_loss("an alias without a key"))
             }
@@ -370,11 +372,8 @@ impl Keyring {
         }
         let ticket = self.caches.versions.ticket(&name);
         let row = version_row(key.id, version);
-        let loaded = self
-            .vault
-            .get::<VersionRecord>(&row)
-            .await?
-            .ok_or(Error::State(Reason::VersionNotFound))?;
+        let loaded = Box::pin(self.vault.get::<VersionRecord>(&row)).await?;
+        let loaded = loaded.ok_or(Error::State(Reason::VersionNotFound))?;
         let opened = self.open_material(key, &loaded.record)?;
         let blob = wrapped_blob(key, version.get(), (&opened.material, &opened.blob_key))?;
         let found = Arc::new(KeyVersion { record: loaded.record, blob: blob.into() });

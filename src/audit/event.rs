@@ -21,6 +21,10 @@ pub const CLAIMED: &str = "claimed_client_id";
 #[must_use]
 pub fn bounded(text: &str) -> String {
     const CUT: char = '…';
+    // Nearly always.
+    if text.len() <= TEXT - CUT.len_utf8() && text.bytes().all(|b| matches!(b, b' '..=b'~')) {
+        return text.to_owned();
+    }
     let mut out = String::with_capacity(text.len().min(TEXT));
     for c in text.chars() {
         let hidden = c.is_control()

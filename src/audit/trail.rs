@@ -272,7 +272,7 @@ impl Trail {
     pub async fn used(&self, event: impl Into<AuditEvent> + Send) -> Result<(), Error> {
         match self.inner.options.data_plane {
             DataPlane::Buffered => self.data_plane(event),
-            DataPlane::Durable => self.data_plane_durable(event).await.map(drop),
+            DataPlane::Durable => Box::pin(self.data_plane_durable(event)).await.map(drop),
         }
     }
 

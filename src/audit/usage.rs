@@ -45,12 +45,15 @@ pub struct Access {
     pub last: Option<Time>,
 }
 
-/// What one event means to one key.
+/// What events mean to one key: one of them, or those before the newest of a block.
 #[derive(Clone, Debug)]
 pub(crate) struct Touch {
     key: Key,
-    counts: bool,
-    entry: HistoryEntry,
+    /// How many uses it stands for, and the time of the last one.
+    uses: u64,
+    last: i64,
+    /// None where so many newer ones are in the same leaf that no history has room for it.
+    entry: Option<HistoryEntry>,
 }
 
 /// Whether an event is a use of its key: work with it or its material, and not a look at its metadata
@@ -79,18 +82,44 @@ pub(crate) fn touch(event: &AuditEvent, leaf: u64) -> Option<Touch> {
     if is_making(event) {
         return None;
     }
+    let uses = u64::from(is_use(event));
     Some(Touch {
         key: key_of(event)?,
-        counts: is_use(event),
-        entry: HistoryEntry {
+        uses,
+        last: if uses > 0 { event.time } else { 0 },
+        entry: Some(HistoryEntry {
             time: event.time,
             client_id: event.client_id.clone(),
             action: event.action.clone(),
             success: event.outcome() == Outcome::Success,
             correlation_id: event.correlation_id.clone(),
             leaf,
-        },
+        }),
     })
+}
+
+/// What the events of one leaf mean to their keys. A busy key has thousands of them in a block, of
+/// which its history keeps the newest.
+fn touches(leaf: u64, events: &[AuditEvent]) -> Vec<Touch> {
+    let mut kept: HashMap<Key, usize> = HashMap::new();
+    let mut older: BTreeMap<Key, Touch> = BTreeMap::new();
+    let mut newest = Vec::new();
+    for event in events.iter().rev() {
+        let Some(key) = key_of(event) else { continue };
+        let kept = kept.entry(key).or_default();
+        if *kept < RECENT {
+            if let Some(touch) = touch(event, leaf) {
+                *kept += 1;
+                newest.push(touch);
+            }
+        } else if is_use(event) {
+            let none = Touch { key, uses: 0, last: 0, entry: None };
+            let touch = older.entry(key).or_insert(none);
+            touch.uses += 1;
+            touch.last = touch.last.max(event.time);
+        }
+    }
+    older.into_values().chain(newest.into_iter().rev()).collect()
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -134,8 +163,7 @@ impl Usage {
 
     /// A block of accepted events has become a leaf.
     pub(crate) fn block(&mut self, leaf: u64, events: &[AuditEvent]) {
-        let touches = events.iter().filter_map(|event| touch(event, leaf)).collect();
-        self.pending.insert(leaf, touches);
+        self.pending.insert(leaf, touches(leaf, events).into());
     }
 
     /// A single event has become a leaf.
@@ -155,10 +183,10 @@ impl Usage {
     fn advance(&mut self, mark: u64) {
         let rest = self.pending.split_off(&mark);
         for touch in std::mem::replace(&mut self.pending, rest).values().flat_map(|t| t.iter()) {
-            if touch.counts
+            if touch.uses > 0
                 && let Some(delta) = self.deltas.get_mut(&touch.key)
             {
-                delta.count = delta.count.saturating_sub(1);
+                delta.count = delta.count.saturating_sub(touch.uses);
                 if delta.count == 0 {
                     self.deltas.remove(&touch.key);
                 }
@@ -225,11 +253,11 @@ pub(crate) async fn access(held: &impl Held, key: &Key) -> Result<Access, Error>
     if let Some(access) = cached {
         return Ok(access);
     }
-    consistent(held, key, |usage, record| {
+    Box::pin(consistent(held, key, |usage, record| {
         let base = access_of(&record);
         usage.base.put(*key, base);
         usage.merged(key, base)
-    })
+    }))
     .await
 }
 
@@ -281,15 +309,15 @@ pub(crate) async fn full(held: &impl Held, key: &Key) -> Result<UsageRecord, Err
         let same = |a: &HistoryEntry, b: &HistoryEntry| {
             HistoryEntry { leaf: 0, ..a.clone() } == HistoryEntry { leaf: 0, ..b.clone() }
         };
-        let since: Vec<HistoryEntry> = settled.iter().map(|t| t.entry.clone()).collect();
+        let since: Vec<HistoryEntry> = settled.iter().filter_map(|t| t.entry.clone()).collect();
         let met = |entry: &HistoryEntry| {
             since.iter().chain(&record.recent).filter(|other| same(entry, other)).count()
         };
         let mut fresh: Vec<HistoryEntry> = Vec::new();
-        for touch in &unsettled {
-            let before = fresh.iter().filter(|other| same(&touch.entry, other)).count();
-            if met(&touch.entry) <= before {
-                fresh.push(touch.entry.clone());
+        for entry in unsettled.iter().filter_map(|touch| touch.entry.as_ref()) {
+            let before = fresh.iter().filter(|other| same(entry, other)).count();
+            if met(entry) <= before {
+                fresh.push(entry.clone());
             }
         }
         record.recent.extend(since);
@@ -304,16 +332,13 @@ pub(crate) async fn full(held: &impl Held, key: &Key) -> Result<UsageRecord, Err
 }
 
 fn fold(record: &mut UsageRecord, touches: &[Touch]) {
-    let kept = touches.len().saturating_sub(RECENT);
-    for (i, touch) in touches.iter().enumerate() {
-        if touch.counts {
-            record.access_count = record.access_count.saturating_add(1);
-            record.last_accessed_at = record.last_accessed_at.max(touch.entry.time);
-        }
-        if i >= kept {
-            record.recent.push(touch.entry.clone());
-        }
+    for touch in touches {
+        record.access_count = record.access_count.saturating_add(touch.uses);
+        record.last_accessed_at = record.last_accessed_at.max(touch.last);
     }
+    let entries = || touches.iter().filter_map(|touch| touch.entry.as_ref());
+    let older = entries().count().saturating_sub(RECENT);
+    record.recent.extend(entries().skip(older).cloned());
     let excess = record.recent.len().saturating_sub(RECENT);
     record.recent.drain(..excess);
 }

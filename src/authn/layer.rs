@@ -165,7 +165,7 @@ impl Shared {
                 Ok(())
             }
             Err(error) => {
-                self.record(&error, request.uri().path(), &attempt).await?;
+                Box::pin(self.record(&error, request.uri().path(), &attempt)).await?;
                 Err(error)
             }
         }

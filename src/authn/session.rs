@@ -146,9 +146,8 @@ impl Authenticator {
         attempt: &Attempt<'_>,
     ) -> Result<Session, Error> {
         let now = self.directory.time(attempt.now);
-        let source = network(attempt.address.ip());
         if token.len() > MAX_TOKEN {
-            self.tokens_by_address.failed(source, now);
+            self.tokens_by_address.failed(network(attempt.address.ip()), now);
             return Err(Error::Unauthenticated);
         }
         let mut name = Hash::default();
@@ -162,12 +161,24 @@ impl Authenticator {
                 if session.caller.epoch == self.directory.epoch() {
                     return Ok(session);
                 }
-                let caller = self.resolve(&session.verified, attempt.peer).await?;
+                let caller = Box::pin(self.resolve(&session.verified, attempt.peer)).await?;
                 let session = Session { caller, verified: session.verified };
                 self.remember(name, &session);
                 return Ok(session);
             }
         }
+        Box::pin(self.verified(token, name, attempt, now)).await
+    }
+
+    /// Verifies a token that is not remembered, and remembers it.
+    async fn verified(
+        &self,
+        token: &str,
+        name: Hash,
+        attempt: &Attempt<'_>,
+        now: Time,
+    ) -> Result<Session, Error> {
+        let source = network(attempt.address.ip());
         if let Err(retry_after) = self.tokens_by_address.check(&source, now) {
             return Err(Error::Exhausted { retry_after });
         }

@@ -86,7 +86,7 @@ impl Keyring {
             key::version_opens(&key.record, &version.record, cx.now).map_err(Error::State)?;
             let got = self.release(cx, command, &key, &version, &permit).await?;
             // Nothing is released that was decided on a state that has passed meanwhile.
-            if self.epoch() == epoch || self.unchanged(&key, &version).await? {
+            if self.epoch() == epoch || Box::pin(self.unchanged(&key, &version)).await? {
                 return Ok(got);
             }
         }
@@ -119,7 +119,8 @@ impl Keyring {
             KeyMaterialView::Wrapped
         } else {
             let permit = self.authorize(cx, key.resource(), part::ExportKey(command)).await?;
-            let (material, index) = self.export(cx, key, version, &permit).await?;
+            let exported = Box::pin(self.export(cx, key, version, &permit)).await?;
+            let (material, index) = exported;
             leaf = index;
             material
         };

@@ -48,6 +48,10 @@ impl Keyring {
         if limit == 0 && soft == 0 {
             return Ok(());
         }
+        Box::pin(self.count_limited(key, version, limit)).await
+    }
+
+    async fn count_limited(&self, key: &Key, version: u32, limit: u64) -> Result<(), Error> {
         let counter = self.counter(key.id, version).await?;
         let use_number = counter.used.fetch_add(1, Ordering::SeqCst).saturating_add(1);
         if limit != 0 && use_number > limit {

@@ -168,7 +168,7 @@ impl Keyring {
                 return f(&working).map_err(failed);
             }
             let client = Some(&*ready.client);
-            return self.slow.run(client, move || f(&working)).await?.map_err(failed);
+            return Box::pin(self.slow.run(client, move || f(&working))).await?.map_err(failed);
         }
         let number = ready.number();
         let client = Some(&*ready.client);
@@ -182,7 +182,8 @@ impl Keyring {
                 let algorithm = ready.key.algorithm;
                 let purpose = purpose(&ready.key.record, algorithm);
                 let parse = move || WorkingKey::new(algorithm, purpose, &opened.material);
-                let parsed = if slow { self.slow.run(client, parse).await? } else { parse() };
+                let parsed =
+                    if slow { Box::pin(self.slow.run(client, parse)).await? } else { parse() };
                 let working = Arc::new(parsed.map_err(failed)?);
                 // What was read before a change must not be remembered after it.
                 if self.epoch() == ready.epoch {
@@ -192,7 +193,7 @@ impl Keyring {
             }
         };
         if slow || bytes > LARGE {
-            self.slow.run(client, move || f(&working)).await?.map_err(failed)
+            Box::pin(self.slow.run(client, move || f(&working))).await?.map_err(failed)
         } else {
             f(&working).map_err(failed)
         }
@@ -203,7 +204,7 @@ impl Keyring {
         if self.epoch() == ready.epoch {
             return Ok(true);
         }
-        self.unchanged(&ready.key, &ready.version).await
+        Box::pin(self.unchanged(&ready.key, &ready.version)).await
     }
 
     /// Looks again at a key whose work goes on: whether the caller may, its state and version.
