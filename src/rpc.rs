@@ -6,6 +6,8 @@ pub(crate) mod batch;
 pub(crate) mod convert;
 pub(crate) mod crypto;
 mod deadline;
+#[cfg(test)]
+mod instructions;
 mod key_service;
 mod lifecycle;
 pub mod methods;

@@ -154,7 +154,7 @@ permissions! {
     KeysImportPlain  "keys:import-plain" "Create keys from material that comes in the clear."
     CryptoEncrypt    "crypto:encrypt"    "Encrypt, and make data keys whose plaintext is not shown."
     CryptoDecrypt    "crypto:decrypt"    "Decrypt."
-    CryptoRewrap     "crypto:rewrap"     "Encrypt ciphertexts anew without seeing their plaintexts."
+    CryptoRewrap     "crypto:rewrap"     "Encrypt ciphertexts anew without seeing their plaintexts; under another key or binding that takes crypto:decrypt too."
     CryptoDataKey    "crypto:data-key"   "Make data keys and see them."
     CryptoSign       "crypto:sign"       "Sign."
     CryptoMac        "crypto:mac"        "Make message authentication codes."

@@ -119,8 +119,7 @@ impl AdminService {
         method: &'static str,
         message: &M,
     ) -> Option<Idempotency> {
-        let key = admitted.idempotency_key.clone()?;
-        Some(Idempotency { key, method, item: 0, request: message.encode_to_vec().into() })
+        admitted.once(method, 0, message.encode_to_vec())
     }
 
     /// Whether the request has been carried out before.

@@ -16,6 +16,7 @@ use crate::authn::session::Session;
 use crate::authz::{Claimed, Permission, PermissionSet};
 use crate::context::Context;
 use crate::error::Error;
+use crate::keyring::Idempotency;
 use crate::limits::{CLAIM, CLAIMS, CORRELATION_ID, IDEMPOTENCY_KEY, Violations, is_context};
 use crate::net::RequestId;
 use crate::time::Time;
@@ -57,6 +58,17 @@ impl Admitted {
             Some(_) => Time::default(),
             None => self.now,
         }
+    }
+
+    /// What a request is remembered by, if its caller gave it a key. Item 0 is that of single calls.
+    pub(crate) fn once(
+        &self,
+        method: &'static str,
+        item: u32,
+        request: Vec<u8>,
+    ) -> Option<Idempotency> {
+        let key = self.idempotency_key.clone()?;
+        Some(Idempotency { key, method, item, request: request.into() })
     }
 
     /// The context of one request message. The claims are compared here.

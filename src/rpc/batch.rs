@@ -111,13 +111,8 @@ impl KeyService {
         items: Vec<(Result<Mutation, Error>, Vec<u8>)>,
     ) -> Vec<Item<Changed>> {
         let key = |index: usize, request: Vec<u8>| {
-            admitted.idempotency_key.as_ref().map(|key| Idempotency {
-                key: key.clone(),
-                method,
-                // Item 0 is that of single calls.
-                item: u32::try_from(index + 1).unwrap_or(u32::MAX),
-                request: request.into(),
-            })
+            // Item 0 is that of single calls.
+            admitted.once(method, u32::try_from(index + 1).unwrap_or(u32::MAX), request)
         };
         let parsed = items.into_iter().enumerate().map(|(i, (item, bytes))| (item, key(i, bytes)));
         match mode {

@@ -14,6 +14,7 @@ use prost::Message as _;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::admit::Admitted;
+use super::batch::Item;
 use super::key_service::{Answers, KeyService};
 use super::{convert, status, stream as streams};
 use crate::command::Mutation;
@@ -248,8 +249,9 @@ impl Call<'_> {
         &self,
         m: pb::GetImportParametersRequest,
     ) -> Result<pb::GetImportParametersResponse, Error> {
+        let key = self.admitted.once("GetImportParameters", 0, m.encode_to_vec());
         let command = parse::import_parameters(m)?;
-        let done = self.keyring().import_parameters(&self.cx, &command).await?;
+        let done = self.keyring().import_parameters(&self.cx, &command, key.as_ref()).await?;
         Ok(pb::GetImportParametersResponse {
             public_key: done.public.into(),
             import_token: parse::token(&done.id),
@@ -326,47 +328,34 @@ fn name(operation: &Operation) -> &'static str {
     }
 }
 
-fn error(error: &Error) -> Outcome {
-    Outcome::Error(pb::CryptoError {
-        code: status::code(error) as i32,
-        message: error.to_string(),
-        reason: status::reason(error).to_owned(),
-    })
-}
-
-fn no_room() -> Outcome {
-    Outcome::Error(pb::CryptoError {
-        code: tonic::Code::ResourceExhausted as i32,
-        message: "not attempted: the answer has no room for more; ask again in a smaller batch"
-            .to_owned(),
-        reason: "ANSWER_FULL".to_owned(),
-    })
-}
-
-fn not_tried() -> Outcome {
-    Outcome::Error(pb::CryptoError {
-        code: tonic::Code::Aborted as i32,
-        message: "not attempted: an earlier operation failed".to_owned(),
-        reason: "NOT_ATTEMPTED".to_owned(),
-    })
+/// What an item of several is answered with.
+fn outcome(item: Item<Outcome>) -> Outcome {
+    let failure = item.failure();
+    match item {
+        Item::Done(outcome) => outcome,
+        Item::Failed(_) | Item::NotTried | Item::NoRoom => {
+            let (message, code, reason) = failure.unwrap_or_default();
+            Outcome::Error(pb::CryptoError { code, message, reason })
+        }
+    }
 }
 
 /// Runs one operation of several; its fields are named from `path` on.
-async fn run_one(call: &Call<'_>, path: &str, operation: pb::CryptoOperation) -> Outcome {
+async fn run_one(call: &Call<'_>, path: &str, operation: pb::CryptoOperation) -> Item<Outcome> {
     let pb::CryptoOperation { operation, reference } = operation;
     if reference.len() > limits::REFERENCE {
         let text = "must have at most 256 bytes";
-        return error(&parse::within(path, Error::invalid("reference", text)));
+        return Item::Failed(parse::within(path, Error::invalid("reference", text)));
     }
     let Some(operation) = operation else {
-        return error(&parse::within(path, Error::invalid("operation", "must be set")));
+        return Item::Failed(parse::within(path, Error::invalid("operation", "must be set")));
     };
     let path = format!("{path}.{}", name(&operation));
     match call.run(operation).await {
-        Ok(outcome) => outcome,
+        Ok(outcome) => Item::Done(outcome),
         Err(failure) => {
             status::log(&failure);
-            error(&parse::within(&path, failure))
+            Item::Failed(parse::within(&path, failure))
         }
     }
 }
@@ -395,7 +384,7 @@ impl CryptoService {
             async move {
                 let path = format!("operations[{index}]");
                 if answered.load(Ordering::Relaxed) > ANSWER {
-                    return no_room();
+                    return outcome(Item::NoRoom);
                 }
                 let again = async {
                     let admitted = first.again(&service.0).await?;
@@ -404,12 +393,12 @@ impl CryptoService {
                 };
                 let (admitted, cx) = match again.await {
                     Ok(now) => now,
-                    Err(failure) => return error(&failure),
+                    Err(failure) => return outcome(Item::Failed(failure)),
                 };
                 let item = u32::try_from(index).unwrap_or(u32::MAX);
                 let import = ("BatchCrypto", item);
                 let call = Call { service, admitted: &admitted, cx, import };
-                let outcome = Box::pin(run_one(&call, &path, operation)).await;
+                let outcome = outcome(Box::pin(run_one(&call, &path, operation)).await);
                 answered.fetch_add(outcome.encoded_len(), Ordering::Relaxed);
                 outcome
             }
@@ -421,7 +410,7 @@ impl CryptoService {
         } else {
             let mut failed = false;
             for item in items {
-                let outcome = if failed { not_tried() } else { one(item).await };
+                let outcome = if failed { outcome(Item::NotTried) } else { one(item).await };
                 failed |= matches!(outcome, Outcome::Error(_));
                 outcomes.push(outcome);
             }
@@ -453,35 +442,24 @@ impl streams::Operation for Operations {
         admitted: &Admitted,
         ask: Self::Ask,
         sequence: i64,
-    ) -> (String, super::batch::Item<Outcome>) {
+    ) -> (String, Item<Outcome>) {
         let reference = match ask.reference.len() {
             0..=limits::REFERENCE => ask.reference.clone(),
             _ => String::new(),
         };
-        let outcome = match admitted.context(None, None) {
+        let item = match admitted.context(None, None) {
             Ok(cx) => {
                 let item = u32::try_from(sequence).unwrap_or(u32::MAX);
                 let call = Call { service, admitted, cx, import: ("StreamCrypto", item) };
                 Box::pin(run_one(&call, "operation", ask)).await
             }
-            Err(failure) => error(&failure),
+            Err(failure) => Item::Failed(failure),
         };
-        (reference, super::batch::Item::Done(outcome))
+        (reference, item)
     }
 
-    fn answer(
-        reference: String,
-        item: super::batch::Item<Outcome>,
-        sequence: i64,
-    ) -> pb::CryptoResult {
-        let failure = item.failure();
-        let result = match (item, failure) {
-            (super::batch::Item::Done(outcome), _) => Some(outcome),
-            (_, failure) => failure.map(|(message, code, reason)| {
-                Outcome::Error(pb::CryptoError { code, message, reason })
-            }),
-        };
-        pb::CryptoResult { result, reference, index: sequence - 1 }
+    fn answer(reference: String, item: Item<Outcome>, sequence: i64) -> pb::CryptoResult {
+        pb::CryptoResult { result: Some(outcome(item)), reference, index: sequence - 1 }
     }
 }
 

@@ -18,7 +18,7 @@ use crate::authz::{Action, ClientFacts, Command, PrincipalFacts, Resource};
 use crate::command::Mutation;
 use crate::context::Context;
 use crate::error::Error;
-use crate::keyring::{Done, Idempotency, KeyMaterialView, MetadataView};
+use crate::keyring::{Done, KeyMaterialView, MetadataView};
 
 /// A stream of answers.
 pub(crate) type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -64,12 +64,7 @@ impl KeyService {
         (method, item): (&'static str, u32),
         encoded: Vec<u8>,
     ) -> Result<Changed, Error> {
-        let idempotency = admitted.idempotency_key.as_ref().map(|key| Idempotency {
-            key: key.clone(),
-            method,
-            item,
-            request: encoded.into(),
-        });
+        let idempotency = admitted.once(method, item, encoded);
         let done = self.0.keyring.mutate(cx, mutation, idempotency.as_ref()).await?;
         let view = self.0.keyring.view_done(cx, &done).await.map_err(after_commit)?;
         Ok((done, view))

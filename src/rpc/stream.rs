@@ -1,8 +1,11 @@
 //! Streams: every message is one single operation, looked at with the authority of its moment.
 
-use futures::StreamExt;
+use std::sync::Arc;
+
+use futures::{Stream, StreamExt};
 use polykey_proto::polykey::v2 as pb;
 use prost::Message;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -12,16 +15,18 @@ use super::key_service::{Answers, KeyService, after_commit};
 use super::{convert, parse, twins};
 use crate::command::Mutation;
 use crate::error::Error;
-use crate::keyring::{Done, Idempotency, MetadataView};
+use crate::keyring::{Done, MetadataView};
 
 /// Answers that wait for a slow reader before the next message is taken.
 const AHEAD: usize = 16;
+/// And their bytes; one more answer may be on its way into the queue.
+const AHEAD_BYTES: u32 = 4 * 1024 * 1024;
 
 /// What a stream of changes or reads does with a message.
 #[tonic::async_trait]
 pub(super) trait Operation: Send + 'static {
     type Ask: Send + 'static;
-    type Answer: Send + 'static;
+    type Answer: Message + 'static;
 
     async fn act(
         service: &KeyService,
@@ -37,6 +42,31 @@ pub(super) trait Operation: Send + 'static {
     fn answer(id: String, item: Item<Self::Done>, sequence: i64) -> Self::Answer;
 }
 
+/// Where the answers of a stream wait for their reader.
+struct Ahead<T> {
+    answers: mpsc::Sender<(Result<T, Status>, OwnedSemaphorePermit)>,
+    room: Arc<Semaphore>,
+}
+
+impl<T: Message + 'static> Ahead<T> {
+    fn new() -> (Self, impl Stream<Item = Result<T, Status>> + Send + 'static) {
+        let (answers, receiver) = mpsc::channel(AHEAD);
+        // An answer's bytes are free again once it has been taken.
+        let taken = ReceiverStream::new(receiver).map(|(answer, _bytes)| answer);
+        (Self { answers, room: Arc::new(Semaphore::new(AHEAD_BYTES as usize)) }, taken)
+    }
+
+    /// Puts an answer into the queue, once there is room; whether there is a reader still.
+    async fn send(&self, answer: Result<T, Status>) -> bool {
+        let bytes = answer.as_ref().map_or(0, Message::encoded_len);
+        let bytes = u32::try_from(bytes).unwrap_or(AHEAD_BYTES).min(AHEAD_BYTES);
+        match Arc::clone(&self.room).acquire_many_owned(bytes).await {
+            Ok(room) => self.answers.send((answer, room)).await.is_ok(),
+            Err(_) => false,
+        }
+    }
+}
+
 /// Answers each message in order. A failed message is answered, and the stream goes on; a caller
 /// who may no longer call ends it.
 pub(super) fn run<O: Operation>(
@@ -48,14 +78,14 @@ pub(super) fn run<O: Operation>(
     twins::refuse_twins(request.metadata(), &twins)?;
     let mut incoming = request.into_inner();
     let service = service.clone();
-    let (answers, receiver) = tokio::sync::mpsc::channel(AHEAD);
+    let (ahead, answers) = Ahead::new();
     tokio::spawn(async move {
         let mut sequence = 0;
         loop {
             // A reader that has gone ends the stream, also while no message comes.
             let message = tokio::select! {
                 message = incoming.message() => message.transpose(),
-                () = answers.closed() => return,
+                () = ahead.answers.closed() => return,
             };
             let answer = match message {
                 None => return,
@@ -72,12 +102,12 @@ pub(super) fn run<O: Operation>(
                 }
             };
             let last = answer.is_err();
-            if answers.send(answer).await.is_err() || last {
+            if !ahead.send(answer).await || last {
                 return;
             }
         }
     });
-    Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    Ok(Response::new(Box::pin(answers)))
 }
 
 type Changed = (Done, MetadataView);
@@ -94,12 +124,7 @@ async fn change(
     let attempt = async {
         let cx = admitted.context(requester, None)?;
         let mutation = parsed(admitted.times_from())?;
-        let key = admitted.idempotency_key.as_ref().map(|key| Idempotency {
-            key: key.clone(),
-            method,
-            item: u32::try_from(sequence).unwrap_or(u32::MAX),
-            request: request.into(),
-        });
+        let key = admitted.once(method, u32::try_from(sequence).unwrap_or(u32::MAX), request);
         let done = Box::pin(service.0.keyring.mutate(&cx, &mutation, key.as_ref())).await?;
         let view = service.0.keyring.view_done(&cx, &done).await.map_err(after_commit)?;
         Ok::<_, Error>((done, view))
@@ -312,4 +337,40 @@ pub(super) async fn get_keys(
             }
         });
     Ok(Response::new(Box::pin(answers)))
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+
+    use super::*;
+
+    #[test]
+    fn answers_wait_within_a_bound_of_number_and_of_bytes() {
+        for (bytes, waiting) in [(1024 * 1024 - 64, 4), (4 * 1024 * 1024, 1), (10, AHEAD)] {
+            let (ahead, answers) = Ahead::new();
+            let mut answers = std::pin::pin!(answers);
+            let answer = || {
+                let random = pb::GenerateRandomResponse { random: vec![7; bytes].into() };
+                ahead.send(Ok(random))
+            };
+            let sent = std::iter::repeat_with(|| answer().now_or_never());
+            assert_eq!(sent.take_while(|sent| *sent == Some(true)).count(), waiting, "{bytes}");
+            // One that is read makes room for the next.
+            assert!(answers.next().now_or_never().unwrap().unwrap().is_ok());
+            assert_eq!(answer().now_or_never(), Some(true), "{bytes}");
+            assert_eq!(answer().now_or_never(), None, "{bytes}");
+        }
+        // A reader that goes away is noticed by whoever waits for room.
+        let (ahead, answers) = Ahead::new();
+        let full = || {
+            let random = vec![7; AHEAD_BYTES as usize].into();
+            ahead.send(Ok(pb::GenerateRandomResponse { random }))
+        };
+        assert_eq!(full().now_or_never(), Some(true));
+        let mut next = Box::pin(full());
+        assert_eq!((&mut next).now_or_never(), None);
+        drop(answers);
+        assert_eq!(next.now_or_never(), Some(false));
+    }
 }

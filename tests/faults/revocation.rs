@@ -1,18 +1,18 @@
-//! 32 connections hammer while keys, tokens, clients and roles are taken away: after the acknowledgement nothing
-//! that starts later succeeds, alone, in batches or in streams. One process, one monotonic clock.
+//! 32 connections hammer while keys, versions, tokens, clients and roles are taken away or expire: after the
+//! acknowledgement nothing that starts later succeeds, alone, in batches or in streams. One process, one monotonic
+//! clock; for expiry, the node's own.
+
+mod calls;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use futures::StreamExt;
+use calls::{Does, Form, Streams, Target};
+use jiff::{SignedDuration, Timestamp};
 use parking_lot::{Mutex, RwLock};
-use polykey_proto::polykey::v2 as pb;
 use serde_json::json;
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Status};
 
 use crate::common::client::Client;
 use crate::common::{PATIENCE, Server};
@@ -20,24 +20,14 @@ use crate::support::{Random, Wire, full, no_panic, size};
 
 const VICTIMS: usize = 4;
 const CONNECTIONS: usize = 32;
-const FORMS: [&str; 7] =
-    ["single", "batch", "stream", "message", "encrypt", "encrypt batch", "encrypt message"];
 const ROLE: &str = "reader-for-now";
-
-/// What is used at the moment, and by which token.
-#[derive(Clone, Default)]
-struct Target {
-    round: usize,
-    key: String,
-    tokens: Vec<String>,
-}
 
 /// One call that was made.
 #[derive(Clone, Copy, Debug)]
 struct Attempt {
     round: usize,
     victim: usize,
-    form: &'static str,
+    form: Form,
     started: Instant,
     succeeded: bool,
 }
@@ -63,13 +53,26 @@ enum Blow {
     TakeRole(usize),
     EmptyRole,
     RemoveClient(usize),
+    RaiseDecryption,
+    RaiseEncryption,
+    /// Of a key that is not read after its expiry, and of one that is.
+    Expire,
+    ExpireForSealing,
 }
 
 impl Blow {
-    /// Whether it takes this victim's use of the key away.
-    fn hits(self, victim: usize) -> bool {
+    /// Whether it takes this use of the key away from this victim.
+    fn hits(self, victim: usize, form: Form) -> bool {
+        let does = form.does();
         match self {
-            Self::RevokeKey | Self::BatchRevoke | Self::DisableKey | Self::EmptyRole => true,
+            // Metadata alone is still shown.
+            Self::RevokeKey | Self::BatchRevoke | Self::DisableKey | Self::Expire => {
+                does != Does::Describe
+            }
+            Self::RaiseDecryption => matches!(does, Does::SealUnderOld | Does::OpenOld),
+            Self::RaiseEncryption => does == Does::SealUnderOld,
+            Self::ExpireForSealing => matches!(does, Does::Seal | Does::SealUnderOld),
+            Self::EmptyRole => true,
             Self::RemoveContext(v)
             | Self::RevokeToken(v)
             | Self::RevokeTokens(v)
@@ -78,185 +81,23 @@ impl Blow {
             | Self::RemoveClient(v) => v == victim,
         }
     }
-
-    /// Whether it reaches calls that read metadata alone, which a revoked key still answers.
-    fn of_the_caller(self) -> bool {
-        !matches!(self, Self::RevokeKey | Self::BatchRevoke | Self::DisableKey)
-    }
-}
-
-/// A stream that stays open while it is asked one thing after another.
-struct Open {
-    ask: mpsc::Sender<pb::StreamGetKeyMetadataRequest>,
-    answers: tonic::Streaming<pb::StreamGetKeyMetadataResponse>,
-    round: usize,
-}
-
-async fn open(wire: &Wire, round: usize) -> Result<Open, Status> {
-    let (ask, asked) = mpsc::channel(1);
-    let request = wire.with(ReceiverStream::new(asked));
-    let answers = wire.keys().stream_get_key_metadata(request).await?.into_inner();
-    Ok(Open { ask, answers, round })
-}
-
-/// A stream of operations that stays open likewise.
-struct Working {
-    ask: mpsc::Sender<pb::CryptoOperation>,
-    answers: tonic::Streaming<pb::CryptoResult>,
-    round: usize,
-}
-
-fn encrypting(key: String) -> pb::EncryptRequest {
-    pb::EncryptRequest { key_id: key, plaintext: b"x".as_slice().into(), ..Default::default() }
-}
-
-fn operation(key: String) -> pb::CryptoOperation {
-    let operation = Some(pb::crypto_operation::Operation::Encrypt(encrypting(key)));
-    pb::CryptoOperation { operation, ..Default::default() }
-}
-
-fn encrypted(result: &pb::CryptoResult) -> bool {
-    matches!(result.result, Some(pb::crypto_result::Result::Encrypt(_)))
-}
-
-async fn encrypt(wire: &Wire, key: String) -> bool {
-    judged(wire.work().encrypt(wire.with(encrypting(key))).await.map(drop))
-}
-
-async fn encrypt_batch(wire: &Wire, key: String) -> bool {
-    let operations = vec![operation(key); 3];
-    let body = pb::BatchCryptoRequest { operations, continue_on_error: true };
-    match wire.work().batch_crypto(wire.with(body)).await {
-        Ok(reply) => reply.into_inner().results.iter().any(encrypted),
-        Err(status) => judged(Err(status)),
-    }
-}
-
-async fn encrypt_message(
-    held: &mut Option<Working>,
-    wire: &Wire,
-    round: usize,
-    key: String,
-) -> bool {
-    if held.as_ref().is_none_or(|open| open.round != round) {
-        let (ask, asked) = mpsc::channel(1);
-        match wire.work().stream_crypto(wire.with(ReceiverStream::new(asked))).await {
-            Ok(answers) => *held = Some(Working { ask, answers: answers.into_inner(), round }),
-            Err(status) => return judged(Err(status)),
-        }
-    }
-    let Some(stream) = held else { return false };
-    let answer = match stream.ask.send(operation(key)).await {
-        Ok(()) => stream.answers.next().await,
-        Err(_) => None,
-    };
-    match answer {
-        Some(Ok(result)) => encrypted(&result),
-        Some(Err(status)) => {
-            *held = None;
-            judged(Err(status))
-        }
-        None => {
-            *held = None;
-            false
-        }
-    }
-}
-
-async fn single(wire: &Wire, key: String) -> bool {
-    let body = pb::GetKeyRequest { key_id: key, ..Default::default() };
-    judged(wire.keys().get_key(wire.with(body)).await.map(drop))
-}
-
-async fn batch(wire: &Wire, key: String) -> bool {
-    let item = pb::KeyRequestItem { key_id: key, ..Default::default() };
-    let keys = vec![item; 3];
-    let body = pb::BatchGetKeysRequest { keys, continue_on_error: true, ..Default::default() };
-    match wire.keys().batch_get_keys(wire.with(body)).await {
-        Ok(reply) => reply
-            .into_inner()
-            .results
-            .iter()
-            .any(|r| matches!(r.result, Some(pb::batch_get_keys_result::Result::Success(_)))),
-        Err(status) => judged(Err(status)),
-    }
-}
-
-async fn stream(wire: &Wire, key: String) -> bool {
-    let body = pb::StreamGetKeysRequest { key_id: key, ..Default::default() };
-    let mut answers = match wire.keys().stream_get_keys(wire.with(body)).await {
-        Ok(reply) => reply.into_inner(),
-        Err(status) => return judged(Err(status)),
-    };
-    let mut any = false;
-    while let Some(answer) = answers.next().await {
-        match answer {
-            Ok(answer) => {
-                any |=
-                    matches!(answer.result, Some(pb::stream_get_keys_response::Result::Success(_)))
-            }
-            Err(status) => return judged(Err(status)) || any,
-        }
-    }
-    any
-}
-
-async fn message(held: &mut Option<Open>, wire: &Wire, round: usize, key: String) -> bool {
-    if held.as_ref().is_none_or(|open| open.round != round) {
-        match open(wire, round).await {
-            Ok(fresh) => *held = Some(fresh),
-            Err(status) => return judged(Err(status)),
-        }
-    }
-    let Some(stream) = held else { return false };
-    let request = pb::GetKeyMetadataRequest { key_id: key, ..Default::default() };
-    let request = pb::StreamGetKeyMetadataRequest { request: Some(request) };
-    if stream.ask.send(request).await.is_err() {
-        *held = None;
-        return false;
-    }
-    match stream.answers.next().await {
-        Some(Ok(answer)) => {
-            matches!(answer.result, Some(pb::stream_get_key_metadata_response::Result::Success(_)))
-        }
-        Some(Err(status)) => {
-            *held = None;
-            judged(Err(status))
-        }
-        None => {
-            *held = None;
-            false
-        }
-    }
-}
-
-/// A refusal must be one that was meant, not a server that is out of order.
-fn judged(result: Result<(), Status>) -> bool {
-    match result {
-        Ok(()) => true,
-        Err(status) => {
-            assert!(
-                matches!(
-                    status.code(),
-                    Code::NotFound
-                        | Code::PermissionDenied
-                        | Code::FailedPrecondition
-                        | Code::Unauthenticated
-                ),
-                "{status:?}"
-            );
-            false
-        }
-    }
 }
 
 async fn hammer(field: Arc<Field>, wire: Wire, number: usize) {
     let victim = number % VICTIMS;
-    let (mut held, mut working) = (None, None);
+    let mut streams = Streams::default();
+    // Few large streams find a place at a time: half of the connections of each victim hold one that
+    // seals, and half one that opens.
+    let other = if (number / VICTIMS).is_multiple_of(2) {
+        Form::DecryptStream
+    } else {
+        Form::EncryptStream
+    };
+    let forms: Vec<Form> = Form::ALL.into_iter().filter(|form| *form != other).collect();
     let mut turn = number;
     while !field.stop.load(Ordering::Relaxed) {
         turn += 1;
-        let form = FORMS[turn % FORMS.len()];
+        let form = forms[turn % forms.len()];
         let target = field.target.read().clone();
         if target.tokens[victim].is_empty() {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -264,19 +105,7 @@ async fn hammer(field: Arc<Field>, wire: Wire, number: usize) {
         }
         let wire = Wire { token: target.tokens[victim].clone(), ..wire.clone() };
         let started = Instant::now();
-        let call = async {
-            match form {
-                "single" => single(&wire, target.key).await,
-                "batch" => batch(&wire, target.key).await,
-                "stream" => stream(&wire, target.key).await,
-                "encrypt" => encrypt(&wire, target.key).await,
-                "encrypt batch" => encrypt_batch(&wire, target.key).await,
-                "encrypt message" => {
-                    encrypt_message(&mut working, &wire, target.round, target.key).await
-                }
-                _ => message(&mut held, &wire, target.round, target.key).await,
-            }
-        };
+        let call = streams.call(form, &wire, &target);
         let succeeded = tokio::time::timeout(PATIENCE, call).await.unwrap();
         let attempt = Attempt { round: target.round, victim, form, started, succeeded };
         field.attempts.lock().push(attempt);
@@ -292,11 +121,7 @@ fn violations(
     acknowledged: Instant,
 ) -> Vec<Attempt> {
     let late = |a: &&Attempt| {
-        a.round == round
-            && a.started > acknowledged
-            && a.succeeded
-            && blow.hits(a.victim)
-            && (a.form != "message" || blow.of_the_caller())
+        a.round == round && a.started > acknowledged && a.succeeded && blow.hits(a.victim, a.form)
     };
     attempts.iter().filter(late).copied().collect()
 }
@@ -312,13 +137,23 @@ impl Attacker {
         format!("victim-{v}")
     }
 
-    /// A key that all victims may use, by their role or by the key's contexts, and a fresh token for each.
+    /// A key of two versions that all victims may use, by their role or by the key's contexts, and a fresh
+    /// token for each.
     async fn prepare(&mut self, round: usize, blow: Option<Blow>) -> Target {
         let by_context = matches!(blow, Some(Blow::RemoveContext(_)));
         self.role(!by_context).await;
         let contexts: Vec<String> =
             if by_context { (0..VICTIMS).map(Self::id).collect() } else { Vec::new() };
-        let key = self.admin.create(json!({"initial_authorized_contexts": contexts})).await;
+        let read_after_expiry = matches!(blow, Some(Blow::ExpireForSealing));
+        let fields = json!({
+            "initial_authorized_contexts": contexts,
+            "read_after_expiry": read_after_expiry,
+        });
+        let key = self.admin.create(fields).await;
+        let (sealed, large) = calls::sealed(&Wire::of(&self.admin), &key).await;
+        self.admin.call("RotateKey", json!({"key_id": key})).await.unwrap();
+        let bounds = json!({"key_id": key, "min_encryption_version": 1});
+        self.admin.call("UpdateKeyVersionBounds", bounds).await.unwrap();
         for victim in &mut self.victims {
             // One that was removed stays out.
             if victim.login().await.is_err() {
@@ -326,7 +161,7 @@ impl Attacker {
             }
         }
         let tokens = self.victims.iter().map(|v| v.token.clone()).collect();
-        Target { round, key, tokens }
+        Target { round, key, sealed, large, tokens }
     }
 
     async fn strike(&self, blow: Blow, target: &Target) {
@@ -357,8 +192,35 @@ impl Attacker {
                 admin.call("PutRole", body).await
             }
             Blow::RemoveClient(v) => admin.call("RemoveClient", client(v)).await,
+            Blow::RaiseDecryption => {
+                let body = json!({"key_id": key, "min_decryption_version": 2, "min_encryption_version": 2});
+                admin.call("UpdateKeyVersionBounds", body).await
+            }
+            Blow::RaiseEncryption => {
+                let body = json!({"key_id": key, "min_encryption_version": 2});
+                admin.call("UpdateKeyVersionBounds", body).await
+            }
+            Blow::Expire | Blow::ExpireForSealing => {
+                let at = Timestamp::now() + SignedDuration::from_millis(250);
+                let body = json!({"key_id": key, "expires_at": at.to_string()});
+                let done = admin.call("UpdateKeyMetadata", body).await;
+                self.until_the_node_has(at).await;
+                done
+            }
         };
         done.unwrap_or_else(|fail| panic!("{blow:?}: {fail:?}"));
+    }
+
+    /// Until it is `at` by the node's clock.
+    async fn until_the_node_has(&self, at: Timestamp) {
+        loop {
+            let health = self.admin.call("HealthCheck", json!({})).await.unwrap();
+            let now: Timestamp = health["timestamp"].as_str().unwrap().parse().unwrap();
+            if now >= at {
+                return;
+            }
+            tokio::time::sleep((at - now).try_into().unwrap()).await;
+        }
     }
 
     /// Gives back what can be given back.
@@ -378,9 +240,9 @@ impl Attacker {
 
     async fn role(&self, over_all_keys: bool) {
         let permissions = if over_all_keys {
-            json!(["keys:read", "keys:describe", "keys:list", "keys:all", "crypto:encrypt"])
+            json!(["keys:read", "keys:list", "keys:all", "crypto:encrypt", "crypto:decrypt"])
         } else {
-            json!(["keys:list", "crypto:encrypt"])
+            json!(["keys:list", "crypto:encrypt", "crypto:decrypt"])
         };
         let body = json!({"name": ROLE, "permissions": permissions});
         self.admin.call("PutRole", body).await.unwrap();
@@ -410,7 +272,8 @@ async fn nothing_that_starts_after_the_acknowledgement_succeeds() {
         attacker.victims.push(client);
     }
     let field = Arc::new(Field::default());
-    *field.target.write() = attacker.prepare(0, None).await;
+    // A round of its own, which is none of those that are judged.
+    *field.target.write() = attacker.prepare(rounds, None).await;
     let hammers: Vec<_> = (0..CONNECTIONS)
         .map(|n| {
             let wire = Wire::another(&attacker.victims[n % VICTIMS]);
@@ -421,7 +284,7 @@ async fn nothing_that_starts_after_the_acknowledgement_succeeds() {
     let mut worked = BTreeSet::new();
     for round in 0..rounds {
         let victim = random.below(VICTIMS);
-        let blow = match round % 9 {
+        let blow = match round % 13 {
             _ if round + VICTIMS > rounds => Blow::RemoveClient(rounds - 1 - round),
             0 => Blow::RevokeKey,
             1 => Blow::RevokeToken(victim),
@@ -431,7 +294,11 @@ async fn nothing_that_starts_after_the_acknowledgement_succeeds() {
             5 => Blow::DisableKey,
             6 => Blow::EmptyRole,
             7 => Blow::RevokeTokens(victim),
-            _ => Blow::RemoveContext(victim),
+            8 => Blow::RemoveContext(victim),
+            9 => Blow::RaiseDecryption,
+            10 => Blow::RaiseEncryption,
+            11 => Blow::Expire,
+            _ => Blow::ExpireForSealing,
         };
         let target = attacker.prepare(round, Some(blow)).await;
         *field.target.write() = target.clone();
@@ -451,6 +318,10 @@ async fn nothing_that_starts_after_the_acknowledgement_succeeds() {
         let after_it = |a: &&Attempt| a.round == round && a.started > acknowledged;
         later += attempts.iter().filter(after_it).count();
         refused += attempts.iter().filter(after_it).filter(|a| !a.succeeded).count();
+        if matches!(blow, Blow::ExpireForSealing) {
+            let opens = |a: &Attempt| a.succeeded && a.form.does() == Does::OpenOld;
+            assert!(attempts.iter().filter(after_it).any(opens), "what may still be opened is not");
+        }
         attacker.mend(blow).await;
     }
     field.stop.store(true, Ordering::SeqCst);
@@ -461,8 +332,10 @@ async fn nothing_that_starts_after_the_acknowledgement_succeeds() {
         "revocation: {rounds} rounds, {later} later calls, {refused} refused, {} succeeded although hit",
         late.len()
     );
-    assert!(late.is_empty(), "{} later calls succeeded, e.g. {:?}", late.len(), late[0]);
-    assert_eq!(worked.len(), FORMS.len(), "only these ever succeeded: {worked:?}");
+    let which: BTreeSet<String> =
+        late.iter().map(|(blow, a)| format!("{:?} after {blow:?}", a.form)).collect();
+    assert!(late.is_empty(), "{} later calls succeeded: {which:?}, e.g. {:?}", late.len(), late[0]);
+    assert_eq!(worked.len(), Form::ALL.len(), "only these ever succeeded: {worked:?}");
     assert_eq!(control, rounds, "in some round nothing succeeded before: the test saw nothing");
     assert!(
         later >= rounds * after / 2 && refused * 4 >= later,

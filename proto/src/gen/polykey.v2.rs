@@ -7763,7 +7763,9 @@ pub mod crypto_service_client {
                 .insert(GrpcMethod::new("polykey.v2.CryptoService", "GetPublicKey"));
             self.inner.unary(req, path, codec).await
         }
-        /// A one-time public key under which material can be imported. Needs `keys:import`.
+        /// A one-time public key under which material can be imported. Needs `keys:import`. Takes an
+        /// `idempotency-key`: the same request gives the same one-time key again, until it is used up or has
+        /// expired (INVALID_ARGUMENT from then on).
         pub async fn get_import_parameters(
             &mut self,
             request: impl tonic::IntoRequest<super::GetImportParametersRequest>,
@@ -8052,7 +8054,9 @@ pub mod crypto_service_server {
             tonic::Response<super::GetPublicKeyResponse>,
             tonic::Status,
         >;
-        /// A one-time public key under which material can be imported. Needs `keys:import`.
+        /// A one-time public key under which material can be imported. Needs `keys:import`. Takes an
+        /// `idempotency-key`: the same request gives the same one-time key again, until it is used up or has
+        /// expired (INVALID_ARGUMENT from then on).
         async fn get_import_parameters(
             &self,
             request: tonic::Request<super::GetImportParametersRequest>,

@@ -2,13 +2,16 @@
 
 use std::ops::Bound;
 
+use data_encoding::HEXLOWER;
 use polykey_hsm::import as protection;
-use polykey_hsm::{KeyMaterial, algorithm, random};
+use polykey_hsm::{KeyMaterial, PublicKey, algorithm, random};
 use polykey_proto::polykey::record::v1::{ImportRecord, audit_event};
 use zeroize::Zeroizing;
 
+use super::super::idempotency::Idempotency;
+use super::super::read::ATTEMPTS;
 use super::Keyring;
-use crate::authz::Resource;
+use crate::authz::{DecisionId, Resource};
 use crate::command::crypto::{GetImportParameters, Import, Protection};
 use crate::context::Context;
 use crate::error::Error;
@@ -65,17 +68,40 @@ fn no_token() -> Error {
 }
 
 impl Keyring {
-    /// Makes a one-time key for an import by this client.
+    /// Makes a one-time key for an import by this client, or gives that of the same request again.
     ///
     /// # Errors
-    /// Whatever forbids it.
+    /// [`Error::Invalid`] if that one can be used no longer; whatever forbids it.
     pub async fn import_parameters(
         &self,
         cx: &Context,
         command: &GetImportParameters,
+        idempotency: Option<&Idempotency>,
     ) -> Result<ImportParameters, Error> {
-        let permit = self.authorize(cx, Resource::Node, command).await?;
+        let decision = self.authorize(cx, Resource::Node, command).await?.decision_id();
         let kind = command.protection;
+        for _ in 0..ATTEMPTS {
+            if let Some(key) = idempotency
+                && let Some(first) = key.recorded(&self.vault, cx).await?
+            {
+                return self.one_time_key_again(cx, kind, &first.text).await;
+            }
+            match self.one_time_key(cx, kind, decision, idempotency).await {
+                // The same request came twice at once.
+                Err(Error::Conflict) => {}
+                made => return made,
+            }
+        }
+        Err(Error::Conflict)
+    }
+
+    async fn one_time_key(
+        &self,
+        cx: &Context,
+        kind: Protection,
+        decision: DecisionId,
+        idempotency: Option<&Idempotency>,
+    ) -> Result<ImportParameters, Error> {
         let all = polykey_storage::all();
         if self.vault.count(space::IMPORTS, all, WAITING).await? >= WAITING {
             return Err(Error::Exhausted { retry_after: std::time::Duration::from_secs(60) });
@@ -86,7 +112,6 @@ impl Keyring {
             .run(Some(cx.caller.client_id()), make)
             .await?
             .map_err(|e| Error::internal(e.to_string()))?;
-        let public = made.public.map(|p| p.spki_der).unwrap_or_default();
         let expires_at = cx.now.plus_seconds(LIFE);
         let id = row(expires_at)?;
         let record = ImportRecord {
@@ -97,19 +122,57 @@ impl Keyring {
         };
         let mut tx = self.vault.begin().await?;
         tx.insert(&id, &record)?;
-        let about = permit.decision_id().to_string();
+        if let Some(key) = idempotency {
+            key.noted(&self.vault, cx, &HEXLOWER.encode(&id)).write(&mut tx).await?;
+        }
+        let about = decision.to_string();
         let outcome = audit_event::Outcome::Success;
         let action = crate::authz::Action::GetImportParameters.name();
         tx.event(cx.origin().event(action, None, outcome, 0, &about).build());
         tx.commit().await?;
-        let raw = public.last_chunk::<32>().copied().unwrap_or_default();
-        Ok(match kind {
+        Ok(self.parameters(kind, made.public, id, expires_at))
+    }
+
+    /// What a request came to the first time.
+    async fn one_time_key_again(
+        &self,
+        cx: &Context,
+        kind: Protection,
+        noted: &str,
+    ) -> Result<ImportParameters, Error> {
+        let damaged = |what: &str| Error::data_loss(format!("{what} without a one-time key"));
+        let id = HEXLOWER.decode(noted.as_bytes()).ok().and_then(|id| Row::try_from(id).ok());
+        let id = id.ok_or_else(|| damaged("an idempotency record"))?;
+        let record = self.vault.get::<ImportRecord>(&id).await?.map(|l| l.record);
+        let record = record.filter(|r| usable(r, cx, kind)).ok_or_else(|| {
+            let text = "gave a one-time key that is used up or has expired; use a new one";
+            Error::invalid("idempotency-key", text)
+        })?;
+        let private = KeyMaterial::from_secret(record.private_key.to_vec())
+            .map_err(|_| damaged("an import record"))?;
+        let public = move || algorithm::public_key(wrapping(kind).algorithm(), &private);
+        let public = self.slow.run(Some(cx.caller.client_id()), public).await?;
+        let public = public.map_err(|_| damaged("an import record"))?;
+        Ok(self.parameters(kind, public, id, Time::from_micros(record.expires_at)))
+    }
+
+    fn parameters(
+        &self,
+        kind: Protection,
+        public: Option<PublicKey>,
+        id: Row,
+        expires_at: Time,
+    ) -> ImportParameters {
+        let public = public.map(|p| p.spki_der).unwrap_or_default();
+        match kind {
             Protection::RsaAes => ImportParameters { public, id, expires_at, info: Vec::new() },
             Protection::Hpke => {
+                // Its key stands at the end of the SubjectPublicKeyInfo.
+                let raw = public.last_chunk::<32>().copied().unwrap_or_default();
                 let info = self.import_info(id).encode(&raw);
                 ImportParameters { public: raw.to_vec(), id, expires_at, info }
             }
-        })
+        }
     }
 
     /// Opens imported material.

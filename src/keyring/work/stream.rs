@@ -2,7 +2,7 @@
 //! piece.
 
 use polykey_hsm::Purpose;
-use polykey_hsm::work::{self, StreamOpener, StreamSealer};
+use polykey_hsm::work::{self, StreamOpener, StreamSealer, WorkError};
 use zeroize::Zeroizing;
 
 use super::cipher::Owned;
@@ -16,7 +16,7 @@ use crate::key::{KeyId, KeyName};
 pub struct Sealing {
     ready: Ready,
     command: EncryptStream,
-    sealer: StreamSealer,
+    sealer: Option<StreamSealer>,
 }
 
 /// Ciphertext on its way back to the plaintext.
@@ -32,22 +32,6 @@ impl Sealing {
     pub fn under(&self) -> (KeyId, u32) {
         (self.ready.key.id, self.ready.number())
     }
-
-    /// The ciphertext of the next piece of plaintext; chunks are held back until they are full.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] beyond 2^32 chunks.
-    pub fn push(&mut self, plaintext: &[u8]) -> Result<Vec<u8>, Error> {
-        self.sealer.push(plaintext).map_err(failed)
-    }
-
-    /// The end of the ciphertext.
-    ///
-    /// # Errors
-    /// As [`Self::push`].
-    pub fn finish(self) -> Result<Vec<u8>, Error> {
-        self.sealer.finish(&[]).map_err(failed)
-    }
 }
 
 impl Opening {
@@ -56,28 +40,20 @@ impl Opening {
     pub fn under(&self) -> (KeyId, u32) {
         (self.ready.key.id, self.ready.number())
     }
+}
 
-    /// The authentic plaintext of the next piece of ciphertext; the last chunk so far is held back.
-    ///
-    /// # Errors
-    /// [`Error::Crypto`] if it does not open.
-    pub fn push(&mut self, ciphertext: &[u8]) -> Result<Zeroizing<Vec<u8>>, Error> {
-        match &mut self.opener {
-            Some(opener) => opener.push(ciphertext).map_err(failed),
-            None => Err(Error::internal("a stream that goes on after its end")),
-        }
-    }
-
-    /// The end of the plaintext.
-    ///
-    /// # Errors
-    /// [`Error::Crypto`] if the ciphertext is not whole.
-    pub fn finish(&mut self) -> Result<Zeroizing<Vec<u8>>, Error> {
-        match self.opener.take() {
-            Some(opener) => opener.finish(&[]).map_err(failed),
-            None => Err(Error::internal("a stream that was finished twice")),
-        }
-    }
+/// Pushes a piece, or ends the stream where there is none.
+fn step<S, T>(
+    stream: &mut Option<S>,
+    piece: Option<&[u8]>,
+    push: impl FnOnce(&mut S, &[u8]) -> Result<T, WorkError>,
+    finish: impl FnOnce(S, &[u8]) -> Result<T, WorkError>,
+) -> Result<T, Error> {
+    let done = match piece {
+        Some(piece) => stream.as_mut().map(|stream| push(stream, piece)),
+        None => stream.take().map(|stream| finish(stream, &[])),
+    };
+    done.ok_or_else(|| Error::internal("a stream that goes on after its end"))?.map_err(failed)
 }
 
 impl Keyring {
@@ -107,7 +83,7 @@ impl Keyring {
             self.work(&ready, 0, move |key| key.seal_stream(&owned.binding(), chunk)).await?;
         let (header, sealer) = begun;
         self.used(cx, &ready, &command.bound.context).await?;
-        Ok((header, Sealing { ready, command: command.clone(), sealer }))
+        Ok((header, Sealing { ready, command: command.clone(), sealer: Some(sealer) }))
     }
 
     /// Begins to decrypt large data.
@@ -141,32 +117,34 @@ impl Keyring {
         Ok(Opening { ready, command: command.clone(), opener })
     }
 
-    /// Whether large data may go on being sealed: the key and version as they are now.
+    /// The ciphertext of the next piece of plaintext, or with none the end, if the caller, the key and
+    /// the version still may. Chunks are held back until they are full.
     ///
     /// # Errors
-    /// The reason why not.
-    pub async fn may_go_on_sealing(&self, cx: &Context, sealing: &Sealing) -> Result<(), Error> {
-        self.may_go_on(cx, &sealing.ready, Use::Seal, &sealing.command).await
-    }
-
-    /// Whether large data may go on being opened.
-    ///
-    /// # Errors
-    /// The reason why not.
-    pub async fn may_go_on_opening(&self, cx: &Context, opening: &Opening) -> Result<(), Error> {
-        self.may_go_on(cx, &opening.ready, Use::Open, &opening.command).await
-    }
-
-    /// Records that a piece of large data did not open, and passes the failure on.
-    ///
-    /// # Errors
-    /// The failure, or that of the trail.
-    pub async fn piece_opened<T>(
+    /// Why they may not; [`Error::Invalid`] beyond 2^32 chunks.
+    pub async fn seal_piece(
         &self,
         cx: &Context,
-        opening: &Opening,
-        result: Result<T, Error>,
-    ) -> Result<T, Error> {
-        self.unopened(cx, &opening.ready, result).await
+        sealing: &mut Sealing,
+        piece: Option<&[u8]>,
+    ) -> Result<Vec<u8>, Error> {
+        self.may_go_on(cx, &sealing.ready, Use::Seal, &sealing.command).await?;
+        step(&mut sealing.sealer, piece, StreamSealer::push, StreamSealer::finish)
+    }
+
+    /// The authentic plaintext of the next piece of ciphertext, or with none the end, likewise. The last
+    /// chunk so far is held back.
+    ///
+    /// # Errors
+    /// Why they may not; [`Error::Crypto`] if it does not open or is not whole, which is recorded.
+    pub async fn open_piece(
+        &self,
+        cx: &Context,
+        opening: &mut Opening,
+        piece: Option<&[u8]>,
+    ) -> Result<Zeroizing<Vec<u8>>, Error> {
+        self.may_go_on(cx, &opening.ready, Use::Open, &opening.command).await?;
+        let opened = step(&mut opening.opener, piece, StreamOpener::push, StreamOpener::finish);
+        self.unopened(cx, &opening.ready, opened).await
     }
 }

@@ -4,11 +4,11 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::Stream;
 use pb::decrypt_stream_request::Part as DecryptPart;
 use pb::encrypt_stream_request::Part as EncryptPart;
 use polykey_hsm::work::STREAM_HEADER_LEN;
 use polykey_proto::polykey::v2 as pb;
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -17,6 +17,7 @@ use super::super::key_service::{Answers, KeyService};
 use super::{CryptoService, number, parse};
 use crate::context::Context;
 use crate::error::Error;
+use crate::keyring::Keyring;
 use crate::keyring::work::{Opening, Sealing};
 use crate::share::Place;
 
@@ -25,10 +26,30 @@ const AHEAD: usize = 1;
 /// How long a message of the caller's is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-fn answers<T: Send + 'static>(
-    stream: impl Stream<Item = Result<T, Status>> + Send + 'static,
-) -> Response<Answers<T>> {
-    Response::new(Box::pin(stream))
+/// One of the two directions: how its messages carry pieces, and what is done with those.
+#[tonic::async_trait]
+trait Direction: Send + 'static {
+    type Ask: Send + 'static;
+    type Answer: Send + 'static;
+
+    /// The piece in a message that is not the first.
+    fn piece(ask: Self::Ask) -> Option<Bytes>;
+
+    /// Works on a piece, or with none on the end. No answer: nothing has come of it yet.
+    async fn step(
+        &mut self,
+        keyring: &Keyring,
+        cx: &Context,
+        piece: Option<&[u8]>,
+    ) -> Result<Option<Self::Answer>, Error>;
+}
+
+/// A large stream: who asks, and what it holds while it is there.
+struct Large<D: Direction> {
+    service: KeyService,
+    admitted: Admitted,
+    incoming: Streaming<D::Ask>,
+    _place: Place<String>,
 }
 
 fn first<T>(missing: Option<T>) -> Result<T, Error> {
@@ -39,127 +60,179 @@ fn again() -> Error {
     Error::invalid("header", "must be the first message alone")
 }
 
-async fn next<T>(
-    incoming: &mut Streaming<T>,
-    answers: &tokio::sync::mpsc::Sender<Result<impl Sized, Status>>,
-) -> Option<Result<T, Status>> {
-    tokio::select! {
-        message = incoming.message() => message.transpose(),
-        () = answers.closed() => None,
+impl<D: Direction> Large<D> {
+    /// Takes a place among the large streams.
+    fn of(service: &CryptoService, request: Request<Streaming<D::Ask>>) -> Result<Self, Error> {
+        let admitted = service.0.admit(&request)?;
+        let client = admitted.context(None, None)?.caller.client_id().to_owned();
+        let none = Error::Exhausted { retry_after: Duration::from_secs(1) };
+        let place = service.1.take(Some(&client)).ok_or(none)?;
+        let incoming = request.into_inner();
+        Ok(Self { service: service.0.clone(), admitted, incoming, _place: place })
+    }
+
+    /// The surroundings of a step, with the authority of its moment.
+    async fn now(&self) -> Result<Context, Error> {
+        self.admitted.again(&self.service.0).await?.context(None, None)
+    }
+
+    /// A message before there is an answer.
+    async fn opening_message(&mut self) -> Result<Option<D::Ask>, Error> {
+        let message = tokio::time::timeout(PATIENCE, self.incoming.message()).await;
+        let message = message.map_err(|_| Error::DeadlineExceeded)?;
+        message.map_err(|_| Error::invalid("header", "is not a message of this call"))
+    }
+
+    /// The next piece, none at the end of the body.
+    async fn next(&mut self) -> Result<Option<Bytes>, Status> {
         // Whoever sends nothing holds a chunk's memory.
-        () = tokio::time::sleep(PATIENCE) => Some(Err(Error::DeadlineExceeded.into())),
+        let message = tokio::time::timeout(PATIENCE, self.incoming.message()).await;
+        match message.map_err(|_| Error::DeadlineExceeded)?? {
+            Some(message) => Ok(Some(D::piece(message).ok_or_else(again)?)),
+            None => Ok(None),
+        }
+    }
+
+    async fn step(&self, work: &mut D, piece: Option<&[u8]>) -> Result<Option<D::Answer>, Status> {
+        let cx = self.now().await?;
+        Ok(work.step(&self.service.0.keyring, &cx, piece).await?)
+    }
+
+    /// Answers piece after piece. `begun` goes before them; `waiting` has been read already.
+    fn run(
+        mut self,
+        mut work: D,
+        begun: Option<D::Answer>,
+        mut waiting: Option<Bytes>,
+    ) -> Response<Answers<D::Answer>> {
+        let (answers, receiver) = mpsc::channel(AHEAD);
+        tokio::spawn(async move {
+            if let Some(begun) = begun
+                && answers.send(Ok(begun)).await.is_err()
+            {
+                return;
+            }
+            loop {
+                let piece = match waiting.take() {
+                    Some(piece) => Ok(Some(piece)),
+                    None => tokio::select! {
+                        piece = self.next() => piece,
+                        () = answers.closed() => return,
+                    },
+                };
+                let (answer, ended) = match piece {
+                    Ok(piece) => (self.step(&mut work, piece.as_deref()).await, piece.is_none()),
+                    Err(status) => (Err(status), true),
+                };
+                let last = ended || answer.is_err();
+                if let Some(answer) = answer.transpose()
+                    && answers.send(answer).await.is_err()
+                {
+                    return;
+                }
+                if last {
+                    return;
+                }
+            }
+        });
+        Response::new(Box::pin(ReceiverStream::new(receiver)))
     }
 }
 
-/// A place among the large streams, while it is held.
-fn place(service: &CryptoService, cx: &Context) -> Result<Place<String>, Error> {
-    let client = cx.caller.client_id().to_owned();
-    let none = Error::Exhausted { retry_after: Duration::from_secs(1) };
-    service.1.take(Some(&client)).ok_or(none)
-}
+/// Plaintext in, ciphertext out.
+struct Encrypting(Sealing);
 
-/// The surroundings of a step, with the authority of its moment.
-async fn now(service: &KeyService, admitted: &Admitted) -> Result<Context, Error> {
-    admitted.again(&service.0).await?.context(None, None)
-}
+#[tonic::async_trait]
+impl Direction for Encrypting {
+    type Ask = pb::EncryptStreamRequest;
+    type Answer = pb::EncryptStreamResponse;
 
-/// The next message of a body that must not end yet.
-async fn opening_message<T>(incoming: &mut Streaming<T>) -> Result<Option<T>, Error> {
-    let message = tokio::time::timeout(PATIENCE, incoming.message()).await;
-    let message = message.map_err(|_| Error::DeadlineExceeded)?;
-    message.map_err(|_| Error::invalid("header", "is not a message of this call"))
+    fn piece(ask: Self::Ask) -> Option<Bytes> {
+        match ask.part {
+            Some(EncryptPart::Plaintext(piece)) => Some(piece),
+            Some(EncryptPart::Header(_)) | None => None,
+        }
+    }
+
+    async fn step(
+        &mut self,
+        keyring: &Keyring,
+        cx: &Context,
+        piece: Option<&[u8]>,
+    ) -> Result<Option<Self::Answer>, Error> {
+        let ciphertext = keyring.seal_piece(cx, &mut self.0, piece).await?;
+        let answer =
+            pb::EncryptStreamResponse { ciphertext: ciphertext.into(), ..Default::default() };
+        Ok((!answer.ciphertext.is_empty()).then_some(answer))
+    }
 }
 
 pub(super) async fn encrypt(
     service: &CryptoService,
     request: Request<Streaming<pb::EncryptStreamRequest>>,
 ) -> Result<Response<Answers<pb::EncryptStreamResponse>>, Error> {
-    let admitted = service.0.admit(&request)?;
-    let place = place(service, &admitted.context(None, None)?)?;
-    let service = service.0.clone();
-    let mut incoming = request.into_inner();
-    let header = match opening_message(&mut incoming).await?.and_then(|m| m.part) {
+    let mut large = Large::<Encrypting>::of(service, request)?;
+    let header = match large.opening_message().await?.and_then(|m| m.part) {
         Some(EncryptPart::Header(header)) => Some(header),
         Some(EncryptPart::Plaintext(_)) | None => None,
     };
     let command = parse::encrypt_stream(first(header)?)?;
-    let cx = now(&service, &admitted).await?;
-    let (header, sealing) = service.0.keyring.encrypt_stream(&cx, &command).await?;
+    let cx = large.now().await?;
+    let (header, sealing) = service.0.0.keyring.encrypt_stream(&cx, &command).await?;
     let (key, version) = sealing.under();
-    let (sender, receiver) = tokio::sync::mpsc::channel(AHEAD);
     let begun = pb::EncryptStreamResponse {
         ciphertext: header.into(),
         key_id: key.to_string(),
         version: number(version),
     };
-    tokio::spawn(async move {
-        let _place = place;
-        if sender.send(Ok(begun)).await.is_err() {
-            return;
+    Ok(large.run(Encrypting(sealing), Some(begun), None))
+}
+
+/// Ciphertext in, plaintext out; the first answer names the key and its version.
+struct Decrypting {
+    opening: Opening,
+    named: bool,
+}
+
+#[tonic::async_trait]
+impl Direction for Decrypting {
+    type Ask = pb::DecryptStreamRequest;
+    type Answer = pb::DecryptStreamResponse;
+
+    fn piece(ask: Self::Ask) -> Option<Bytes> {
+        match ask.part {
+            Some(DecryptPart::Ciphertext(piece)) => Some(piece),
+            Some(DecryptPart::Header(_)) | None => None,
         }
-        let mut sealing = sealing;
-        loop {
-            let answer = match next(&mut incoming, &sender).await {
-                Some(Ok(message)) => {
-                    encrypt_piece(&service, &admitted, &mut sealing, message).await
-                }
-                Some(Err(status)) => Err(status),
-                None if sender.is_closed() => return,
-                None => {
-                    let last = encrypt_end(&service, &admitted, sealing).await;
-                    let _ = sender.send(last.map(ciphertext)).await;
-                    return;
-                }
-            };
-            let failed = answer.is_err();
-            if matches!(&answer, Ok(piece) if piece.is_empty()) {
-                continue;
-            }
-            if sender.send(answer.map(ciphertext)).await.is_err() || failed {
-                return;
-            }
+    }
+
+    async fn step(
+        &mut self,
+        keyring: &Keyring,
+        cx: &Context,
+        piece: Option<&[u8]>,
+    ) -> Result<Option<Self::Answer>, Error> {
+        let plaintext = keyring.open_piece(cx, &mut self.opening, piece).await?;
+        // Nothing may be all there is to say at the end.
+        if plaintext.is_empty() && piece.is_some() {
+            return Ok(None);
         }
-    });
-    Ok(answers(ReceiverStream::new(receiver)))
-}
-
-fn ciphertext(bytes: Vec<u8>) -> pb::EncryptStreamResponse {
-    pb::EncryptStreamResponse { ciphertext: bytes.into(), ..Default::default() }
-}
-
-async fn encrypt_piece(
-    service: &KeyService,
-    admitted: &Admitted,
-    sealing: &mut Sealing,
-    message: pb::EncryptStreamRequest,
-) -> Result<Vec<u8>, Status> {
-    let Some(EncryptPart::Plaintext(plaintext)) = message.part else {
-        return Err(again().into());
-    };
-    let cx = now(service, admitted).await?;
-    service.0.keyring.may_go_on_sealing(&cx, sealing).await?;
-    Ok(sealing.push(&plaintext)?)
-}
-
-async fn encrypt_end(
-    service: &KeyService,
-    admitted: &Admitted,
-    sealing: Sealing,
-) -> Result<Vec<u8>, Status> {
-    let cx = now(service, admitted).await?;
-    service.0.keyring.may_go_on_sealing(&cx, &sealing).await?;
-    Ok(sealing.finish()?)
+        let plaintext = Bytes::copy_from_slice(&plaintext);
+        let mut answer = pb::DecryptStreamResponse { plaintext, ..Default::default() };
+        if !std::mem::replace(&mut self.named, true) {
+            let (key, version) = self.opening.under();
+            (answer.key_id, answer.version) = (key.to_string(), number(version));
+        }
+        Ok(Some(answer))
+    }
 }
 
 pub(super) async fn decrypt(
     service: &CryptoService,
     request: Request<Streaming<pb::DecryptStreamRequest>>,
 ) -> Result<Response<Answers<pb::DecryptStreamResponse>>, Error> {
-    let admitted = service.0.admit(&request)?;
-    let place = place(service, &admitted.context(None, None)?)?;
-    let service = service.0.clone();
-    let mut incoming = request.into_inner();
-    let header = match opening_message(&mut incoming).await?.and_then(|m| m.part) {
+    let mut large = Large::<Decrypting>::of(service, request)?;
+    let header = match large.opening_message().await?.and_then(|m| m.part) {
         Some(DecryptPart::Header(header)) => Some(header),
         Some(DecryptPart::Ciphertext(_)) | None => None,
     };
@@ -167,9 +240,11 @@ pub(super) async fn decrypt(
     // The header of the ciphertext may come in pieces too.
     let mut begin: Vec<u8> = Vec::new();
     while begin.len() < STREAM_HEADER_LEN {
-        match opening_message(&mut incoming).await?.map(|m| m.part) {
-            Some(Some(DecryptPart::Ciphertext(piece))) => begin.extend_from_slice(&piece),
-            Some(Some(DecryptPart::Header(_)) | None) => return Err(again()),
+        match large.opening_message().await? {
+            Some(message) => {
+                let piece = Decrypting::piece(message).ok_or_else(again)?;
+                begin.extend_from_slice(&piece);
+            }
             None => {
                 return Err(Error::invalid("ciphertext", "is not a large Polykey ciphertext"));
             }
@@ -177,72 +252,7 @@ pub(super) async fn decrypt(
     }
     let mut begin = Bytes::from(begin);
     command.header = begin.split_to(STREAM_HEADER_LEN);
-    let cx = now(&service, &admitted).await?;
-    let opening = service.0.keyring.decrypt_stream(&cx, &command).await?;
-    let (key, version) = opening.under();
-    let (sender, receiver) = tokio::sync::mpsc::channel(AHEAD);
-    tokio::spawn(async move {
-        let _place = place;
-        let mut opening = opening;
-        let mut named = Some((key.to_string(), number(version)));
-        let mut waiting = Some(begin);
-        loop {
-            let piece = match waiting.take() {
-                Some(piece) => Some(Ok(Some(DecryptPart::Ciphertext(piece)))),
-                None => next(&mut incoming, &sender).await.map(|m| m.map(|m| m.part)),
-            };
-            let (answer, last) = match piece {
-                Some(Ok(part)) => {
-                    (decrypt_piece(&service, &admitted, &mut opening, part).await, false)
-                }
-                Some(Err(status)) => (Err(status), true),
-                None if sender.is_closed() => return,
-                None => {
-                    let end = decrypt_end(&service, &admitted, &mut opening).await;
-                    let _ = sender.send(end.map(|p| plaintext(&p, named.take()))).await;
-                    return;
-                }
-            };
-            let last = last || answer.is_err();
-            if matches!(&answer, Ok(piece) if piece.is_empty()) {
-                continue;
-            }
-            let answer = answer.map(|piece| plaintext(&piece, named.take()));
-            if sender.send(answer).await.is_err() || last {
-                return;
-            }
-        }
-    });
-    Ok(answers(ReceiverStream::new(receiver)))
-}
-
-fn plaintext(bytes: &[u8], named: Option<(String, i32)>) -> pb::DecryptStreamResponse {
-    let (key_id, version) = named.unwrap_or_default();
-    pb::DecryptStreamResponse { plaintext: Bytes::copy_from_slice(bytes), key_id, version }
-}
-
-async fn decrypt_piece(
-    service: &KeyService,
-    admitted: &Admitted,
-    opening: &mut Opening,
-    part: Option<DecryptPart>,
-) -> Result<zeroize::Zeroizing<Vec<u8>>, Status> {
-    let Some(DecryptPart::Ciphertext(ciphertext)) = part else {
-        return Err(again().into());
-    };
-    let cx = now(service, admitted).await?;
-    service.0.keyring.may_go_on_opening(&cx, opening).await?;
-    let piece = opening.push(&ciphertext);
-    Ok(service.0.keyring.piece_opened(&cx, opening, piece).await?)
-}
-
-async fn decrypt_end(
-    service: &KeyService,
-    admitted: &Admitted,
-    opening: &mut Opening,
-) -> Result<zeroize::Zeroizing<Vec<u8>>, Status> {
-    let cx = now(service, admitted).await?;
-    service.0.keyring.may_go_on_opening(&cx, opening).await?;
-    let end = opening.finish();
-    Ok(service.0.keyring.piece_opened(&cx, opening, end).await?)
+    let cx = large.now().await?;
+    let opening = service.0.0.keyring.decrypt_stream(&cx, &command).await?;
+    Ok(large.run(Decrypting { opening, named: false }, None, Some(begin)))
 }
