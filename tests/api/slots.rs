@@ -252,7 +252,7 @@ async fn changes_of_slots_are_guarded() {
     let first = admin.call_with("AddSlot", add("spare", "spare"), key).await.unwrap().body;
     let again = admin.call_with("AddSlot", add("spare", "spare"), key).await.unwrap().body;
     assert_eq!(first["slot"]["slot_id"], again["slot"]["slot_id"]);
-    refused(admin.call("AddSlot", add("spare", "spare")).await, Code::FailedPrecondition);
+    refused(admin.call("AddSlot", add("spare", "spare")).await, Code::AlreadyExists);
     let stale = json!({"slot_id": "main", "expected_generation": 1});
     refused(admin.call("RemoveSlot", stale).await, Code::Aborted);
     admin.call("RemoveSlot", json!({"slot_id": "main"})).await.unwrap();
