@@ -453,7 +453,7 @@ mod tests {
         fn any_bytes_are_read_without_a_panic(
             bytes in proptest::collection::vec(any::<u8>(), 0..200), framed in any::<bool>()
         ) {
-            let medium = medium();
+            let medium = medium().backend;
             let mut content = bytes.clone();
             if framed {
                 let payload = [&[1; 16], bytes.as_slice()].concat();
