@@ -26,4 +26,5 @@ pub use event::{Draft, Origin, Outcome, anonymous, event};
 pub use read::{EventView, Filter, Order, Page};
 pub use trail::{Options, Status, Trail};
 pub use usage::Access;
+pub(crate) use usage::RECENT;
 pub use verify::{Report, verify_clear, verify_store};

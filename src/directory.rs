@@ -8,6 +8,7 @@ mod admins;
 mod caches;
 mod client;
 mod clients;
+mod logins;
 mod roles;
 #[cfg(test)]
 mod tests;
@@ -38,6 +39,7 @@ pub use client::{
     ApiKeyInfo, Client, ClientState, MAX_IDENTITIES, MAX_PERMISSIONS, MAX_ROLES, is_client_id,
 };
 pub use clients::{Changed, ClientFilter, ClientUpdate, NewClient, RotatedApiKey};
+pub use logins::Logins;
 pub use roles::{MAX_ROLES_DEFINED, Role, is_role_name};
 pub use watermark::Watermark;
 

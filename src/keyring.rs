@@ -18,6 +18,7 @@ mod tests;
 mod uses;
 pub mod work;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -32,7 +33,8 @@ use uuid::Uuid;
 
 use crate::audit::Trail;
 use crate::authz::{
-    Action, Authorized, Authorizer, Command, Denied, KeyFacts, KeyPolicies, Permission, Resource,
+    Action, Authorized, Authorizer, Command, Denied, KeyFacts, KeyPolicies, Permission,
+    PolicyErrors, Resource,
 };
 use crate::cache::Cache;
 use crate::context::Context;
@@ -57,25 +59,21 @@ pub struct Key {
     /// What is stored.
     pub record: KeyRecord,
     facts: KeyFacts,
-    policies: KeyPolicies,
+    policies: Arc<KeyPolicies>,
+}
+
+/// What a stored key is, before its policies are compiled.
+type Known = (KeyId, Algorithm, KeyFacts);
+
+fn known(record: &KeyRecord) -> Result<Known, Error> {
+    let id = KeyId::from_slice(&record.key_id)
+        .ok_or_else(|| Error::data_loss("a key record without an id"))?;
+    let algorithm = key::algorithm(record)
+        .ok_or_else(|| Error::data_loss("a key record of an unknown algorithm"))?;
+    Ok((id, algorithm, facts(record, id, algorithm)))
 }
 
 impl Key {
-    pub(crate) fn new(record: KeyRecord) -> Result<Self, Error> {
-        let id = KeyId::from_slice(&record.key_id)
-            .ok_or_else(|| Error::data_loss("a key record without an id"))?;
-        let algorithm = key::algorithm(&record)
-            .ok_or_else(|| Error::data_loss("a key record of an unknown algorithm"))?;
-        let uuid = Uuid::from_bytes(id.bytes());
-        // They were validated when they were written; an upgrade of the language must not make
-        // a key unreadable in silence.
-        let policies = KeyPolicies::compile(uuid, &record.access_policies).map_err(|e| {
-            Error::data_loss(format!("the policies of key {id} do not compile: {e}"))
-        })?;
-        let facts = facts(&record, id, algorithm);
-        Ok(Self { id, algorithm, record, facts, policies })
-    }
-
     /// The key as authorization sees it.
     #[must_use]
     pub fn facts(&self) -> &KeyFacts {
@@ -132,7 +130,7 @@ pub struct KeyVersion {
     pub blob: bytes::Bytes,
 }
 
-/// Keys whose parsed private parts are remembered.
+/// Keys whose parsed private parts are remembered, and keys whose compiled policies are.
 const PARSED: usize = 1024;
 
 /// What the keyring remembers of rows.
@@ -142,6 +140,8 @@ pub struct KeyCaches {
     versions: Cache<(KeyId, u32), Arc<KeyVersion>>,
     /// Parsed private keys: few, because each is a secret in memory.
     parsed: Cache<KeyId, Arc<work::Parsed>>,
+    /// Compiled policies. They hold for as long as the texts are the same, whatever else changes.
+    policies: Cache<KeyId, Arc<KeyPolicies>>,
     epoch: AtomicU64,
 }
 
@@ -153,6 +153,7 @@ impl KeyCaches {
             keys: Cache::new(capacity),
             versions: Cache::new(capacity),
             parsed: Cache::new(capacity.min(PARSED)),
+            policies: Cache::new(capacity.min(PARSED)),
             epoch: AtomicU64::new(0),
         }
     }
@@ -198,6 +199,7 @@ impl Invalidate for KeyCaches {
         self.keys.clear();
         self.versions.clear();
         self.parsed.clear();
+        self.policies.clear();
         self.epoch.fetch_add(1, Ordering::SeqCst);
     }
 }
@@ -312,7 +314,8 @@ impl Keyring {
         action: Action,
         name: &KeyName,
     ) -> Result<Arc<Key>, Error> {
-        let found = async { self.load(self.resolve(name).await?).await };
+        let client = Some(cx.caller.client_id());
+        let found = async { self.load_for(client, self.resolve(name).await?).await };
         self.or_missing(cx, action, name, found.await).await
     }
 
@@ -333,15 +336,79 @@ impl Keyring {
         found
     }
 
+    /// Has something done that takes longer than the threads of requests are kept: on one for slow
+    /// work, of which a client has a share.
+    ///
+    /// # Errors
+    /// As [`Forge::run`].
+    pub(crate) async fn apart<T: Send + 'static>(
+        &self,
+        client: &str,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        self.slow.run(Some(client), work).await
+    }
+
+    /// The policies of a key, compiled: for a client, of whose share of slow work it is, or for the
+    /// node. The outer error is of the work, the inner one of the texts.
+    pub(super) async fn compiled(
+        &self,
+        client: Option<&str>,
+        id: KeyId,
+        texts: &BTreeMap<String, String>,
+    ) -> Result<Result<Arc<KeyPolicies>, PolicyErrors>, Error> {
+        let uuid = Uuid::from_bytes(id.bytes());
+        if texts.is_empty() {
+            return Ok(Ok(Arc::new(KeyPolicies::none(uuid))));
+        }
+        let cache = &self.caches.policies;
+        if let Some(policies) = cache.get(&id).filter(|policies| policies.are(texts)) {
+            return Ok(Ok(policies));
+        }
+        let ticket = cache.ticket(&id);
+        let texts = texts.clone();
+        let compiled = self.slow.run(client, move || KeyPolicies::compile(uuid, &texts)).await?;
+        Ok(compiled.map(|policies| {
+            let policies = Arc::new(policies);
+            cache.insert(ticket, id, Arc::clone(&policies));
+            policies
+        }))
+    }
+
+    /// A stored key with its policies compiled.
+    pub(crate) async fn key(&self, client: Option<&str>, record: KeyRecord) -> Result<Key, Error> {
+        let known = known(&record)?;
+        self.key_of(client, record, known).await
+    }
+
+    async fn key_of(
+        &self,
+        client: Option<&str>,
+        record: KeyRecord,
+        (id, algorithm, facts): Known,
+    ) -> Result<Key, Error> {
+        // They were validated when they were written; an upgrade of the language must not make
+        // a key unreadable in silence.
+        let policies = self.compiled(client, id, &record.access_policies).await?.map_err(|e| {
+            Error::data_loss(format!("the policies of key {id} do not compile: {e}"))
+        })?;
+        Ok(Key { id, algorithm, record, facts, policies })
+    }
+
     /// Loads a key through the cache.
     pub(crate) async fn load(&self, id: KeyId) -> Result<Arc<Key>, Error> {
+        self.load_for(None, id).await
+    }
+
+    /// As [`Self::load`], for a client.
+    async fn load_for(&self, client: Option<&str>, id: KeyId) -> Result<Arc<Key>, Error> {
         if let Some(key) = self.caches.keys.get(&id) {
             return Ok(key);
         }
         let ticket = self.caches.keys.ticket(&id);
         let row = id.bytes();
         let loaded = Box::pin(self.vault.get::<KeyRecord>(&row)).await?.ok_or(Error::NotFound)?;
-        let key = Arc::new(Key::new(loaded.record)?);
+        let key = Arc::new(Box::pin(self.key(client, loaded.record)).await?);
         self.caches.keys.insert(ticket, id, Arc::clone(&key));
         Ok(key)
     }

@@ -312,9 +312,10 @@ impl Vault {
         self.unread.load(Ordering::Acquire)
     }
 
-    /// Rows that were met since the last whole verification and did not open, at most 1,000.
+    /// Rows that do not open: all that the last whole verification has found, and those met since, of
+    /// which at most 1,000 are counted.
     #[must_use]
-    pub fn damaged(&self) -> usize {
+    pub fn damaged(&self) -> u64 {
         self.damage.count()
     }
 

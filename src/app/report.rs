@@ -47,7 +47,8 @@ pub(super) fn checks(
                 State::Degraded("the store could not be read to the end by its last verification")
             } else if store.damaged() > 0 {
                 State::Degraded(
-                    "stored rows are damaged and left out: `polykey store verify` names them",
+                    "stored rows are damaged and left out: `polykey store verify` counts them and \
+                     names the first 100",
                 )
             } else {
                 State::Serving

@@ -342,7 +342,8 @@ impl Trail {
     }
 
     /// As [`Self::access`], with the last 32 events of the key, oldest first. An event that has no
-    /// leaf yet has `u64::MAX` for its index. That a key was made is not among them.
+    /// leaf yet has `u64::MAX` for its index. That a key was made is not among them: its record says it,
+    /// so that creating a key need not write a row more.
     ///
     /// # Errors
     /// [`Error::Unavailable`] if the store cannot be read.

@@ -458,5 +458,5 @@ pub(crate) async fn flush(held: &impl Held, all: bool) -> Result<(), Error> {
     }
 }
 
-// The row of a key's use is named by the key itself.
+// The row of a key's use is named by the key itself. Those of logins have longer names.
 const _: () = assert!(UsageRecord::SPACE.0 == space::USAGE.0);

@@ -32,8 +32,10 @@ pub struct Report {
     pub checkpoints: u64,
     /// Leaves that a valid checkpoint covers: those behind it are vouched for by nobody.
     pub covered: u64,
-    /// What is wrong; empty if nothing is. At most 100 lines.
+    /// What is wrong; empty if nothing is. The first 100 lines.
     pub findings: Vec<String>,
+    /// How many there are in all.
+    pub found: usize,
     /// Worth knowing, and no fault of the log.
     pub notes: Vec<String>,
 }
@@ -46,6 +48,7 @@ impl Report {
     }
 
     pub(super) fn find(&mut self, text: String) {
+        self.found += 1;
         if self.findings.len() < FINDINGS {
             self.findings.push(text);
         }
@@ -151,9 +154,13 @@ impl<'k> Walk<'k> {
             let text = format!(
                 "a checkpoint covers {ahead} leaves, and there are {size}: the log was truncated"
             );
-            if self.report.findings.len() < FINDINGS {
-                self.report.findings.push(text);
-            }
+            self.report.find(text);
+        }
+        let (found, named) = (self.report.found, self.report.findings.len());
+        if found > named {
+            self.report
+                .notes
+                .push(format!("{found} findings, of which the first {named} are named"));
         }
         self.report.leaves = size;
         self.report.root = BASE64.encode(&self.tree.root());

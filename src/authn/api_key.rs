@@ -10,7 +10,7 @@ use std::fmt;
 use aws_lc_rs::digest::{Context, SHA256};
 use data_encoding::BASE32_NOPAD;
 use polykey_hsm::{MacPurpose, Ring};
-use subtle::ConstantTimeEq;
+use subtle::{ConditionallySelectable, ConstantTimeEq};
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::error::Error;
@@ -97,23 +97,26 @@ pub fn claimed_id(text: &str) -> &str {
     if text.trim_start().starts_with(PREFIX) { "(an API key)" } else { text }
 }
 
-/// Whether `presented` is one of the keys with these MACs. Every MAC is compared, in constant time;
-/// a text that is no API key at all costs the same as a wrong one.
+/// Which of the keys with these MACs `presented` is. Every MAC is compared, in constant time; a text
+/// that is no API key at all costs the same as a wrong one.
 #[must_use]
-pub(crate) fn is_one_of<'a>(
+pub(crate) fn position<'a>(
     ring: &Ring,
     client_id: &str,
     presented: &str,
     macs: impl IntoIterator<Item = &'a [u8]>,
-) -> bool {
+) -> Option<usize> {
     let mut presented_mac = mac(ring, client_id, presented);
     let mut found = subtle::Choice::from(0);
-    for stored in macs {
-        found |= stored.ct_eq(presented_mac.as_slice());
+    let mut at = 0_u64;
+    for (i, stored) in (0_u64..).zip(macs) {
+        let same = stored.ct_eq(presented_mac.as_slice());
+        at.conditional_assign(&i, same);
+        found |= same;
     }
     presented_mac.zeroize();
     // A stored MAC is of a well-formed key, so the form need not be looked at.
-    found.into()
+    bool::from(found).then_some(usize::try_from(at).ok()).flatten()
 }
 
 fn checksum(id: &[u8], secret: &[u8]) -> [u8; CHECKSUM] {
@@ -167,12 +170,12 @@ mod tests {
         let (one, two) = (ApiKey::generate().unwrap(), ApiKey::generate().unwrap());
         let macs = [one.mac(&ring, "a"), two.mac(&ring, "a")];
         let known = |client: &str, key: &str| {
-            is_one_of(&ring, client, key, macs.iter().map(<[u8; 32]>::as_slice))
+            position(&ring, client, key, macs.iter().map(<[u8; 32]>::as_slice))
         };
-        assert!(known("a", one.reveal()) && known("a", two.reveal()));
-        assert!(!known("b", one.reveal()));
-        assert!(!known("a", ApiKey::generate().unwrap().reveal()));
-        assert!(!known("a", ""));
-        assert!(!is_one_of(&ring, "a", one.reveal(), [&[][..]]));
+        assert_eq!((known("a", one.reveal()), known("a", two.reveal())), (Some(0), Some(1)));
+        assert_eq!(known("b", one.reveal()), None);
+        assert_eq!(known("a", ApiKey::generate().unwrap().reveal()), None);
+        assert_eq!(known("a", ""), None);
+        assert_eq!(position(&ring, "a", one.reveal(), [&[][..]]), None);
     }
 }

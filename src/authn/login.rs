@@ -185,28 +185,38 @@ impl Authenticator {
         if proven && let Err(retry_after) = self.logins_by_client.check(&row, now) {
             return Err(Error::Exhausted { retry_after });
         }
+        // What the client is known by: nothing but its certificate, or the API key with this prefix.
         let known = match grant {
-            Grant::Mtls => true,
-            Grant::ApiKey => self.knows_key(&named, credentials.api_key, &record, now),
+            Grant::Mtls => Some(None),
+            Grant::ApiKey => self.known_key(&named, credentials.api_key, &record, now).map(Some),
         };
-        let Some(client) = client.filter(|_| proven && known) else {
+        let (Some(client), Some(api_key)) = (client.filter(|_| proven), known) else {
             if proven {
                 self.logins_by_client.failed(row, now);
             }
             return Err(Error::Unauthenticated);
         };
         tx.pin::<ClientRecord>(&row);
+        self.directory.note_login(&mut tx, &client.id, api_key, now)?;
         self.open_family(tx, &client, attempt, now, event.clone()).await
     }
 
-    fn knows_key(&self, client_id: &str, key: &str, record: &ClientRecord, now: Time) -> bool {
+    /// The prefix of the client's API key, if it is one.
+    fn known_key<'r>(
+        &self,
+        client_id: &str,
+        key: &str,
+        record: &'r ClientRecord,
+        now: Time,
+    ) -> Option<&'r str> {
         let ring = self.directory.vault().ring();
         // Something to compare with, whoever is asked for.
         let dummy = ring.mac(MacPurpose::LoginDummy, &[client_id.as_bytes()]);
-        let live =
+        let mut live =
             record.api_keys.iter().filter(|k| k.expires_at == 0 || k.expires_at > now.micros());
-        let macs = live.map(|k| k.mac.as_ref()).chain([dummy.as_slice()]);
-        api_key::is_one_of(&ring, client_id, key, macs)
+        let macs = live.clone().map(|k| k.mac.as_ref()).chain([dummy.as_slice()]);
+        let at = api_key::position(&ring, client_id, key, macs)?;
+        live.nth(at).map(|k| k.prefix.as_str())
     }
 
     /// The only client that the certificate proves to be.

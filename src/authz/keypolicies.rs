@@ -40,6 +40,13 @@ impl KeyPolicies {
         self.compiled.known.is_empty()
     }
 
+    /// Whether these are what it was compiled from.
+    pub(crate) fn are(&self, texts: &BTreeMap<String, String>) -> bool {
+        let known = self.compiled.known.iter();
+        let known = known.map(|k| (k.id.as_str().strip_prefix("key/"), k.text.as_str()));
+        known.eq(texts.iter().map(|(name, text)| (Some(name.as_str()), text.as_str())))
+    }
+
     /// Compiles name → Cedar text for this key. Each text is exactly one `permit` or `forbid`
     /// whose resource is `resource`, `resource is Key` or `resource == ?resource`; whichever it
     /// is, it becomes a template on `?resource`, linked to this key: no text can reach another.

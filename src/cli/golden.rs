@@ -284,6 +284,7 @@ fn the_node() {
             revision: 5,
             set_hash_ok: true,
             audit_ok: true,
+            problems_found: 1,
         }),
     );
     let job = pb::JobRecord {

@@ -85,6 +85,7 @@ pub(super) struct VerifiedView {
     pub(super) set_hash_ok: bool,
     pub(super) audit_ok: bool,
     pub(super) revision: u64,
+    pub(super) problems_found: u64,
     pub(super) problems: Vec<ProblemView>,
 }
 
@@ -107,6 +108,7 @@ impl From<pb::VerifyStoreResult> for VerifiedView {
             set_hash_ok: r.set_hash_ok,
             audit_ok: r.audit_ok,
             revision: r.revision,
+            problems_found: r.problems_found,
             problems: r.problems.into_iter().map(problem).collect(),
         }
     }
@@ -125,6 +127,10 @@ impl View for VerifiedView {
             ("audit log", whole(self.audit_ok)),
             ("revision", self.revision.to_string()),
         ];
+        if self.problems_found > self.problems.len() as u64 {
+            let (found, named) = (self.problems_found, self.problems.len());
+            fields.push(("problems", format!("{found} found, the first {named} are named")));
+        }
         fields.extend(
             self.problems
                 .iter()

@@ -339,6 +339,10 @@ impl Directory {
         for identity in after.iter().filter(|i| !before.contains(i)) {
             self.claim(&mut tx, identity, id).await?;
         }
+        let gone = |key: &&StoredKey| record.api_keys.iter().all(|kept| kept.prefix != key.prefix);
+        for key in old.record.api_keys.iter().filter(gone) {
+            self.forget_api_key(&mut tx, id, &key.prefix);
+        }
         tx.put(&row, &record)?;
         if admins::is_admin(self, &mut tx, &old.record).await?
             && !admins::is_admin(self, &mut tx, &record).await?

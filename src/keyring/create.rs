@@ -11,7 +11,7 @@ use zeroize::Zeroize;
 use super::plan::{Done, Planned, Prepared, next_rotation};
 use super::rows::{claim_alias, schedule, write_list_rows};
 use super::{Key, KeyVersion, Keyring, wrapped_blob};
-use crate::authz::{KeyPolicies, PolicyErrors, Resource};
+use crate::authz::{PolicyErrors, Resource};
 use crate::command::{CreateKey, Profile, Value, part};
 use crate::context::Context;
 use crate::error::{Error, FieldViolation, Reason};
@@ -91,6 +91,7 @@ impl Keyring {
             convergent: *convergent,
             rotate_after_uses: *rotate_after_uses,
             max_uses: *max_uses,
+            correlation_id: cx.correlation_id.clone(),
             ..KeyRecord::default()
         };
         if let Some(prefix) = prefix {
@@ -105,23 +106,24 @@ impl Keyring {
         cx: &Context,
         command: &CreateKey,
     ) -> Result<Prepared, Error> {
-        let draft = Self::draft(cx, command, KeyId::mint(cx.now));
+        let id = KeyId::mint(cx.now);
+        let draft = Self::draft(cx, command, id);
         self.authorize_create(cx, command, &draft).await?;
         if command.profile == Profile::Hardened {
             return Err(Error::State(Reason::ProfileUnavailable));
         }
-        let uuid = crate::ids::at(cx.now);
-        KeyPolicies::compile(uuid, &command.policies)
+        let client = Some(cx.caller.client_id());
+        self.compiled(client, id, &command.policies)
+            .await?
             .map_err(|e| policy_violations("access_policies", &e))?;
         if let Some(import) = &command.import {
-            return Ok(Prepared::Material(self.imported(cx, command.algorithm, import).await?));
+            return Ok(Prepared::Key(id, self.imported(cx, command.algorithm, import).await?));
         }
         let params = GenerationParams {
             supplied: command.value.as_ref().map(supplied).transpose()?,
             prefix: command.prefix.clone(),
         };
-        let client = Some(cx.caller.client_id());
-        Ok(Prepared::Material(self.forge.make(client, command.algorithm, params).await?))
+        Ok(Prepared::Key(id, self.forge.make(client, command.algorithm, params).await?))
     }
 
     async fn authorize_create(
@@ -149,10 +151,10 @@ impl Keyring {
         command: &CreateKey,
         prepared: &Prepared,
     ) -> Result<Planned, Error> {
-        let Prepared::Material(made) = prepared else {
+        let Prepared::Key(id, made) = prepared else {
             return Err(Error::internal("no material was made"));
         };
-        let id = KeyId::mint(cx.now);
+        let id = *id;
         let mut record = Self::draft(cx, command, id);
         let (decision, action) = self.authorize_create(cx, command, &record).await?;
         if let Some(import) = &command.import {
@@ -166,7 +168,7 @@ impl Keyring {
         if let Some(alias) = &command.alias {
             claim_alias(tx, alias, id, cx.now).await?;
         }
-        let key = Key::new(record)?;
+        let key = self.key(Some(cx.caller.client_id()), record).await?;
         tx.insert(&id.bytes(), &key.record)?;
         write_list_rows(tx, None, &key.record, id)?;
         let made = (made, key.record.origin);

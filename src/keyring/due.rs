@@ -40,7 +40,10 @@ impl Keyring {
         let id = KeyId::from_slice(&job.key_id)
             .ok_or_else(|| Error::data_loss("a job without a key"))?;
         let loaded = tx.get::<KeyRecord>(&id.bytes()).await?;
-        let key = loaded.map(|l| Key::new(l.record)).transpose()?;
+        let key = match loaded {
+            None => None,
+            Some(loaded) => Some(self.key(None, loaded.record).await?),
+        };
         let mut more = false;
         if let Some(key) = key {
             let effect = match job.kind() {

@@ -33,23 +33,34 @@ pub struct Idempotency {
 /// What is written down of a request in the transaction of its change.
 #[derive(Clone, Debug)]
 pub struct Remember {
-    row: Vec<u8>,
+    rows: [Vec<u8>; 3],
     record: IdempotencyRecord,
 }
 
 impl Remember {
-    /// Writes it, unless the same key was used meanwhile.
+    /// Writes it, unless the same key was used within a day: of two such transactions at once only
+    /// one is committed, on whichever days they began.
     ///
     /// # Errors
     /// [`Error::Conflict`] if it was.
     pub(crate) async fn write(&self, tx: &mut Tx<'_>) -> Result<(), Error> {
-        if let Some(found) = tx.get::<IdempotencyRecord>(&self.row).await?
-            && found.record.created_at.saturating_add(DAY * 1_000_000) > self.record.created_at
-        {
-            return Err(Error::Conflict);
+        let now = Time::from_micros(self.record.created_at);
+        for row in &self.rows {
+            if let Some(found) = tx.get::<IdempotencyRecord>(row).await?
+                && counts(&found.record, now)
+            {
+                return Err(Error::Conflict);
+            }
+            tx.pin::<IdempotencyRecord>(row);
         }
-        tx.put(&self.row, &self.record)
+        let [today, ..] = &self.rows;
+        tx.put(today, &self.record)
     }
+}
+
+/// Whether a record still answers for its request.
+fn counts(record: &IdempotencyRecord, now: Time) -> bool {
+    Time::from_micros(record.created_at).plus_seconds(DAY) > now
 }
 
 fn row(vault: &Vault, cx: &Context, key: &Idempotency, day: i64) -> Vec<u8> {
@@ -62,12 +73,12 @@ fn row(vault: &Vault, cx: &Context, key: &Idempotency, day: i64) -> Vec<u8> {
     row
 }
 
-/// The days under which a record that is less than a day old may stand, the present one first. A
-/// request that takes long is written under the day on which it began, which may be the one before
-/// or (seen from that request) after that of its repetition.
-fn days(cx: &Context) -> [i64; 3] {
+/// The rows of the days under which a record that is less than a day old may stand, that of the
+/// present one first. A request that takes long is written under the day on which it began, which may
+/// be the one before or (seen from that request) after that of its repetition.
+fn rows(vault: &Vault, cx: &Context, key: &Idempotency) -> [Vec<u8>; 3] {
     let today = cx.now.seconds() / DAY;
-    [today, today - 1, today + 1]
+    [today, today - 1, today + 1].map(|day| row(vault, cx, key, day))
 }
 
 fn request_mac(vault: &Vault, key: &Idempotency) -> [u8; 32] {
@@ -85,7 +96,7 @@ impl Idempotency {
             text: text.to_owned(),
             ..IdempotencyRecord::default()
         };
-        Remember { row: row(vault, cx, self, cx.now.seconds() / DAY), record }
+        Remember { rows: rows(vault, cx, self), record }
     }
 
     /// What became of an earlier request with the same key, if there was one in the last 24 hours.
@@ -97,11 +108,10 @@ impl Idempotency {
         vault: &Vault,
         cx: &Context,
     ) -> Result<Option<IdempotencyRecord>, Error> {
-        for day in days(cx) {
-            let row = row(vault, cx, self, day);
+        for row in rows(vault, cx, self) {
             let Some(found) = vault.get::<IdempotencyRecord>(&row).await? else { continue };
             let record = found.record;
-            if Time::from_micros(record.created_at).plus_seconds(DAY) <= cx.now {
+            if !counts(&record, cx.now) {
                 continue;
             }
             if !bool::from(record.request.as_ref().ct_eq(request_mac(vault, self).as_slice())) {
@@ -122,20 +132,6 @@ impl Idempotency {
         cx: &Context,
         done: &Done,
     ) -> Result<(), Error> {
-        let [today, ..] = days(cx);
-        for day in days(cx) {
-            let row = row(tx.vault(), cx, self, day);
-            if let Some(found) = tx.get::<IdempotencyRecord>(&row).await?
-                && Time::from_micros(found.record.created_at).plus_seconds(DAY) > cx.now
-            {
-                return Err(Error::Conflict);
-            }
-            // Of the same request on both sides of midnight only one is carried out.
-            if day != today {
-                tx.pin::<IdempotencyRecord>(&row);
-            }
-        }
-        let row = row(tx.vault(), cx, self, today);
         let record = IdempotencyRecord {
             request: request_mac(tx.vault(), self).to_vec().into(),
             method: self.method.to_owned(),
@@ -146,7 +142,7 @@ impl Idempotency {
             grace_until: done.grace_until.map_or(0, Time::micros),
             text: done.erased.to_string(),
         };
-        tx.put(&row, &record)
+        Remember { rows: rows(tx.vault(), cx, self), record }.write(tx).await
     }
 }
 

@@ -37,9 +37,9 @@ pub struct Page {
     pub keys: Vec<MetadataView>,
     /// Where the next page begins; empty = this was the last.
     pub next: String,
-    /// Keys the caller may see, exact up to 10,000.
+    /// Keys the caller may see, exact up to 10,000, damaged ones included.
     pub total: u32,
-    /// Those of them that match, exact up to 10,000.
+    /// Those of them that match, exact up to 10,000. A damaged list row matches no filter.
     pub filtered: u32,
     /// Keys that stand where this page does and are left out, because what is stored of them is damaged.
     pub damaged: u32,
@@ -202,17 +202,10 @@ impl Keyring {
     ) -> Result<Vec<Result<Option<MetadataView>, Error>>, Error> {
         let at = self.vault.steady().await?;
         let rows: Vec<Vec<u8>> = ids.iter().map(|id| id.bytes().to_vec()).collect();
-        let visible = |loaded: Option<Loaded<KeyRecord>>| {
-            let key = loaded.map(|loaded| Key::new(loaded.record)).transpose()?;
-            // The list row and the key may be of different moments: visibility is asked of the key.
-            let key = key.filter(|key| crate::authz::visible(&cx.caller.facts, key.facts()));
-            let Some(key) = key else { return Ok(None) };
-            let version = key::pick_version(&key.record, 0).map_err(Error::State)?;
-            Ok(Some((key, version)))
-        };
-        let keys = self.vault.get_many::<KeyRecord>(&at, &rows).await?;
-        let keys: Vec<Result<Option<(Key, Version)>, Error>> =
-            keys.into_iter().map(|loaded| visible(loaded?)).collect();
+        let mut keys = Vec::with_capacity(ids.len());
+        for loaded in self.vault.get_many::<KeyRecord>(&at, &rows).await? {
+            keys.push(self.seen(cx, loaded).await);
+        }
         let there = || keys.iter().flatten().flatten();
         let rows: Vec<Vec<u8>> = there().map(|(key, v)| version_row(key.id, *v)).collect();
         let versions = self.vault.get_many::<VersionRecord>(&at, &rows).await?;
@@ -247,6 +240,23 @@ impl Keyring {
             );
         }
         Ok(views)
+    }
+
+    /// A key of a list, and its primary version. The list row and the key may be of different moments:
+    /// visibility is asked of the key, before anything is done for it.
+    async fn seen(
+        &self,
+        cx: &Context,
+        loaded: Result<Option<Loaded<KeyRecord>>, Error>,
+    ) -> Result<Option<(Key, Version)>, Error> {
+        let Some(Loaded { record, .. }) = loaded? else { return Ok(None) };
+        let known = super::known(&record)?;
+        if !crate::authz::visible(&cx.caller.facts, &known.2) {
+            return Ok(None);
+        }
+        let key = self.key_of(Some(cx.caller.client_id()), record, known).await?;
+        let version = key::pick_version(&key.record, 0).map_err(Error::State)?;
+        Ok(Some((key, version)))
     }
 
     /// The keys of a page.

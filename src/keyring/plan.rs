@@ -53,6 +53,8 @@ pub struct Done {
 pub(super) enum Prepared {
     Nothing,
     Material(Generated),
+    /// The id and the material of a new key.
+    Key(KeyId, Generated),
 }
 
 /// One planned change, before its commit.
@@ -237,7 +239,7 @@ impl Keyring {
             return self.plan_create(cx, tx, command, prepared).await;
         }
         let name = mutation.key().ok_or_else(|| Error::internal("a change of no key"))?;
-        let found = self.load_in(tx, &name).await;
+        let found = self.load_in(cx, tx, &name).await;
         let key = self.or_missing(cx, mutation.action(), &name, found).await?;
         let now = cx.now;
         match mutation {
@@ -258,12 +260,14 @@ impl Keyring {
                 let permit = self.authorize(cx, key.resource(), part).await?;
                 expect(&key, command.expected)?;
                 let after = update(tx, &key, permit.command().0, now)?;
+                self.check_policies(cx, &key, &after).await?;
                 self.changed(cx, tx, &key, after, &permit).await
             }
             Mutation::Update(command) => {
                 let permit = self.authorize(cx, key.resource(), &**command).await?;
                 expect(&key, command.expected)?;
                 let after = update(tx, &key, permit.command(), now)?;
+                self.check_policies(cx, &key, &after).await?;
                 self.changed(cx, tx, &key, after, &permit).await
             }
             Mutation::Enable(command) => {
@@ -329,7 +333,12 @@ impl Keyring {
     }
 
     /// Loads a key inside a transaction. An alias that moves meanwhile makes the commit fail.
-    pub(super) async fn load_in(&self, tx: &mut Tx<'_>, name: &KeyName) -> Result<Key, Error> {
+    pub(super) async fn load_in(
+        &self,
+        cx: &Context,
+        tx: &mut Tx<'_>,
+        name: &KeyName,
+    ) -> Result<Key, Error> {
         let id = match name {
             KeyName::Id(id) => *id,
             KeyName::Alias(alias) => {
@@ -341,11 +350,23 @@ impl Keyring {
             }
         };
         let loaded = tx.get::<KeyRecord>(&id.bytes()).await?.ok_or(Error::NotFound)?;
-        let mut key = Key::new(loaded.record)?;
+        let mut key = self.key(Some(cx.caller.client_id()), loaded.record).await?;
         if tx.is_pending::<KeyRecord>(&id.bytes()) {
             key.facts.revision = 0;
         }
         Ok(key)
+    }
+
+    /// Whether the policies that a key would have hold together.
+    async fn check_policies(
+        &self,
+        cx: &Context,
+        key: &Key,
+        after: &KeyRecord,
+    ) -> Result<(), Error> {
+        let client = Some(cx.caller.client_id());
+        let compiled = self.compiled(client, key.id, &after.access_policies).await?;
+        compiled.map(drop).map_err(|e| super::create::policy_violations("policies_to_update", &e))
     }
 
     /// Writes a changed key with the rows that follow from it, and makes its event.
@@ -361,7 +382,7 @@ impl Keyring {
         after.revision += 1;
         write_list_rows(tx, Some(&before.record), &after, before.id)?;
         tx.put(&before.id.bytes(), &after)?;
-        let after = Arc::new(Key::new(after)?);
+        let after = Arc::new(self.key(Some(cx.caller.client_id()), after).await?);
         let event = self.event::<C>(cx, &after, None, permit);
         let done = Done {
             key: after,
@@ -406,7 +427,7 @@ impl Keyring {
         let mut beside = None;
         if *moves {
             let name = KeyName::Alias(alias.clone());
-            let found = self.load_in(tx, &name).await;
+            let found = self.load_in(cx, tx, &name).await;
             let old = self.or_missing(cx, Action::DeleteAlias, &name, found).await?;
             // Taking the name away from the old key is a change of that key too.
             let gone = DeleteAlias { alias: alias.clone() };
@@ -628,8 +649,5 @@ fn update(tx: &mut Tx<'_>, key: &Key, command: &UpdateKey, now: Time) -> Result<
     crate::limits::tags(&mut v, "tags_to_add", &after.tags);
     crate::limits::contexts(&mut v, "contexts_to_add", &after.authorized_contexts);
     v.finish()?;
-    let uuid = uuid::Uuid::from_bytes(key.id.bytes());
-    crate::authz::KeyPolicies::compile(uuid, &after.access_policies)
-        .map_err(|e| super::create::policy_violations("policies_to_update", &e))?;
     Ok(after)
 }

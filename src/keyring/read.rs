@@ -12,14 +12,28 @@ use polykey_storage::Direction;
 use prost::Message;
 use zeroize::Zeroizing;
 
+use super::create::IMPORTED;
 use super::{Key, KeyVersion, Keyring, Shown};
-use crate::audit::Access;
+use crate::audit::{Access, RECENT};
 use crate::authz::{Action, Authorized, Command, DecisionId};
 use crate::command::{Export, GetKey, GetMetadata, part};
 use crate::context::Context;
 use crate::error::{Error, Reason};
 use crate::key::{self, KeyName, Version};
 use crate::time::Time;
+
+/// The making of a key as its history shows it.
+fn made(record: &KeyRecord) -> HistoryEntry {
+    let action = if record.origin == IMPORTED { Action::ImportKey } else { Action::CreateKey };
+    HistoryEntry {
+        time: record.created_at,
+        client_id: record.creator.clone(),
+        action: action.name().to_owned(),
+        success: true,
+        correlation_id: record.correlation_id.clone(),
+        leaf: 0,
+    }
+}
 
 /// How often a read begins again because keys were changing under it.
 pub(super) const ATTEMPTS: usize = 8;
@@ -48,7 +62,7 @@ pub struct MetadataView {
     pub usage: Access,
     /// A MAC over the record, hex.
     pub checksum: String,
-    /// Its last uses, newest first, if asked for.
+    /// The last 32 things that happened to it, newest first, if asked for.
     pub history: Vec<HistoryEntry>,
     /// The policies that can apply to it, if asked for.
     pub policies: Vec<PolicyView>,
@@ -275,6 +289,11 @@ impl Keyring {
         if command.history {
             let usage: UsageRecord = self.trail.usage(&key.id).await?;
             view.history = usage.recent.into_iter().rev().collect();
+            // The making of a key is the first of its events, and stands in its record: where the
+            // last ones are not all, it is not among them.
+            if view.history.len() < RECENT {
+                view.history.push(made(&key.record));
+            }
         }
         if command.policies {
             view.policies = self.authorizer().policy_details(key.facts(), key.policies());

@@ -116,7 +116,7 @@ impl Keyring {
             let made = match prepared {
                 Prepared::Material(made) => made,
                 // The staged version that was to be promoted is gone: somebody was faster.
-                Prepared::Nothing => {
+                Prepared::Nothing | Prepared::Key(..) => {
                     made = self.material_for(cx, &key, command).await?;
                     &made
                 }

@@ -454,12 +454,14 @@ pub(super) async fn update_metadata(
     let mode = mode(m.atomic, m.continue_on_error)?;
     check_count(m.keys.len())?;
     let ids: Vec<String> = m.keys.iter().map(|k| k.key_id.clone()).collect();
-    let item = |k: pb::UpdateKeyMetadataItem| {
+    let slow = m.keys.iter().any(|k| !k.policies_to_update.is_empty());
+    let from = admitted.times_from();
+    let item = move |k: pb::UpdateKeyMetadataItem| {
         let bytes = k.encode_to_vec();
-        let parsed = parse::update(unary_update(k), admitted.times_from());
+        let parsed = parse::update(unary_update(k), from);
         (parsed.map(|c| Mutation::Update(Box::new(c))), bytes)
     };
-    let items = m.keys.into_iter().map(item).collect();
+    let items = service.read(&cx, slow, move || m.keys.into_iter().map(item).collect()).await?;
     let method = "BatchUpdateKeyMetadata";
     let items = service.change_all(&cx, &admitted, mode, method, items).await;
     let (successful_count, failed_count) = counts(&items);

@@ -43,6 +43,16 @@ impl KeyService {
         Ok(Admitted { trail: Some(Arc::clone(&self.0.trail)), ..admitted })
     }
 
+    /// Reads what a request means: a `slow` one (it has policies to compile) on a thread for that.
+    pub(crate) async fn read<T: Send + 'static>(
+        &self,
+        cx: &Context,
+        slow: bool,
+        read: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        if slow { self.0.keyring.apart(cx.caller.client_id(), read).await } else { Ok(read()) }
+    }
+
     /// One change, as every single call does it.
     pub(crate) async fn change(
         &self,
@@ -196,7 +206,9 @@ impl pb::polykey_service_server::PolykeyService for KeyService {
         let cx = admitted.context(m.requester_context.as_ref(), None)?;
         parse::revision_twin(&mut m.expected_revision, &metadata)?;
         let bytes = encoded(&m, |m| m.requester_context = None);
-        let mutation = Mutation::Update(Box::new(parse::update(m, admitted.times_from())?));
+        let (slow, from) = (!m.policies_to_update.is_empty(), admitted.times_from());
+        let update = self.read(&cx, slow, move || parse::update(m, from)).await??;
+        let mutation = Mutation::Update(Box::new(update));
         let (_, view) = self.change(&cx, &admitted, &mutation, "UpdateKeyMetadata", bytes).await?;
         Ok(with_revision((), &view))
     }

@@ -116,14 +116,18 @@ async fn change(
     service: &KeyService,
     admitted: &Admitted,
     requester: Option<&pb::RequesterContext>,
-    parsed: impl FnOnce(crate::time::Time) -> Result<Mutation, Error> + Send,
+    (slow, parsed): (
+        bool,
+        impl FnOnce(crate::time::Time) -> Result<Mutation, Error> + Send + 'static,
+    ),
     method: &'static str,
     request: Vec<u8>,
     sequence: i64,
 ) -> Item<Changed> {
     let attempt = async {
         let cx = admitted.context(requester, None)?;
-        let mutation = parsed(admitted.times_from())?;
+        let from = admitted.times_from();
+        let mutation = service.read(&cx, slow, move || parsed(from)).await??;
         let key = admitted.once(method, u32::try_from(sequence).unwrap_or(u32::MAX), request);
         let done = Box::pin(service.0.keyring.mutate(&cx, &mutation, key.as_ref())).await?;
         let view = service.0.keyring.view_done(&cx, &done).await.map_err(after_commit)?;
@@ -142,7 +146,7 @@ fn missing<T>() -> Item<T> {
 macro_rules! operation {
     ($name:ident, $Ask:ident, $Answer:ident, $oneof:ident, $id:ident, $method:literal,
      |$sequence:ident, $key:ident| $ident:expr,
-     |$m:ident, $now:ident| $parse:expr,
+     |$m:ident, $now:ident| $parse:expr, slow if $slow:expr,
      |$done:ident| $success:expr) => {
         /// The stream of this operation.
         pub(super) struct $name;
@@ -168,7 +172,7 @@ macro_rules! operation {
                     service,
                     admitted,
                     requester.as_ref(),
-                    move |$now| $parse,
+                    ($slow, move |$now| $parse),
                     $method,
                     bytes,
                     sequence,
@@ -205,6 +209,7 @@ operation!(
     "StreamCreateKeys",
     |sequence, _key| i32::try_from(sequence).unwrap_or(i32::MAX),
     |m, now| parse::create(m, now).map(|c| Mutation::Create(Box::new(c))),
+    slow if false,
     |done| convert::create_response(&done.0, &done.1, done.0.at)
 );
 operation!(
@@ -216,6 +221,7 @@ operation!(
     "StreamRotateKeys",
     |_sequence, key| key,
     |m, now| parse::rotate(m, now).map(Mutation::Rotate),
+    slow if false,
     |done| convert::rotate_response(&done.0, &done.1)
 );
 operation!(
@@ -227,6 +233,7 @@ operation!(
     "StreamRevokeKeys",
     |_sequence, key| key,
     |m, now| parse::revoke(m, now).map(Mutation::Revoke),
+    slow if false,
     |_done| true
 );
 operation!(
@@ -238,6 +245,7 @@ operation!(
     "StreamUpdateKeyMetadata",
     |_sequence, key| key,
     |m, now| parse::update(m, now).map(|c| Mutation::Update(Box::new(c))),
+    slow if !m.policies_to_update.is_empty(),
     |_done| true
 );
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use polykey_hsm::Ring;
-use polykey_storage::{Commit, CommitError, Revision, RowKey, Store};
+use polykey_storage::{Commit, CommitError, Health, Revision, RowKey, Store};
 use tokio::sync::{mpsc, oneshot};
 
 use super::head::{Head, LeafEvents, Leaves, Sealing};
@@ -224,7 +224,12 @@ impl Writer {
                 Error::OutcomeUnknown { internal: cause.to_string() }
             }
             CommitError::ReadOnly | CommitError::Store(_) => {
-                tracing::error!(%error, "the store refused a commit; reopening it");
+                // What closed it may have failed nothing: then nobody else has told of it.
+                let cause = match self.store.status().health {
+                    Health::NeedsReopen(cause) => cause.to_string(),
+                    Health::Ready => String::new(),
+                };
+                tracing::error!(%error, cause, "the store refused a commit; reopening it");
                 self.writable.store(false, Ordering::Release);
                 Error::unavailable(error.to_string())
             }

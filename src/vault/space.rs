@@ -65,7 +65,7 @@ records! {
     JOBS = 13 { JobRecord = 31 }
     /// Idempotency: `day (u32 BE) ‖ MAC(client, key, item)`.
     IDEMPOTENCY = 14 { IdempotencyRecord = 32 }
-    /// Use of keys: `key id`.
+    /// Use of keys: `key id`. Last logins: `MAC(client id)`, `MAC(client id, API key prefix)`.
     USAGE = 15 { UsageRecord = 33 }
     /// One-time keys for imports: `expires at (u64 BE, µs) ‖ 16 random bytes`.
     IMPORTS = 16 { ImportRecord = 34 }

@@ -277,6 +277,42 @@ async fn every_flipped_bit_of_a_record_is_found_out() {
     assert_eq!(findings(&reopen(&store, &ring).await.unwrap()).await, Vec::<String>::new());
 }
 
+#[tokio::test]
+async fn damage_is_counted_beyond_what_is_named() {
+    let store: Arc<dyn Store> = Arc::new(Memory::new().unwrap());
+    let (vault, ring) = create(Arc::clone(&store)).await;
+    let names: Vec<[u8; 4]> = (0..1_200_u32).map(u32::to_be_bytes).collect();
+    let mut tx = vault.begin().await.unwrap();
+    for name in &names {
+        tx.insert(name, &alias("value")).unwrap();
+    }
+    tx.commit().await.unwrap();
+    for name in &names {
+        let mut value = raw(&*store, name).await;
+        *value.last_mut().unwrap() ^= 1;
+        overwrite(&*store, space::ALIASES, name, value).await;
+    }
+    drop(vault);
+    let vault = reopen(&store, &ring).await.unwrap();
+    assert!(is_lost(&vault, &names[0]).await);
+    assert_eq!(vault.damaged(), 1);
+    let report = vault.verify(true, |_| ()).await.unwrap();
+    assert_eq!((report.found, report.damaged, report.findings.len()), (1_200, 1_200, 100));
+    assert_eq!(vault.damaged(), 1_200);
+    // What is met again is not counted again.
+    assert!(is_lost(&vault, &names[0]).await && is_lost(&vault, &names[1_199]).await);
+    assert_eq!(vault.damaged(), 1_200);
+    // One record that is damaged in two ways is one.
+    for name in &names[1..] {
+        store
+            .commit(vec![Commit::new().delete(space::ALIASES, *name)], &mut NoFinish)
+            .await
+            .unwrap();
+    }
+    overwrite(&*store, space::ALIASES, &names[0], b"x".to_vec()).await;
+    assert_eq!(reopen(&store, &ring).await.unwrap().verify(true, |_| ()).await.unwrap().damaged, 1);
+}
+
 /// A store whose reads fail until it is reopened, once told so.
 struct Blind {
     inner: Arc<dyn Store>,

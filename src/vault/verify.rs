@@ -14,7 +14,7 @@ use polykey_storage::{Direction, RowKey, Space};
 use super::head::{Head, set_element};
 use super::space::{self, Record, meta};
 use super::tree::{Frontier, leaf_hash};
-use super::{Vault, seal};
+use super::{Vault, damage, seal};
 use crate::error::Error;
 
 /// How far a verification is.
@@ -33,12 +33,16 @@ pub struct VerifyReport {
     pub rows: u64,
     /// Audit leaves among them.
     pub leaves: u64,
-    /// What is wrong; empty if nothing is. At most 100 lines.
+    /// What is wrong; empty if nothing is. The first 100 lines.
     pub findings: Vec<String>,
+    /// How many there are in all.
+    pub found: u64,
     /// The row that each finding is about, where it is about one.
     pub at: Vec<Option<RowKey>>,
     /// Rows that are damaged, those beyond the findings kept included.
     pub damaged: u64,
+    /// The first 1,000 of them.
+    pub rows_damaged: BTreeSet<RowKey>,
     /// Whether the rows are not those the head counts.
     pub foreign_rows: bool,
     /// Whether the audit log is not the one the head names, or a leaf of it does not open.
@@ -48,7 +52,11 @@ pub struct VerifyReport {
 impl VerifyReport {
     fn damage(&mut self, row: &RowKey, text: String) {
         self.damaged += 1;
-        if self.findings.len() < 100 {
+        self.found += 1;
+        if self.rows_damaged.len() < damage::MOST {
+            self.rows_damaged.insert(row.clone());
+        }
+        if self.findings.len() < FINDINGS {
             self.findings.push(text);
             self.at.push(Some(row.clone()));
         }
@@ -61,7 +69,8 @@ impl VerifyReport {
     }
 
     fn find(&mut self, text: String) {
-        if self.findings.len() < 100 {
+        self.found += 1;
+        if self.findings.len() < FINDINGS {
             self.findings.push(text);
             self.at.push(None);
         }
@@ -69,6 +78,8 @@ impl VerifyReport {
 }
 
 const STEP: usize = 1024;
+/// Findings that are named; the others are counted.
+const FINDINGS: usize = 100;
 
 impl Vault {
     /// Compares every row of one snapshot with the head of that snapshot. With `open`, every row
@@ -87,16 +98,21 @@ impl Vault {
         self.unread.store(report.is_err(), Ordering::Release);
         let report = report?;
         if open {
-            let rows: BTreeSet<RowKey> = report.at.iter().flatten().cloned().collect();
-            self.damage.settle(rows);
+            self.damage.settle(report.rows_damaged.clone(), report.damaged);
         }
         if report.stops() {
             self.intact.store(false, Ordering::Release);
         }
-        if !report.findings.is_empty() {
-            for finding in &report.findings {
-                tracing::error!(finding, "the store failed its verification");
-            }
+        for finding in &report.findings {
+            tracing::error!(finding, "the store failed its verification");
+        }
+        if report.found > report.findings.len() as u64 {
+            let (found, named) = (report.found, report.findings.len());
+            tracing::error!(
+                found,
+                named,
+                "the store failed its verification in more places than are named"
+            );
         }
         Ok(report)
     }
@@ -149,6 +165,7 @@ impl Vault {
                         continue;
                     }
                     report.rows += 1;
+                    let mut wrong = None;
                     match seal::counter_of(space, &entry.value) {
                         Ok(counter) => {
                             let element = set_element(&ring, &row, counter);
@@ -156,12 +173,14 @@ impl Vault {
                                 *byte ^= other;
                             }
                         }
-                        Err(text) => report.damage(&row, text),
+                        Err(text) => wrong = Some(text),
                     }
                     if open && let Err(error) = open_any(&sealer, &row, &entry.value) {
-                        let text = error.internal_text().unwrap_or("does not open").to_owned();
-                        report.damage(&row, format!("row {row:?}: {text}"));
+                        wrong = Some(error.internal_text().unwrap_or("does not open").to_owned());
                         report.foreign_log |= space == space::AUDIT;
+                    }
+                    if let Some(text) = wrong {
+                        report.damage(&row, format!("row {row:?}: {text}"));
                     }
                     if space == space::AUDIT {
                         if entry.key != report.leaves.to_be_bytes() {

@@ -37,7 +37,7 @@ use parking_lot::{Mutex, RwLock};
 
 use self::{
     failure::{Failed, Failure, Latch},
-    journal::{Journal, Salt},
+    journal::{Journal, Medium, Salt},
     opening::begin_write,
     snapshot::{RedbSnapshot, View},
 };
@@ -101,8 +101,7 @@ impl Default for Options {
 
 type Opener = Box<dyn Fn(&Builder) -> Result<Database, DatabaseError> + Send + Sync>;
 // Opens the journal, or creates it if asked to.
-type JournalOpener =
-    Box<dyn Fn(bool) -> std::io::Result<Option<Box<dyn StorageBackend>>> + Send + Sync>;
+type JournalOpener = Box<dyn Fn(bool) -> std::io::Result<Option<Medium>> + Send + Sync>;
 
 /// A store in one file, or on any other [`StorageBackend`].
 ///
@@ -110,7 +109,10 @@ type JournalOpener =
 ///
 /// After a failure of the medium it serves nothing until [`Store::reopen`] succeeds: what redb
 /// holds in memory may then differ from what is durable. Snapshots taken before may still answer,
-/// from the revision they were taken at.
+/// from the revision they were taken at. That the journal has lost its name while the store was open
+/// is such a failure, too: the next group finds it out, and goes into the file with all before it.
+///
+/// The file is named by a path that is no symbolic link, because the journal stands beside the name.
 pub struct Redb {
     // The file, or what stands for it in messages.
     path: PathBuf,
@@ -169,7 +171,7 @@ impl Redb {
         Self::open(path, options)
     }
 
-    /// Opens the store in the file `path`.
+    /// Opens the store in the file `path`, which must not be a symbolic link.
     ///
     /// # Errors
     /// [`OpenError`].
@@ -228,7 +230,8 @@ impl Redb {
         journal: impl Fn() -> J + Send + Sync + 'static,
     ) -> Result<Self, OpenError> {
         let opener: Opener = Box::new(move |builder| builder.create_with_backend(backend()));
-        let journal: JournalOpener = Box::new(move |_| Ok(Some(Box::new(journal()))));
+        let journal: JournalOpener =
+            Box::new(move |_| Ok(Some(Medium { backend: Box::new(journal()), name: None })));
         Self::start(PathBuf::from(name), false, options, opener, Some(journal))
     }
 
@@ -355,10 +358,10 @@ impl Redb {
             finish.finish(&Applied { revision, accepted: &admitted.accepted, replaced })
         });
         let filled = filled.and_then(|filled| {
-            let durable = self.make_durable(&mut transaction, journal, revision, &filled)?;
-            Ok((filled.rows, durable))
+            let kept = self.make_durable(&mut transaction, journal, revision, &filled)?;
+            Ok((filled.rows, kept))
         });
-        let (rows, durable) = match filled {
+        let (rows, kept) = match filled {
             Ok(filled) => filled,
             Err(failed) => {
                 // Nothing has been made current, so the database keeps nothing, even if this fails.
@@ -368,27 +371,42 @@ impl Redb {
                 return Err(failed);
             }
         };
-        let committed = match durable {
-            true => transaction.commit().map_err(Failure::from),
-            false => opening::commit(transaction),
+        let committed = match kept {
+            Kept::InJournal => transaction.commit().map_err(Failure::from),
+            Kept::Nowhere | Kept::JournalLost(_) => opening::commit(transaction),
         };
         committed.map_err(Failed::During)?;
+        if let Kept::JournalLost(why) = kept {
+            // The group is durable, and everything before it: its callers hear of no failure.
+            let text = format!(
+                "{why} while the store was open; nothing is lost, but what was written in between \
+                 would have been by a crash. Find out what removes files of the store"
+            );
+            self.known.lock().failure = Some(StoreError::Other(text));
+        }
         Ok((Committed { revision, outcomes: admitted.outcomes }, rows))
     }
 
     // Appends a group to the journal, so that its transaction need not be durable; or leaves it to
-    // the transaction to be so, with all that the journal has had until then. Whether it is durable.
+    // the transaction to be so, with all that the journal has had until then.
     fn make_durable(
         &self,
         transaction: &mut WriteTransaction,
         journal: &mut Option<Journal>,
         revision: Revision,
         filled: &Filled,
-    ) -> Result<bool, Failed> {
+    ) -> Result<Kept, Failed> {
         let Some(opener) = self.journal_opener.as_ref().filter(|_| self.options.journal_bytes > 0)
         else {
-            return Ok(false);
+            return Ok(Kept::Nowhere);
         };
+        // Once a group: next to the sync of a group it costs nothing.
+        let lost = journal.as_ref().map_or(Ok(None), Journal::lost).map_err(StorageError::from)?;
+        if let Some(why) = lost {
+            transaction.open_table(META)?.remove(META_JOURNAL)?;
+            *journal = None;
+            return Ok(Kept::JournalLost(why));
+        }
         let replaced = filled.replaced.iter().map(|write| (&write.row, write.new.as_ref()));
         let appended = filled.appended.iter().map(|write| (write.row(), write.value()));
         let entry = journal.as_ref().and_then(|j| j.entry(revision, replaced.chain(appended)));
@@ -398,7 +416,9 @@ impl Redb {
                 .map_err(|error| Failure::latching(StoreError::Other(error.to_string())))?;
             transaction.set_quick_repair(false);
             let appended = journal.append(&entry).map_err(StorageError::from);
-            return appended.map(|()| true).map_err(|error| Failed::During(error.into()));
+            return appended
+                .map(|()| Kept::InJournal)
+                .map_err(|error| Failed::During(error.into()));
         }
         // The entries up to here count until this transaction is durable: none is overwritten
         // before the next group.
@@ -413,7 +433,7 @@ impl Redb {
                 *journal = Some(started.map_err(StorageError::from)?);
             }
         }
-        Ok(false)
+        Ok(Kept::Nowhere)
     }
 
     // Everything a transaction writes.
@@ -493,6 +513,16 @@ impl Redb {
         let listed = snapshot.latch.read(listed)?;
         listed.map_err(|oldest| ChangesError::Trimmed { oldest })
     }
+}
+
+// Where a group is durable before its transaction is committed.
+enum Kept {
+    // The transaction need not be durable.
+    InJournal,
+    // The transaction must be.
+    Nowhere,
+    // As before, because of this; and the store must be opened again.
+    JournalLost(String),
 }
 
 // What a transaction has written.

@@ -7,7 +7,11 @@
     clippy::print_stdout
 )]
 
-use std::{fs, os::unix::fs::PermissionsExt};
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt, symlink},
+    path::Path,
+};
 
 use bytes::Bytes;
 use futures::executor::block_on;
@@ -419,4 +423,108 @@ fn a_copy_of_an_open_store_takes_its_journal_with_it() {
     let copied = Redb::open(&copy, Options::default()).unwrap();
     assert_eq!(copied.status().revision, Revision(21));
     assert_eq!(value(&copied, b"a").unwrap(), "1");
+}
+
+#[test]
+fn a_symbolic_link_is_no_store() {
+    let directory = tempfile::tempdir().unwrap();
+    let (real, link) = (directory.path().join("real"), directory.path().join("link"));
+    symlink(&real, &link).unwrap();
+    let refused = |opened: Result<Redb, OpenError>| {
+        let error = opened.unwrap_err();
+        assert!(matches!(error, OpenError::NotAStore { .. }), "{error:?}");
+        assert!(error.to_string().contains("symbolic link"), "{error}");
+    };
+    // One that leads nowhere makes no store where it leads to.
+    refused(Redb::open_or_create(&link, Options::default()));
+    assert!(!real.exists());
+    let store = Redb::create(&real, Options::default()).unwrap();
+    commit(&store, put("a", "1"));
+    refused(Redb::open(&link, Options::default()));
+    refused(Redb::open_or_create(&link, Options::default()));
+    drop(store);
+    let error = Redb::compact(&link, Options::default()).unwrap_err();
+    assert!(error.to_string().contains("symbolic link"), "{error}");
+    // A link in the place of the file while it is open shows when it is opened again.
+    let store = Redb::open(&real, Options::default()).unwrap();
+    let moved = directory.path().join("moved");
+    fs::rename(&real, &moved).unwrap();
+    symlink(&moved, &real).unwrap();
+    let error = block_on(store.reopen()).unwrap_err();
+    assert!(error.to_string().contains("symbolic link"), "{error}");
+    drop(store);
+    // A directory on the way may be one: it holds the journal as well.
+    let beside = tempfile::tempdir().unwrap();
+    let way = beside.path().join("way");
+    symlink(directory.path(), &way).unwrap();
+    let store = Redb::open(way.join("moved"), Options::default()).unwrap();
+    assert_eq!(value(&store, b"a").unwrap(), "1");
+}
+
+type Harm = fn(&Path);
+
+#[test]
+fn a_journal_that_loses_its_name_is_noticed_and_takes_nothing_with_it() {
+    let harms: [(&str, Harm); 3] = [
+        ("was removed or renamed", |journal| fs::remove_file(journal).unwrap()),
+        ("was removed or renamed", |journal| {
+            fs::rename(journal, journal.with_extension("old")).unwrap();
+        }),
+        ("another file was put", |journal| {
+            fs::copy(journal, journal.with_extension("new")).unwrap();
+            fs::rename(journal.with_extension("new"), journal).unwrap();
+        }),
+    ];
+    for (words, harm) in harms {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("store");
+        let journal = directory.path().join("store-journal");
+        let store = Redb::create(&path, Options::default()).unwrap();
+        for n in 1..=5_u8 {
+            assert_eq!(commit(&store, put([n], vec![n; 300])), Revision(u64::from(n)));
+        }
+        harm(&journal);
+        // What is acknowledged from here on is in the file, with all that only the journal had.
+        assert_eq!(commit(&store, put([6], vec![6; 300])), Revision(6));
+        let copy = directory.path().join("copy");
+        fs::copy(&path, &copy).unwrap();
+        let copied = Redb::open(&copy, Options::default()).unwrap();
+        for n in 1..=6_u8 {
+            assert_eq!(value(&copied, &[n]).unwrap(), vec![n; 300], "{words}");
+        }
+        // And nothing goes on as if nothing had been.
+        let Health::NeedsReopen(failure) = store.status().health else { panic!("{words}") };
+        let text = failure.to_string();
+        assert!(text.contains(words) && text.contains("store-journal"), "{text}");
+        let outcome = block_on(store.commit(vec![put("a", "1")], &mut NoFinish));
+        assert!(matches!(outcome, Err(CommitError::ReadOnly)), "{outcome:?}");
+        assert!(matches!(block_on(store.get(SPACE, &[1])), Err(ReadError::NeedsReopen)));
+        assert_eq!(block_on(store.reopen()).unwrap(), Revision(6));
+        // With a journal that is there to be found again.
+        assert_eq!(commit(&store, put("a", "1")), Revision(7));
+        assert_eq!(commit(&store, put("a", "2")), Revision(8));
+        let second = directory.path().join("second");
+        fs::copy(&path, &second).unwrap();
+        fs::copy(&journal, directory.path().join("second-journal")).unwrap();
+        let copied = Redb::open(&second, Options::default()).unwrap();
+        assert_eq!(value(&copied, b"a").unwrap(), "2");
+        assert_eq!(store.status().health, Health::Ready);
+    }
+}
+
+#[test]
+fn a_symbolic_link_is_no_journal() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let elsewhere = directory.path().join("elsewhere");
+    fs::write(&elsewhere, "precious").unwrap();
+    let store = Redb::create(&path, Options::default()).unwrap();
+    symlink(&elsewhere, directory.path().join("store-journal")).unwrap();
+    let outcome = block_on(store.commit(vec![put("a", "1")], &mut NoFinish));
+    let Err(CommitError::Store(error)) = outcome else { panic!("{outcome:?}") };
+    assert!(error.to_string().contains("is a symbolic link"), "{error}");
+    assert_eq!(fs::read(&elsewhere).unwrap(), b"precious");
+    fs::remove_file(directory.path().join("store-journal")).unwrap();
+    block_on(store.reopen()).unwrap();
+    assert_eq!(commit(&store, put("a", "1")), Revision(1));
 }

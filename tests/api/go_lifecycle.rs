@@ -151,6 +151,7 @@ async fn go_06_strategies_filters_counts_contexts_and_history_do_what_they_say()
             h["client_identity"] == client && h["operation"] == operation && h["success"] == success
         })
     };
+    assert!(seen("user-a", "CreateKey", true), "{history:#?}");
     assert!(seen("user-a", "RotateKey", true), "{history:#?}");
     assert!(seen("user-b", "GetKey", true), "{history:#?}");
     assert!(seen("user-b", "RevokeKey", false), "{history:#?}");

@@ -157,6 +157,12 @@ fn ciphertext(magic: &[u8], key: &str, length: usize) -> String {
     data_encoding::BASE64.encode(&blob)
 }
 
+/// The public half of a recovery key, as text.
+fn recovery_key() -> String {
+    let key = polykey_hsm::recovery::RecoveryKey::generate().unwrap();
+    key.public().unwrap().to_string()
+}
+
 /// A request in order for a method, about `key`, `alias` and `client`, which are there for this call alone.
 fn request(method: &str, key: &str, alias: &str, client: &str, token: &str, n: usize) -> Value {
     let create = json!({"key_type": "KEY_TYPE_AES_256"});
@@ -216,6 +222,9 @@ fn request(method: &str, key: &str, alias: &str, client: &str, token: &str, n: u
             json!({"client_id": client, "action": "keys:read", "key_id": key})
         }
         "ExportAuditLog" => json!({"max_leaves": 1}),
+        "AddSlot" => json!({"label": format!("slot-{n}"), "recovery_public_key": recovery_key()}),
+        "RemoveSlot" => json!({"slot_id": "none"}),
+        "TestSlot" => json!({"slot_id": "main"}),
         _ if crate::common::client::method(method)
             .input()
             .get_field_by_name("key_id")

@@ -194,6 +194,9 @@ pub struct KeyRecord {
     /// Uses after which a version refuses to seal; 0 = the limit of its algorithm.
     #[prost(uint64, tag = "39")]
     pub max_uses: u64,
+    /// The caller's own id of the request that made it.
+    #[prost(string, tag = "40")]
+    pub correlation_id: ::prost::alloc::string::String,
 }
 /// Nested message and enum types in `KeyRecord`.
 pub mod key_record {
@@ -703,7 +706,8 @@ pub struct IdempotencyRecord {
     #[prost(string, tag = "8")]
     pub text: ::prost::alloc::string::String,
 }
-/// How often and when a key was used, and the last of what happened to it.
+/// How often and when a key was used, and the last of what happened to it. Of a client or one of its API
+/// keys: when it last logged in, as the time of the last access.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct UsageRecord {
     #[prost(uint64, tag = "1")]

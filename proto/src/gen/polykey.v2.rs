@@ -1943,8 +1943,9 @@ pub struct GetStoreStatusResponse {
     /// The node it belongs to.
     #[prost(string, tag = "12")]
     pub node_id: ::prost::alloc::string::String,
-    /// Records that were met since the last check of every record and are damaged, at most 1,000. They
-    /// are left out of lists; `VerifyStore` names them.
+    /// Records that are damaged: all that the last check of every record has found, and those met since,
+    /// of which at most 1,000 are counted. They are left out of lists; `VerifyStore` counts them all and
+    /// names the first 100.
     #[prost(uint64, tag = "13")]
     pub damaged_records: u64,
 }
@@ -1993,7 +1994,7 @@ pub struct VerifyStoreResult {
     /// Records that are damaged or were tampered with.
     #[prost(uint64, tag = "3")]
     pub records_failed: u64,
-    /// What was found, at most 1,000.
+    /// What was found, the first 100; `problems_found` counts all.
     #[prost(message, repeated, tag = "4")]
     pub problems: ::prost::alloc::vec::Vec<StoreProblem>,
     /// The revision that was checked.
@@ -2005,6 +2006,9 @@ pub struct VerifyStoreResult {
     /// Whether the audit log is whole.
     #[prost(bool, tag = "7")]
     pub audit_ok: bool,
+    /// What was found in all: damaged records, and what is wrong with the whole.
+    #[prost(uint64, tag = "8")]
+    pub problems_found: u64,
 }
 /// A record that is damaged or was tampered with.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -5152,13 +5156,14 @@ pub struct ListKeysResponse {
     /// What to send for the next page. Empty: this was the last.
     #[prost(string, tag = "2")]
     pub next_page_token: ::prost::alloc::string::String,
-    /// Keys that the caller may see. 10,000 means that or more.
+    /// Keys that the caller may see, damaged ones included. 10,000 means that or more.
     #[prost(int32, tag = "3")]
     pub total_count: i32,
     /// When the server answered.
     #[prost(message, optional, tag = "4")]
     pub response_timestamp: ::core::option::Option<::prost_types::Timestamp>,
-    /// Those of them that pass the filters. 10,000 means that or more.
+    /// Those of them that pass the filters. 10,000 means that or more. Without filters damaged ones are
+    /// included; otherwise a key counts whose entry of the list can be read.
     #[prost(int32, tag = "5")]
     pub filtered_count: i32,
     /// Keys that belong on this page and are left out, because what is stored of them is damaged. Asking
@@ -5428,7 +5433,7 @@ pub struct GetKeyMetadataRequest {
     /// Circumstances of the request.
     #[prost(message, optional, tag = "3")]
     pub attributes: ::core::option::Option<AccessAttributes>,
-    /// Adds the last uses of the key.
+    /// Adds the last of what happened to the key.
     #[prost(bool, tag = "4")]
     pub include_access_history: bool,
     /// Adds the policies that can apply to the key.
@@ -5444,7 +5449,8 @@ pub struct GetKeyMetadataResponse {
     /// The metadata.
     #[prost(message, optional, tag = "1")]
     pub metadata: ::core::option::Option<KeyMetadata>,
-    /// The last uses, newest first, at most 100, from the audit log.
+    /// The last 32 uses and changes of the key, its creation included, newest first, as the audit log has
+    /// them.
     #[prost(message, repeated, tag = "2")]
     pub access_history: ::prost::alloc::vec::Vec<AccessHistoryEntry>,
     /// The policies that can apply to the key, by id.
@@ -6001,7 +6007,7 @@ pub struct GetKeyMetadataItem {
     /// The key: an id or `alias/NAME`.
     #[prost(string, tag = "1")]
     pub key_id: ::prost::alloc::string::String,
-    /// Adds the last uses of the key.
+    /// Adds the last of what happened to the key.
     #[prost(bool, tag = "2")]
     pub include_access_history: bool,
     /// Adds the policies that can apply to the key.

@@ -12,8 +12,9 @@ use crate::authn::certificate::PeerCertificate;
 use crate::authn::limiter::Allowance;
 use crate::authn::login::Credentials;
 use crate::authn::session::Settings;
-use crate::directory::NewClient;
+use crate::directory::{Logins, NewClient};
 use crate::error::Error;
+use crate::vault::space;
 
 fn refused<T: std::fmt::Debug>(result: Result<T, Error>) -> bool {
     matches!(result, Err(Error::Unauthenticated))
@@ -189,6 +190,48 @@ async fn api_keys_overlap_while_they_are_rotated() {
     let result = node.directory.rotate_api_key("a", long, None, &node.change()).await;
     assert!(matches!(result, Err(Error::Invalid(_))));
     assert!(!format!("{rotated:?}").contains(&rotated.api_key.reveal()[12..]));
+}
+
+#[tokio::test]
+async fn it_is_known_when_a_client_last_logged_in_and_with_which_key() {
+    let node = Node::new().await;
+    let one = node.client("a").await;
+    let a = peer("a");
+    let known = async || {
+        let client = node.directory.client("a").await.unwrap().unwrap();
+        (node.directory.logins(&client).await.unwrap(), client.revision)
+    };
+    let (never, revision) = known().await;
+    assert_eq!(never, Logins { last: None, by_api_key: vec![None] });
+    assert!(refused(node.login("a", "wrong", &a).await));
+    assert!(refused(node.login("a", &one, &peer("b")).await));
+    assert_eq!(known().await.0, never);
+    let tokens = node.login("a", &one, &a).await.unwrap();
+    let first = Logins { last: Some(START), by_api_key: vec![Some(START)] };
+    assert_eq!(known().await, (first.clone(), revision), "the record does not change");
+    // An exchange of tokens is no login.
+    node.clock.advance(Duration::from_secs(10));
+    node.authenticator.refresh(&tokens.refresh, &node.attempt(&a)).await.unwrap();
+    assert_eq!(known().await.0, first);
+    // The new of two keys, then none.
+    let hour = Duration::from_secs(3600);
+    let rotated = node.directory.rotate_api_key("a", hour, None, &node.change()).await.unwrap();
+    let second = node.now();
+    node.login("a", rotated.api_key.reveal(), &a).await.unwrap();
+    let by_api_key = vec![Some(START), Some(second)];
+    assert_eq!(known().await.0, Logins { last: Some(second), by_api_key: by_api_key.clone() });
+    node.clock.advance(Duration::from_secs(10));
+    let by_certificate = Credentials { client_id: "", api_key: "", grant_type: "mtls" };
+    node.authenticator.login(&by_certificate, &node.attempt(&a)).await.unwrap();
+    assert_eq!(known().await.0, Logins { last: Some(node.now()), by_api_key });
+    // Nothing is kept of keys that are gone.
+    let rows = async || node.vault.scan_keys(space::USAGE, all(), 10).await.unwrap().len();
+    assert_eq!(rows().await, 3);
+    node.directory.rotate_api_key("a", Duration::ZERO, None, &node.change()).await.unwrap();
+    assert_eq!(known().await.0, Logins { last: Some(node.now()), by_api_key: vec![None] });
+    assert_eq!(rows().await, 1);
+    // All of it is of the set of rows that the head counts.
+    assert_eq!(node.vault.verify(true, |_| ()).await.unwrap().findings, Vec::<String>::new());
 }
 
 #[tokio::test]

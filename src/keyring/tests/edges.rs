@@ -1,6 +1,8 @@
 //! Where several rules meet: many versions, schedules of keys that cannot be used, repeated calls
 //! across midnight and after a revocation.
 
+use polykey_proto::polykey::record::v1::HistoryEntry;
+
 use super::*;
 
 const DAY: u64 = 86_400;
@@ -173,6 +175,137 @@ async fn of_one_request_on_both_sides_of_midnight_one_is_carried_out() {
         let found = node.keyring.recall(second, &create(), &key).await.unwrap();
         assert_eq!(found.unwrap().key.id, done.key.id);
     }
+}
+
+#[tokio::test]
+async fn of_one_change_of_the_node_on_both_sides_of_midnight_one_is_carried_out() {
+    let node = Node::new().await;
+    let vault = &node.keyring.vault;
+    let midnight = START.plus_seconds(86_400 - START.seconds() % 86_400);
+    node.clock.advance(midnight.plus_seconds(-1).since(START));
+    let before = node.cx("a", "admin");
+    node.clock.advance(Duration::from_secs(2));
+    let after = node.cx("a", "admin");
+    for (key, [first, second]) in [("x", [&before, &after]), ("y", [&after, &before])] {
+        let key = Idempotency { key: key.into(), method: "PutRole", ..idempotency() };
+        // Both found nothing when they looked, and begin.
+        assert!(key.recorded(vault, first).await.unwrap().is_none());
+        assert!(key.recorded(vault, second).await.unwrap().is_none());
+        let mut one = vault.begin().await.unwrap();
+        let mut two = vault.begin().await.unwrap();
+        key.noted(vault, first, "role").write(&mut one).await.unwrap();
+        key.noted(vault, second, "role").write(&mut two).await.unwrap();
+        one.commit().await.unwrap();
+        let two = two.commit().await;
+        assert!(matches!(two, Err(Error::Conflict)), "{two:?}");
+        // One that begins later meets the record of the other day, too.
+        let mut three = vault.begin().await.unwrap();
+        let late = key.noted(vault, second, "role").write(&mut three).await;
+        assert!(matches!(late, Err(Error::Conflict)), "{late:?}");
+        assert_eq!(key.recorded(vault, second).await.unwrap().unwrap().text, "role");
+    }
+    // A day later the key is free again.
+    node.clock.advance(Duration::from_secs(DAY));
+    let later = node.cx("a", "admin");
+    let key = Idempotency { key: "x".into(), method: "PutRole", ..idempotency() };
+    let mut tx = vault.begin().await.unwrap();
+    key.noted(vault, &later, "role").write(&mut tx).await.unwrap();
+    tx.commit().await.unwrap();
+}
+
+#[tokio::test]
+async fn the_making_of_a_key_is_the_first_of_its_history() {
+    let node = Node::new().await;
+    let cx = Context { correlation_id: "mine".into(), ..node.cx("a", "user") };
+    let imported = CreateKey {
+        algorithm: Algorithm::ApiKey,
+        value: Some(Value(Zeroizing::new(vec![7; 20]))),
+        ..creation()
+    };
+    let id = node.key(&cx).await;
+    let other = node.do_it(&cx, Mutation::Create(Box::new(imported))).await.unwrap().key.id;
+    node.clock.advance(Duration::from_secs(1));
+    let cx = node.cx("a", "user");
+    let history = async |id: KeyId| {
+        let key = KeyName::Id(id);
+        let command = GetMetadata { key, version: 0, history: true, policies: false };
+        node.keyring.metadata(&cx, &command).await.unwrap().history
+    };
+    let made = |entries: &[HistoryEntry]| {
+        let HistoryEntry { time, client_id, action, success, correlation_id, .. } =
+            entries.last().unwrap().clone();
+        assert_eq!((time, client_id.as_str(), success), (START.micros(), "a", true));
+        (action, correlation_id)
+    };
+    let entries = history(id).await;
+    assert_eq!(entries.len(), 1, "{entries:?}");
+    assert_eq!(made(&entries), ("CreateKey".into(), "mine".into()));
+    assert_eq!(made(&history(other).await), ("ImportKey".into(), "mine".into()));
+    node.get(&cx, id, 0).await.unwrap();
+    let entries = history(id).await;
+    let actions: Vec<&str> = entries.iter().map(|e| e.action.as_str()).collect();
+    assert_eq!(actions, ["GetKey", "GetKeyMetadata", "CreateKey"]);
+    // Of more than the last 32 things it is none.
+    for _ in 0..40 {
+        node.get(&cx, id, 0).await.unwrap();
+    }
+    let entries = history(id).await;
+    assert_eq!(entries.len(), 32);
+    assert!(entries.iter().all(|e| e.action == "GetKey"), "{entries:?}");
+}
+
+#[tokio::test]
+async fn policies_are_compiled_away_from_the_threads_of_requests_and_once() {
+    let node = Node::new().await;
+    let cx = node.cx("a", "user");
+    let plain = node.key(&cx).await;
+    let text = r#"forbid(principal, action == Action::"GetKey", resource) when { principal == Client::"b" };"#;
+    let command = CreateKey { policies: [("p".to_owned(), text.to_owned())].into(), ..creation() };
+    let id = node.do_it(&cx, Mutation::Create(Box::new(command))).await.unwrap().key.id;
+    let before = node.keyring.load(id).await.unwrap();
+    let update = UpdateKey {
+        key: Some(KeyName::Id(id)),
+        description: Some("other".into()),
+        ..UpdateKey::default()
+    };
+    node.do_it(&cx, Mutation::Update(Box::new(update))).await.unwrap();
+    let after = node.keyring.load(id).await.unwrap();
+    assert_eq!(after.record.description, "other");
+    assert!(Arc::ptr_eq(&before.policies, &after.policies), "the texts are the same");
+
+    node.keyring.caches.clear();
+    // Every thread for slow work is held up, and this one, which all requests share here, is not.
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut held = Vec::new();
+    for _ in 0..cores {
+        let (hold, wait) = std::sync::mpsc::channel::<()>();
+        let slow = node.keyring.slow.clone();
+        tokio::spawn(async move { slow.run(None, move || wait.recv().is_err()).await });
+        held.push(hold);
+    }
+    tokio::task::yield_now().await;
+    let (keyring, other) = (Arc::clone(&node.keyring), cx.clone());
+    let waiting = tokio::spawn(async move {
+        let command = GetKey { key: KeyName::Id(id), version: 0, export: Export::None };
+        keyring.get(&other, &command).await
+    });
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    assert!(!waiting.is_finished(), "compiled on the thread of a request");
+    node.get(&cx, plain, 0).await.unwrap();
+    drop(held);
+    assert!(waiting.await.unwrap().is_ok());
+
+    // What is wrong with the policies of an update is still what is told of it.
+    let update = UpdateKey {
+        key: Some(KeyName::Id(id)),
+        policies_set: [("q".to_owned(), "permit(".to_owned())].into(),
+        ..UpdateKey::default()
+    };
+    let error = node.do_it(&cx, Mutation::Update(Box::new(update))).await.unwrap_err();
+    let Error::Invalid(fields) = error else { panic!("{error:?}") };
+    assert!(fields[0].field.starts_with("policies_to_update["), "{fields:?}");
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ use super::{AdminService, commands, event, page, parse, settled};
 use crate::authn::certificate::{self, CertificateIdentity};
 use crate::authz::{Action, ClientFacts, Command, PermissionSet, PrincipalFacts, Resource};
 use crate::context::Context;
-use crate::directory::{ApiKeyInfo, Changed, Client, ClientState};
+use crate::directory::{ApiKeyInfo, Changed, Client, ClientState, Logins};
 use crate::error::{Error, Reason};
 use crate::keyring::Idempotency;
 use crate::limits::Violations;
@@ -121,7 +121,7 @@ impl AdminService {
         if self.repeated(&cx, key.as_ref()).await? {
             // Its API key was shown once and is not known any more.
             let client = self.directory().client(&new.id).await?.ok_or(Error::NotFound)?;
-            let client = Some(record(&client, cx.now));
+            let client = Some(self.record(&client, cx.now).await?);
             return Ok(pb::CreateClientResponse { client, ..Default::default() });
         }
         let event = event(&cx, Action::CreateClient, decision, &[("client", &new.id)]);
@@ -129,7 +129,7 @@ impl AdminService {
         change.expected = None;
         let (changed, api_key) = self.directory().create_client(&new, &change).await?;
         Ok(pb::CreateClientResponse {
-            client: Some(record(&changed.client, cx.now)),
+            client: Some(self.changed_record(&changed, cx.now).await),
             api_key: api_key.map(|key| key.reveal().to_owned()).unwrap_or_default(),
             audit_index: changed.receipt.leaf.unwrap_or(0),
         })
@@ -146,7 +146,7 @@ impl AdminService {
         let subject = self.subject(&m.client_id).await?;
         let resource = Resource::Client(&subject.facts);
         let decision = self.authorize(&cx, resource, commands::ReadClient).await?;
-        let client = Some(record(subject.known()?, cx.now));
+        let client = Some(self.record(subject.known()?, cx.now).await?);
         self.seen(&cx, Action::ReadClient, decision, &[("client", &m.client_id)]).await?;
         Ok(pb::GetClientResponse { client })
     }
@@ -171,8 +171,11 @@ impl AdminService {
             Some(last) if more => page::token(vault, "clients", &same, last.id.as_bytes()),
             _ => String::new(),
         };
-        let clients = clients.iter().map(|client| record(client, cx.now)).collect();
-        Ok(pb::ListClientsResponse { clients, next_page_token })
+        let mut records = Vec::with_capacity(clients.len());
+        for client in &clients {
+            records.push(self.record(client, cx.now).await?);
+        }
+        Ok(pb::ListClientsResponse { clients: records, next_page_token })
     }
 
     pub(super) async fn update_client(
@@ -222,7 +225,7 @@ impl AdminService {
         };
         let client = subject.known()?;
         if self.repeated(cx, key).await? {
-            return Ok((record(client, cx.now), 0));
+            return Ok((self.record(client, cx.now).await?, 0));
         }
         let joined = |names: &[String]| names.join(",");
         let mut details = vec![("client", id.clone())];
@@ -236,7 +239,7 @@ impl AdminService {
         let event = event(cx, action, decision, &details);
         let change = self.change(cx, event, expected.unwrap_or(client.revision), key, &id);
         let changed = self.directory().update_client(&id, &update, &change).await?;
-        Ok(done(cx, &changed))
+        Ok(self.done(cx, &changed).await)
     }
 
     pub(super) async fn disable_client(
@@ -306,7 +309,7 @@ impl AdminService {
         let decision = self.authorize(cx, Resource::Client(&subject.facts), command).await?;
         let client = subject.known()?;
         if self.repeated(cx, key).await? {
-            return Ok((record(client, cx.now), 0));
+            return Ok((self.record(client, cx.now).await?, 0));
         }
         let event = event(cx, C::ACTION, decision, &[("client", id)]);
         let change = self.change(cx, event, expected.unwrap_or(client.revision), key, id);
@@ -316,7 +319,7 @@ impl AdminService {
             Edit::Enable => directory.enable_client(id, &change).await?,
             Edit::Remove => directory.remove_client(id, &change).await?,
         };
-        Ok(done(cx, &changed))
+        Ok(self.done(cx, &changed).await)
     }
 
     pub(super) async fn rotate_client_api_key(
@@ -342,7 +345,9 @@ impl AdminService {
         let client = subject.known()?;
         if self.repeated(cx, key).await? {
             // The new key was shown once and is not known any more: what is known of it is told.
-            let info = client.api_keys.last().map(shown_key);
+            let logins = self.directory().logins(client).await?;
+            let last = logins.by_api_key.last().copied().flatten();
+            let info = client.api_keys.last().map(|key| shown_key(key, last));
             return Ok(pb::RotateClientApiKeyResponse { info, ..Default::default() });
         }
         let event = event(cx, Action::RotateApiKey, decision, &[("client", id)]);
@@ -352,7 +357,7 @@ impl AdminService {
         let info = rotated.changed.client.api_keys.iter().find(|key| key.prefix == prefix);
         Ok(pb::RotateClientApiKeyResponse {
             api_key: rotated.api_key.reveal().to_owned(),
-            info: info.map(shown_key),
+            info: info.map(|key| shown_key(key, None)),
             old_keys_expire_at: rotated.old_keys_expire_at.map(timestamp),
             audit_index: rotated.changed.receipt.leaf.unwrap_or(0),
         })
@@ -397,10 +402,25 @@ impl AdminService {
             audit_index: changed.receipt.leaf.unwrap_or(0),
         })
     }
-}
+    async fn done(&self, cx: &Context, changed: &Changed) -> (pb::ClientRecord, u64) {
+        let record = self.changed_record(changed, cx.now).await;
+        (record, changed.receipt.leaf.unwrap_or(0))
+    }
 
-fn done(cx: &Context, changed: &Changed) -> (pb::ClientRecord, u64) {
-    (record(&changed.client, cx.now), changed.receipt.leaf.unwrap_or(0))
+    /// A client as it is shown.
+    async fn record(&self, client: &Client, now: Time) -> Result<pb::ClientRecord, Error> {
+        Ok(record(client, &self.directory().logins(client).await?, now))
+    }
+
+    /// As [`Self::record`], after a change: what is done must not look as if it had failed.
+    async fn changed_record(&self, changed: &Changed, now: Time) -> pb::ClientRecord {
+        let client = &changed.client;
+        let logins = self.directory().logins(client).await.unwrap_or_else(|error| {
+            tracing::warn!(client_id = client.id, %error, "cannot tell when the client logged in");
+            Logins::default()
+        });
+        record(client, &logins, now)
+    }
 }
 
 fn tier_name(tier: i32) -> &'static str {
@@ -426,22 +446,24 @@ pub(super) fn shown_identity(identity: &CertificateIdentity) -> pb::CertificateI
     pb::CertificateIdentity { kind: kind.into(), value }
 }
 
-fn shown_key(key: &ApiKeyInfo) -> pb::ApiKeyInfo {
+fn shown_key(key: &ApiKeyInfo, last: Option<Time>) -> pb::ApiKeyInfo {
     pb::ApiKeyInfo {
         key_prefix: key.prefix.clone(),
         created_at: Some(timestamp(key.created_at)),
         expires_at: key.expires_at.map(timestamp),
-        last_used_at: None,
+        last_used_at: last.map(timestamp),
     }
 }
 
-fn record(client: &Client, now: Time) -> pb::ClientRecord {
+fn record(client: &Client, logins: &Logins, now: Time) -> pb::ClientRecord {
     let state = match client.state {
         ClientState::Enabled => pb::ClientState::Enabled,
         ClientState::Disabled => pb::ClientState::Disabled,
         ClientState::Removed => pb::ClientState::Removed,
     };
-    let works = |key: &&ApiKeyInfo| key.expires_at.is_none_or(|at| at > now);
+    let last = logins.by_api_key.iter().copied().chain(std::iter::repeat(None));
+    let keys = client.api_keys.iter().zip(last);
+    let works = keys.filter(|(key, _)| key.expires_at.is_none_or(|at| at > now));
     pb::ClientRecord {
         client_id: client.id.clone(),
         name: client.name.clone(),
@@ -454,8 +476,8 @@ fn record(client: &Client, now: Time) -> pb::ClientRecord {
         state: state.into(),
         created_at: Some(timestamp(client.created_at)),
         updated_at: Some(timestamp(client.updated_at)),
-        last_used_at: None,
-        api_keys: client.api_keys.iter().filter(works).map(shown_key).collect(),
+        last_used_at: logins.last.map(timestamp),
+        api_keys: works.map(|(key, last)| shown_key(key, last)).collect(),
         revision: client.revision,
         created_by: client.created_by.clone(),
     }

@@ -89,7 +89,7 @@ impl AdminService {
             audit_tree_size: head.leaves,
             format: FORMAT,
             node_id: HEXLOWER.encode(&vault.node_id()),
-            damaged_records: vault.damaged() as u64,
+            damaged_records: vault.damaged(),
         })
     }
 
@@ -137,7 +137,7 @@ impl AdminService {
             let ok = report.findings.is_empty();
             *service.0.verified.lock() = Some((service.0.deps.clock.now(), ok));
             event.details.insert("rows".into(), report.rows.to_string());
-            event.details.insert("findings".into(), report.findings.len().to_string());
+            event.details.insert("findings".into(), report.found.to_string());
             if !ok {
                 event.set_outcome(Outcome::Failed);
                 event.code = i32::from(tonic::Code::DataLoss);
@@ -316,6 +316,7 @@ fn result(report: &VerifyReport, revision: u64) -> pb::VerifyStoreResult {
         revision,
         set_hash_ok: !report.foreign_rows,
         audit_ok: !report.foreign_log,
+        problems_found: report.found,
     }
 }
 

@@ -62,8 +62,17 @@ impl super::Redb {
 }
 
 /// Refuses what redb would only refuse obscurely, or take for an empty database.
+///
+/// A symbolic link is refused and not followed: the journal stands beside the name that the store is
+/// opened by, so that a store with two names would have two journals. Directories on the way may be
+/// links: they hold both.
 pub(super) fn check(path: &Path) -> Result<(), OpenError> {
-    match fs::metadata(path) {
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.is_symlink() => Err(not_a_store(
+            path,
+            "it is a symbolic link, and the journal stands beside the file itself; name the file \
+             that it leads to, and move a journal from beside the link to beside that file",
+        )),
         Ok(found) if !found.is_file() => Err(not_a_store(path, "it is not a regular file")),
         Ok(found) if found.len() == 0 => Err(not_a_store(path, "it is empty")),
         Ok(_) => match starts_like_redb(path) {

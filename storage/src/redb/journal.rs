@@ -15,13 +15,16 @@ use std::{
     fmt,
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::{FileExt, OpenOptionsExt},
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
 use ::redb::StorageBackend;
 use bytes::Bytes;
-use rustix::fs::{Advice, fadvise};
+use rustix::{
+    fs::{Advice, OFlags, fadvise},
+    io::Errno,
+};
 use sha2::{Digest, Sha256};
 
 use crate::{Revision, RowKey, Space, Write};
@@ -44,9 +47,39 @@ pub(super) struct Entry {
     pub(super) writes: Vec<Write>,
 }
 
+/// What a journal stands on.
+pub(super) struct Medium {
+    pub(super) backend: Box<dyn StorageBackend>,
+    /// Its name on the disk, where it has one.
+    pub(super) name: Option<Name>,
+}
+
+/// The name of a file, and the file that stood there when it was opened.
+pub(super) struct Name {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+impl Name {
+    /// What is wrong if the name is no longer that of the file.
+    fn lost(&self) -> io::Result<Option<String>> {
+        let path = self.path.display();
+        match fs::symlink_metadata(&self.path) {
+            Ok(found) if (found.dev(), found.ino()) == (self.device, self.inode) => Ok(None),
+            Ok(_) => Ok(Some(format!("another file was put in the place of the journal {path}"))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Ok(Some(format!("the journal {path} was removed or renamed")))
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
 /// A journal in force.
 pub(super) struct Journal {
     medium: Box<dyn StorageBackend>,
+    name: Option<Name>,
     salt: Salt,
     at: u64,
     // How far the medium is written, if only with zeros.
@@ -62,14 +95,17 @@ impl fmt::Debug for Journal {
 
 impl Journal {
     /// An empty one: whatever the medium holds does not carry this salt.
-    pub(super) fn begin(
-        medium: Box<dyn StorageBackend>,
-        salt: Salt,
-        capacity: u64,
-    ) -> io::Result<Self> {
+    pub(super) fn begin(medium: Medium, salt: Salt, capacity: u64) -> io::Result<Self> {
+        let Medium { backend: medium, name } = medium;
         // Entries of a store that stood here before must not be met behind one of this store.
         medium.set_len(0)?;
-        Ok(Self { medium, salt, at: 0, extent: 0, capacity })
+        Ok(Self { medium, name, salt, at: 0, extent: 0, capacity })
+    }
+
+    /// Why an opening after a crash would not find it: what went into a file that has lost its name
+    /// is durable and out of reach. Costs one look at the directory.
+    pub(super) fn lost(&self) -> io::Result<Option<String>> {
+        self.name.as_ref().map_or(Ok(None), Name::lost)
     }
 
     /// Begins anew. Only once the database holds every entry, and the salt.
@@ -231,23 +267,32 @@ pub(super) fn path_of(path: &Path) -> PathBuf {
 }
 
 /// Opens the journal file of the store in the file `path`, as the disk has it. Created with
-/// `create`, mode 0600, and durable under its name when this returns; `None` if there is none.
-pub(super) fn open_file(path: &Path, create: bool) -> io::Result<Option<Box<dyn StorageBackend>>> {
+/// `create`, mode 0600, and durable under its name when this returns; `None` if there is none. A
+/// symbolic link is refused, as one in the place of the store is.
+pub(super) fn open_file(path: &Path, create: bool) -> io::Result<Option<Medium>> {
     let path = path_of(path);
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(create).mode(0o600);
+    options.custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
     let file = match options.open(&path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound && !create => return Ok(None),
+        Err(error) if error.raw_os_error() == Some(Errno::LOOP.raw_os_error()) => {
+            let path = path.display();
+            let text = format!("its journal {path} is a symbolic link; put the file itself there");
+            return Err(io::Error::other(text));
+        }
         Err(error) => return Err(error),
     };
+    let opened = file.metadata()?;
     file.sync_all()?;
     // After a sync that failed, the page cache may show what never reached the disk.
     fadvise(&file, 0, None, Advice::DontNeed)?;
     if create {
         sync_directory(&path)?;
     }
-    Ok(Some(Box::new(JournalFile(file))))
+    let name = Name { path, device: opened.dev(), inode: opened.ino() };
+    Ok(Some(Medium { backend: Box::new(JournalFile(file)), name: Some(name) }))
 }
 
 /// Removes the journal file of the store in the file `path`, if there is one.
@@ -297,8 +342,8 @@ mod tests {
 
     use super::*;
 
-    fn medium() -> Box<dyn StorageBackend> {
-        Box::new(::redb::backends::InMemoryBackend::new())
+    fn medium() -> Medium {
+        Medium { backend: Box::new(::redb::backends::InMemoryBackend::new()), name: None }
     }
 
     fn write_of(n: u8) -> (RowKey, Option<Bytes>) {
@@ -366,7 +411,7 @@ mod tests {
         let error = entries(&*journal.medium, &[2; 16], Revision(3)).unwrap_err();
         assert!(error.to_string().contains("not of this file"), "{error}");
         assert_eq!(entries(&*journal.medium, &[2; 16], Revision(6)).unwrap(), []);
-        let huge = medium();
+        let huge = medium().backend;
         huge.set_len(MOST + 1).unwrap();
         assert!(entries(&*huge, &[1; 16], Revision(0)).is_err());
     }
@@ -408,7 +453,7 @@ mod tests {
         fn any_bytes_are_read_without_a_panic(
             bytes in proptest::collection::vec(any::<u8>(), 0..200), framed in any::<bool>()
         ) {
-            let medium = medium();
+            let medium = medium().backend;
             let mut content = bytes.clone();
             if framed {
                 let payload = [&[1; 16], bytes.as_slice()].concat();

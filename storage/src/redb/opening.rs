@@ -98,7 +98,7 @@ impl Redb {
                 found.revision
             )));
         };
-        let entries = match journal::entries(&*medium, &salt, found.revision) {
+        let entries = match journal::entries(&*medium.backend, &salt, found.revision) {
             Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
                 return Err(Failure::damaged(error.to_string()));
             }
