@@ -327,7 +327,7 @@ async fn every_method_is_in_the_golden_matrix_and_obeys_it() {
             let got = match code {
                 Code::PermissionDenied => "-",
                 // The administrator of a role that is not there.
-                Code::NotFound if matches!(name, "DeleteRole" | "RemoveSlot") => "+",
+                Code::NotFound if matches!(name.as_str(), "DeleteRole" | "RemoveSlot") => "+",
                 Code::NotFound => "?",
                 Code::Ok | Code::FailedPrecondition => "+",
                 // The right is looked at before what the key was made for.
