@@ -182,7 +182,9 @@ fn bad(field: &FieldDescriptor) -> Option<Bad> {
             Nothing("any text is compared; another than the root's is ABORTED")
         }
         (_, "slot_id") => Nothing("any text is looked up; one that names no slot is NOT_FOUND"),
-        ("AddSlotRequest", "wrapper") => Is(Field::String("no-such-wrapper".into())),
+        ("AddSlotRequest", "wrapper") => {
+            With(json!({"label": "x"}), Field::String("no-such-wrapper".into()))
+        }
         (_, "recovery_public_key") => Is(Field::String("no key".into())),
         (_, "source") => Is(Field::String("nowhere".into())),
         (_, "kind") => Is(Field::String("no-such-kind".into())),
