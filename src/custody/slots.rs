@@ -54,16 +54,21 @@ impl SlotSpec {
         Self { label: label.into(), kind: RECOVERY.into(), source: public.to_string() }
     }
 
+    /// Whether a text may be a slot's label.
+    #[must_use]
+    pub fn is_label(text: &str) -> bool {
+        let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+        (1..=64).contains(&text.len()) && text.bytes().all(allowed)
+    }
+
     pub(super) fn of(slot: &Slot) -> Self {
         let Slot { label, kind, source, .. } = slot.clone();
         Self { label, kind, source }
     }
 
     pub(super) fn check(&self) -> Result<(), ChangeError> {
-        let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
-        let label = (1..=64).contains(&self.label.len()) && self.label.bytes().all(allowed);
         let short = self.kind.len() <= 64 && self.source.len() <= 4096;
-        if label && short { Ok(()) } else { Err(ChangeError::BadLabel) }
+        if Self::is_label(&self.label) && short { Ok(()) } else { Err(ChangeError::BadLabel) }
     }
 
     pub(super) fn record(&self, id: [u8; 16], wrapped: Vec<u8>, now: Time) -> Slot {

@@ -114,8 +114,7 @@ impl AdminService {
             "kind",
             "must be local-file, local-env, local-credential or local-passphrase",
         );
-        let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
-        let label_ok = m.label.len() <= 64 && m.label.bytes().all(allowed);
+        let label_ok = m.label.is_empty() || SlotSpec::is_label(&m.label);
         v.check(label_ok, "label", "must be 1 to 64 of a-z A-Z 0-9 . _ -");
         v.finish()?;
         let decision = self.authorize(&cx, Resource::Node, commands::RewrapRoot).await?;

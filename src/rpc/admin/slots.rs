@@ -33,9 +33,7 @@ impl AdminService {
         let (admitted, cx, m) = self.admit(request)?;
         let key = Self::idempotency(&admitted, "AddSlot", &m);
         let mut v = Violations::new();
-        let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
-        let label_ok = (1..=64).contains(&m.label.len()) && m.label.bytes().all(allowed);
-        v.check(label_ok, "label", "must be 1 to 64 of a-z A-Z 0-9 . _ -");
+        v.check(SlotSpec::is_label(&m.label), "label", "must be 1 to 64 of a-z A-Z 0-9 . _ -");
         let by = by(&mut v, &m);
         v.finish()?;
         let by = by.ok_or_else(|| Error::internal("nothing to wrap by"))?;
