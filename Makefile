@@ -3,6 +3,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 ARGS ?=
+# Everything is built and tested with AWS, but for `make run`, whose first build is to be short.
+FEATURES := --features aws
 # How long each fuzz target runs under `make fuzz`, in seconds.
 SECONDS_EACH ?= 60
 # How many random schedules each model runs under `make test-race`.
@@ -21,15 +23,15 @@ help: ## 0 / 0 | this list
 
 .PHONY: build-local
 build-local: ## 7 / 1 | debug build
-	$(CARGO) build
+	$(CARGO) build $(FEATURES)
 
 .PHONY: build
 build: ## 8 / 1 | release build: target/release/polykey
-	$(CARGO) build --release
+	$(CARGO) build --release $(FEATURES)
 
 .PHONY: dist
 dist: ## 15 / 4 | what packages ship: link-time optimised, target/dist/polykey
-	$(CARGO) build --profile dist
+	$(CARGO) build --profile dist $(FEATURES)
 
 .PHONY: run
 run: ## 8 / 0 | a node for a laptop, everything in ./.polykey (ARGS="--listen …")
@@ -44,28 +46,28 @@ deps: ## 1 / 0 | sets up what the tests need, or lists what is missing
 .PHONY: lint
 lint: ## 4 / 1 | formatting, and clippy with warnings denied
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	$(CARGO) clippy --workspace --all-targets --locked $(FEATURES) -- -D warnings
 
 .PHONY: test
 test: deps lint ## 30 / 10 | everything CI runs: lint and all tests
-	@.ci/test --workspace --locked
+	@.ci/test --workspace --locked $(FEATURES)
 
 .PHONY: test-unit
 test-unit: ## 8 / 2 | the tests inside the crates, no binary needed
-	@.ci/test --workspace --lib $(ARGS)
+	@.ci/test --workspace --lib $(FEATURES) $(ARGS)
 
 .PHONY: test-integration
 test-integration: deps ## 12 / 5 | the tests around the crates and the binary
-	@.ci/test --workspace --test '*' $(ARGS)
+	@.ci/test --workspace --test '*' $(FEATURES) $(ARGS)
 
 .PHONY: test-api
 test-api: deps ## 10 / 2 | the public contract: protos, API reference, network layer
 	@.ci/test -p polykey-proto $(ARGS)
-	@.ci/test --test net --test project $(ARGS)
+	@.ci/test --test net --test project $(FEATURES) $(ARGS)
 
 .PHONY: test-race
 test-race: ## 8 / 1 | random schedules over caches and epochs (SCHEDULES=50000)
-	POLYKEY_SCHEDULES=$(SCHEDULES) .ci/test --test race
+	POLYKEY_SCHEDULES=$(SCHEDULES) .ci/test --test race $(FEATURES)
 
 .PHONY: faults
 faults: ## 25 / 15 | power cuts, kills, disk errors, tampering, revocation under load, at release size
@@ -78,7 +80,7 @@ bench: ## 16 / 5 | benchmarks on the dist profile, ratios within one run
 
 .PHONY: fuzz-replay
 fuzz-replay: ## 8 / 1 | the fuzz corpora and mutations of them, as plain tests
-	@.ci/test --test fuzz_replay
+	@.ci/test --test fuzz_replay $(FEATURES)
 
 .PHONY: fuzz
 fuzz: ## 15 / 10 | each fuzz target for SECONDS_EACH=60 (needs cargo-fuzz)

@@ -22,7 +22,9 @@ use std::time::{Duration, Instant};
 pub use futures::future::BoxFuture;
 
 pub mod algorithm;
+pub mod aws;
 mod blob;
+pub mod bootstrap;
 mod cipher;
 mod codec;
 #[doc(hidden)]
@@ -161,6 +163,10 @@ pub enum WrapError {
     /// The deadline passed first.
     #[error("the wrapper's deadline passed")]
     DeadlineExceeded,
+    /// The service answered and refused: a disabled key, a missing permission, expired
+    /// credentials. The text says what to do, for operators; asking again changes nothing.
+    #[error("{0}")]
+    Refused(String),
     /// It can never work as configured; the text says why, for operators.
     #[error("{0}")]
     Config(String),

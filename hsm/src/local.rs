@@ -34,6 +34,8 @@ pub enum SecretSource {
     /// A systemd credential: a file of this name in `$CREDENTIALS_DIRECTORY`, whose permissions
     /// are systemd's business (or that of whatever mounts a secret there).
     Credential(String),
+    /// A SecureString in AWS Systems Manager's Parameter Store, by name; see [`crate::bootstrap`].
+    Ssm(String),
 }
 
 /// Where a wrapper's secret comes from, and what it is.
@@ -145,6 +147,7 @@ impl fmt::Display for SecretSource {
             Self::File(path) => write!(f, "file {}", path.display()),
             Self::Env(name) => write!(f, "environment variable {name}"),
             Self::Credential(name) => write!(f, "credential {name}"),
+            Self::Ssm(name) => write!(f, "SSM parameter {name}"),
         }
     }
 }
@@ -154,9 +157,9 @@ impl SecretSource {
         LocalError::Unreadable { origin: self.to_string(), reason: reason.to_string() }
     }
 
-    /// The secret bytes, at most 4 KiB.
-    fn read(&self) -> Result<Zeroizing<Vec<u8>>, LocalError> {
-        let read = |path, private| self.read_file(path, private);
+    /// The secret bytes, at most `limit` of them.
+    pub(crate) fn read(&self, limit: usize) -> Result<Zeroizing<Vec<u8>>, LocalError> {
+        let read = |path, private| self.read_file(path, private, limit);
         match self {
             Self::File(path) => read(path.clone(), true),
             Self::Credential(name) => {
@@ -174,15 +177,25 @@ impl SecretSource {
                 }
                 let value = std::env::var_os(name).ok_or_else(|| self.unreadable("not set"))?;
                 let value = Zeroizing::new(value.into_encoded_bytes());
-                if value.len() > MAX_SOURCE_LEN {
-                    return Err(self.unreadable("longer than 4 KiB"));
+                if value.len() > limit {
+                    return Err(self.too_long(limit));
                 }
                 Ok(value)
             }
+            Self::Ssm(_) => Err(self.unreadable("a network service: resolve it first")),
         }
     }
 
-    fn read_file(&self, path: PathBuf, private: bool) -> Result<Zeroizing<Vec<u8>>, LocalError> {
+    fn too_long(&self, limit: usize) -> LocalError {
+        self.unreadable(format_args!("longer than {} KiB", limit / 1024))
+    }
+
+    fn read_file(
+        &self,
+        path: PathBuf,
+        private: bool,
+        limit: usize,
+    ) -> Result<Zeroizing<Vec<u8>>, LocalError> {
         let fail = |e: io::Error| self.unreadable(e);
         // Without this, opening a pipe would wait for its writer.
         if !std::fs::metadata(&path).map_err(fail)?.is_file() {
@@ -199,11 +212,11 @@ impl SecretSource {
             return Err(LocalError::TooOpen { path: path.display().to_string(), mode });
         }
         // Large enough from the start: growing would leave copies behind.
-        let mut bytes = Zeroizing::new(Vec::with_capacity(MAX_SOURCE_LEN + 64));
-        let limit = u64::try_from(MAX_SOURCE_LEN + 1).unwrap_or(u64::MAX);
-        file.take(limit).read_to_end(&mut bytes).map_err(fail)?;
-        if bytes.len() > MAX_SOURCE_LEN {
-            return Err(self.unreadable("longer than 4 KiB"));
+        let mut bytes = Zeroizing::new(Vec::with_capacity(limit + 64));
+        let most = u64::try_from(limit + 1).unwrap_or(u64::MAX);
+        file.take(most).read_to_end(&mut bytes).map_err(fail)?;
+        if bytes.len() > limit {
+            return Err(self.too_long(limit));
         }
         Ok(bytes)
     }
@@ -215,12 +228,11 @@ fn without_newline(bytes: &[u8]) -> &[u8] {
     bytes.strip_suffix(b"\r").unwrap_or(bytes)
 }
 
-fn master_key(source: &SecretSource) -> Result<Key, LocalError> {
+fn master_key(source: &SecretSource, raw: &[u8]) -> Result<Key, LocalError> {
     use data_encoding::{BASE64, BASE64_NOPAD, BASE64URL, BASE64URL_NOPAD, HEXLOWER_PERMISSIVE};
-    let raw = source.read()?;
-    let text = without_newline(&raw);
+    let text = without_newline(raw);
     let decoded = match (raw.len(), text.len()) {
-        (32, _) => Some(raw.clone()),
+        (32, _) => Some(Zeroizing::new(raw.to_vec())),
         (_, 64) => HEXLOWER_PERMISSIVE.decode(text).ok().map(Zeroizing::new),
         (_, 43 | 44) => [BASE64, BASE64_NOPAD, BASE64URL, BASE64URL_NOPAD]
             .iter()
@@ -240,9 +252,8 @@ fn master_key(source: &SecretSource) -> Result<Key, LocalError> {
     Ok(key)
 }
 
-fn passphrase(source: &SecretSource) -> Result<Zeroizing<Vec<u8>>, LocalError> {
-    let raw = source.read()?;
-    let text = without_newline(&raw);
+fn passphrase(source: &SecretSource, raw: &[u8]) -> Result<Zeroizing<Vec<u8>>, LocalError> {
+    let text = without_newline(raw);
     let long_enough =
         std::str::from_utf8(text).is_ok_and(|t| t.chars().count() >= MIN_PASSPHRASE_CHARS);
     if !long_enough {
@@ -290,11 +301,36 @@ impl LocalWrapper {
                 if !params.is_acceptable() {
                     return Err(LocalError::Cost);
                 }
-                let secret = Secret::Passphrase { passphrase: passphrase(from)?, params: *params };
-                return Self::new("passphrase".to_owned(), secret);
+                return Self::of_passphrase(from, &from.read(MAX_SOURCE_LEN)?, *params);
             }
         };
-        let key = Box::new(master_key(&from)?);
+        Self::of_master_key(&from, &from.read(MAX_SOURCE_LEN)?)
+    }
+
+    /// The wrapper of a passphrase that was read already, by [`crate::bootstrap::resolve`], from
+    /// `origin`.
+    ///
+    /// # Errors
+    /// See [`LocalError`].
+    pub fn of_passphrase(
+        origin: &SecretSource,
+        value: &[u8],
+        params: PassphraseParams,
+    ) -> Result<Self, LocalError> {
+        if !params.is_acceptable() {
+            return Err(LocalError::Cost);
+        }
+        let secret = Secret::Passphrase { passphrase: passphrase(origin, value)?, params };
+        Self::new("passphrase".to_owned(), secret)
+    }
+
+    /// The wrapper of a master key that was read already, by [`crate::bootstrap::resolve`], from
+    /// `origin`.
+    ///
+    /// # Errors
+    /// See [`LocalError`].
+    pub fn of_master_key(origin: &SecretSource, value: &[u8]) -> Result<Self, LocalError> {
+        let key = Box::new(master_key(origin, value)?);
         // A random key may be named by a hash of itself, so that a slot of another master key is
         // recognised as such. A passphrase must not: the name would confirm guesses.
         let id = cipher::derive::<8>(key.as_slice(), &[], ID_LABEL, &[])?;

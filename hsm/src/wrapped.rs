@@ -7,13 +7,15 @@ use crate::codec::Reader;
 const MAGIC: [u8; 3] = *b"PKW";
 const FORMAT: u8 = 1;
 
-/// A kind of wrapper. The codes are stored.
+/// A kind of wrapper. The codes are stored, so none is ever used for another kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum SlotKind {
     /// A random 32-byte key from a file, the environment or a credential.
     MasterKey,
     /// A passphrase, stretched with Argon2id.
     Passphrase,
+    /// A key of AWS KMS.
+    Aws,
     /// A recovery key whose private half is kept off the node.
     Recovery,
 }
@@ -25,6 +27,7 @@ impl SlotKind {
         match self {
             Self::MasterKey => 1,
             Self::Passphrase => 2,
+            Self::Aws => 4,
             Self::Recovery => 5,
         }
     }
@@ -35,6 +38,7 @@ impl SlotKind {
         match code {
             1 => Some(Self::MasterKey),
             2 => Some(Self::Passphrase),
+            4 => Some(Self::Aws),
             5 => Some(Self::Recovery),
             _ => None,
         }
@@ -46,6 +50,7 @@ impl SlotKind {
         match self {
             Self::MasterKey => "master-key",
             Self::Passphrase => "passphrase",
+            Self::Aws => "aws",
             Self::Recovery => "recovery",
         }
     }

@@ -257,13 +257,22 @@ fn master_key(section: Section<'_, '_>) -> Option<MasterKeySource> {
         ),
         _ => {}
     }
+    if matches!(source, Some(SecretSource::Ssm(_))) {
+        section.complain(
+            "source",
+            (
+                "a master key is not read from SSM".to_owned(),
+                "write { file = \"…\" }, { env = \"…\" } or { credential = \"…\" }".to_owned(),
+            ),
+        );
+    }
     section.finish();
     match (source, passphrase) {
         (_, Some(from)) => Some(MasterKeySource::Passphrase { from, params }),
         (Some(SecretSource::File(path)), None) => Some(MasterKeySource::File(path)),
         (Some(SecretSource::Env(name)), None) => Some(MasterKeySource::Env(name)),
         (Some(SecretSource::Credential(name)), None) => Some(MasterKeySource::Credential(name)),
-        (None, None) => None,
+        (None | Some(SecretSource::Ssm(_)), None) => None,
     }
 }
 

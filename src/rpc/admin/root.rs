@@ -18,6 +18,7 @@ use crate::rpc::convert::timestamp;
 
 /// Bytes of a reference to a secret.
 const SOURCE: usize = 4096;
+const SOURCES: &str = "must be file:/ABSOLUTE/PATH, env:POLYKEY_NAME or credential:NAME";
 const KINDS: [&str; 4] = ["local-file", "local-env", "local-credential", "local-passphrase"];
 
 impl AdminService {
@@ -219,6 +220,7 @@ impl AdminService {
             SecretSource::Credential(name) => {
                 (MasterKeySource::Credential(name), "local-credential")
             }
+            SecretSource::Ssm(_) => return Err(Error::invalid("source", SOURCES)),
         };
         if !kind.is_empty() && kind != is {
             let text = format!("must be {is} or local-passphrase for that source");
@@ -248,7 +250,7 @@ fn source(v: &mut Violations, text: &str) -> Option<SecretSource> {
     };
     let parsed = parsed.filter(|_| fit);
     if parsed.is_none() {
-        v.add("source", "must be file:/ABSOLUTE/PATH, env:POLYKEY_NAME or credential:NAME");
+        v.add("source", SOURCES);
     }
     parsed
 }
