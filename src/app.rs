@@ -14,6 +14,7 @@ mod measured;
 mod recover;
 mod reload;
 mod report;
+mod secrets;
 mod tasks;
 #[cfg(test)]
 mod tests;
@@ -62,6 +63,7 @@ pub use check::{Finding, check};
 pub use error::{AppError, Fault};
 pub use recover::{Recovered, RecoveryFailure, recover};
 pub use reload::Reloaded;
+pub use secrets::Missing;
 
 /// Longest time that a call which is not a stream may take.
 const LONGEST_CALL: Duration = Duration::from_secs(60);
@@ -172,8 +174,8 @@ fn store_options(config: &Config) -> redb::Options {
 }
 
 /// The wrappers that the configuration names, where at least one can be used.
-fn wrappers(config: &Config) -> Result<(Vec<NamedWrapper>, Vec<Unusable>), AppError> {
-    let (opened, mut unusable) = NamedWrapper::open_all(config);
+async fn wrappers(config: &Config) -> Result<(Vec<NamedWrapper>, Vec<Unusable>), AppError> {
+    let (opened, mut unusable) = NamedWrapper::open_all(config).await;
     match (opened.is_empty(), unusable.pop()) {
         (true, Some(only)) if unusable.is_empty() => Err(AppError::MasterKey(only.error)),
         (true, Some(last)) => {
@@ -249,14 +251,17 @@ impl App {
     }
 
     async fn assemble(config: Config, clock: Clock, found: bool) -> Result<Self, AppError> {
-        let tls = Arc::new(TlsState::load(config.listen.tls.clone())?);
+        let texts = Box::pin(secrets::tls(&config)).await?;
+        let tls = Arc::new(TlsState::load_with(config.listen.tls.clone(), &texts)?);
+        drop(texts);
+        let signing_key = Box::pin(secrets::signing_key(&config)).await?;
         let authority = load_authority(&config)?;
         let policies = reload::policies(&config)?;
         for warning in policies.warnings() {
             tracing::warn!(%warning, "a policy is odd");
         }
         let authorizer = Arc::new(ArcSwap::from_pointee(policies));
-        let (wrappers, unusable) = wrappers(&config)?;
+        let (wrappers, unusable) = Box::pin(wrappers(&config)).await?;
         let (path, options) = (&config.storage.path, store_options(&config));
         let store = match found {
             true => redb::Redb::open_or_create(path, options)?,
@@ -288,6 +293,9 @@ impl App {
         let vault = Arc::clone(custody.vault());
 
         let now = clock.now();
+        if let Some(seed) = signing_key {
+            secrets::adopt(&vault, &config, &seed, &clock).await?;
+        }
         signing::ensure(&vault, Purpose::Token, event("CreateSigningKey", now)).await?;
         let signer =
             signing::ensure(&vault, Purpose::Checkpoint, event("CreateSigningKey", now)).await?;

@@ -5,7 +5,7 @@
 //! deserialiser, which would stop at the first mistake. Unknown keys are refused all the same.
 //!
 //! Secrets never stand in a configuration. Where one is needed there is a reference: `{ file = "…" }`,
-//! `{ env = "…" }` or `{ credential = "…" }`. No value is ever repeated in an error, in case
+//! `{ env = "…" }`, `{ credential = "…" }` or `{ ssm = "…" }`. No value is ever repeated in an error, in case
 //! somebody wrote a secret where its reference belongs.
 
 mod read;
@@ -13,13 +13,15 @@ mod sections;
 pub mod show;
 #[cfg(test)]
 mod tests;
+mod wrapper;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use polykey_hsm::MasterKeySource;
+use polykey_hsm::aws::{AwsConnection, AwsKms};
+use polykey_hsm::{MasterKeySource, SecretSource};
 
 use crate::net::NetConfig;
 use crate::net::tls::TlsFiles;
@@ -44,9 +46,11 @@ pub struct Config {
     /// `[storage]`
     pub storage: Storage,
     /// `[master_key]`
-    pub master_key: MasterKeySource,
+    pub master_key: Wrapper,
     /// `[wrappers.NAME]`: what else may open the root key, by its name.
     pub wrappers: BTreeMap<String, Wrapper>,
+    /// `[bootstrap]`
+    pub bootstrap: Bootstrap,
     /// `[tokens]`
     pub tokens: Tokens,
     /// `[login]`
@@ -65,11 +69,22 @@ pub struct Config {
     pub runtime: Runtime,
 }
 
-/// `[wrappers.NAME]`
+/// `[master_key]` or `[wrappers.NAME]`: something that opens the root key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Wrapper {
     /// A master key or a passphrase.
     Local(MasterKeySource),
+    /// A key of AWS KMS.
+    Aws(AwsKms),
+}
+
+/// `[bootstrap]`: how references to secrets are resolved that lie in AWS Parameter Store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bootstrap {
+    /// How it is reached.
+    pub aws: AwsConnection,
+    /// For all references together.
+    pub deadline: Duration,
 }
 
 /// `[node]`
@@ -86,12 +101,27 @@ pub struct Listen {
     pub address: SocketAddr,
     /// Certificate, key, client authorities and revocation lists.
     pub tls: TlsFiles,
+    /// Which of them come from a reference; the path then only names it.
+    pub references: TlsReferences,
     /// Limits and times of connections.
     pub net: NetConfig,
     /// Whether the common name of a certificate without alternative names identifies a client.
     pub allow_common_name: bool,
     /// A loopback address that tells probes without TLS whether the node serves.
     pub health: Option<SocketAddr>,
+}
+
+/// TLS material that is referred to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TlsReferences {
+    /// The server's certificate.
+    pub certificate: Option<SecretSource>,
+    /// Its private key.
+    pub key: Option<SecretSource>,
+    /// The authorities of clients.
+    pub client_ca: Option<SecretSource>,
+    /// Revocation lists.
+    pub crl: Option<SecretSource>,
 }
 
 /// `[storage]`
@@ -106,12 +136,14 @@ pub struct Storage {
 }
 
 /// `[tokens]`
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tokens {
     /// Life of an access token.
     pub access_ttl: Duration,
     /// Life of a refresh token.
     pub refresh_ttl: Duration,
+    /// An Ed25519 seed that signs tokens from the start on at which it is first seen.
+    pub signing_key: Option<SecretSource>,
 }
 
 /// `[login]`: how many failures a source may cause before it waits.

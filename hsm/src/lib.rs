@@ -50,7 +50,8 @@ pub use export::{
     generate_recipient_keypair, open_hpke_export, recipient_key_sha256,
 };
 pub use local::{
-    LocalError, LocalWrapper, MasterKeySource, PassphraseParams, SecretSource, generate_master_key,
+    LocalError, LocalWrapper, MasterKeySource, PassphraseParams, SecretSource, decode_key,
+    generate_master_key,
 };
 pub use mac::MacPurpose;
 pub use material::{KeyMaterial, MaterialError};

@@ -47,6 +47,8 @@ pub enum MasterKeySource {
     Env(String),
     /// A master key in a systemd credential.
     Credential(String),
+    /// A master key in an SSM parameter; see [`crate::bootstrap`].
+    Ssm(String),
     /// A passphrase.
     Passphrase {
         /// Where it is.
@@ -141,6 +143,32 @@ impl From<LocalError> for WrapError {
     }
 }
 
+impl MasterKeySource {
+    /// Where the secret lies.
+    #[must_use]
+    pub fn origin(&self) -> SecretSource {
+        match self {
+            Self::File(path) => SecretSource::File(path.clone()),
+            Self::Env(name) => SecretSource::Env(name.clone()),
+            Self::Credential(name) => SecretSource::Credential(name.clone()),
+            Self::Ssm(name) => SecretSource::Ssm(name.clone()),
+            Self::Passphrase { from, .. } => from.clone(),
+        }
+    }
+}
+
+impl From<SecretSource> for MasterKeySource {
+    /// A master key that lies there.
+    fn from(source: SecretSource) -> Self {
+        match source {
+            SecretSource::File(path) => Self::File(path),
+            SecretSource::Env(name) => Self::Env(name),
+            SecretSource::Credential(name) => Self::Credential(name),
+            SecretSource::Ssm(name) => Self::Ssm(name),
+        }
+    }
+}
+
 impl fmt::Display for SecretSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -228,7 +256,9 @@ fn without_newline(bytes: &[u8]) -> &[u8] {
     bytes.strip_suffix(b"\r").unwrap_or(bytes)
 }
 
-fn master_key(source: &SecretSource, raw: &[u8]) -> Result<Key, LocalError> {
+/// 32 bytes as people keep them: raw, in hexadecimal or in base64, with or without a line break.
+#[must_use]
+pub fn decode_key(raw: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
     use data_encoding::{BASE64, BASE64_NOPAD, BASE64URL, BASE64URL_NOPAD, HEXLOWER_PERMISSIVE};
     let text = without_newline(raw);
     let decoded = match (raw.len(), text.len()) {
@@ -240,10 +270,12 @@ fn master_key(source: &SecretSource, raw: &[u8]) -> Result<Key, LocalError> {
             .map(Zeroizing::new),
         _ => None,
     };
+    decoded.filter(|bytes| bytes.len() == 32)
+}
+
+fn master_key(source: &SecretSource, raw: &[u8]) -> Result<Key, LocalError> {
     let origin = || source.to_string();
-    let decoded = decoded
-        .filter(|bytes| bytes.len() == 32)
-        .ok_or_else(|| LocalError::NotAMasterKey { origin: origin() })?;
+    let decoded = decode_key(raw).ok_or_else(|| LocalError::NotAMasterKey { origin: origin() })?;
     if decoded.iter().all(|b| Some(b) == decoded.first()) {
         return Err(LocalError::Placeholder { origin: origin() });
     }
@@ -293,18 +325,21 @@ impl LocalWrapper {
     /// # Errors
     /// See [`LocalError`].
     pub fn open(source: &MasterKeySource) -> Result<Self, LocalError> {
-        let from = match source {
-            MasterKeySource::File(path) => SecretSource::File(path.clone()),
-            MasterKeySource::Env(name) => SecretSource::Env(name.clone()),
-            MasterKeySource::Credential(name) => SecretSource::Credential(name.clone()),
+        let from = source.origin();
+        Self::of(source, &from.read(MAX_SOURCE_LEN)?)
+    }
+
+    /// The wrapper of a secret that was read already, by [`crate::bootstrap::resolve`].
+    ///
+    /// # Errors
+    /// See [`LocalError`].
+    pub fn of(source: &MasterKeySource, value: &[u8]) -> Result<Self, LocalError> {
+        match source {
             MasterKeySource::Passphrase { from, params } => {
-                if !params.is_acceptable() {
-                    return Err(LocalError::Cost);
-                }
-                return Self::of_passphrase(from, &from.read(MAX_SOURCE_LEN)?, *params);
+                Self::of_passphrase(from, value, *params)
             }
-        };
-        Self::of_master_key(&from, &from.read(MAX_SOURCE_LEN)?)
+            _ => Self::of_master_key(&source.origin(), value),
+        }
     }
 
     /// The wrapper of a passphrase that was read already, by [`crate::bootstrap::resolve`], from

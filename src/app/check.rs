@@ -8,7 +8,7 @@ use std::path::Path;
 use polykey_hsm::SlotKind;
 use rustix::fs::FlockOperation;
 
-use super::{AppError, load_authority, reload};
+use super::{AppError, load_authority, reload, secrets};
 use crate::config::Config;
 use crate::custody::{MASTER_KEY, NamedWrapper};
 use crate::net::tls::TlsState;
@@ -34,9 +34,12 @@ pub(super) fn private(path: &Path) -> Result<(), AppError> {
 
 /// Looks at everything a start needs, with the code that a start uses.
 #[must_use]
-pub fn check(config: &Config) -> Vec<Finding> {
-    let certificates = TlsState::load(config.listen.tls.clone());
-    let certificates = certificates.map_err(AppError::from).map(|tls| {
+pub async fn check(config: &Config) -> Vec<Finding> {
+    let certificates = match Box::pin(secrets::tls(config)).await {
+        Ok(texts) => TlsState::load_with(config.listen.tls.clone(), &texts).map_err(AppError::from),
+        Err(error) => Err(error),
+    };
+    let certificates = certificates.map(|tls| {
         let day = |seconds: u64| {
             let seconds = i64::try_from(seconds).unwrap_or(i64::MAX);
             crate::time::Time::from_seconds(seconds).to_string()
@@ -56,7 +59,7 @@ pub fn check(config: &Config) -> Vec<Finding> {
             authorizer.warnings().iter().map(|warning| format!("\n  {warning}")).collect();
         format!("{} files of yours, all valid{warnings}", config.policies.len())
     });
-    let (opened, unusable) = NamedWrapper::open_all(config);
+    let (opened, unusable) = NamedWrapper::open_all(config).await;
     let told = |named: &NamedWrapper| match named.wrapper.kind() {
         SlotKind::Passphrase => "a passphrase".to_owned(),
         _ => named.wrapper.id().as_str().to_owned(),
@@ -78,12 +81,18 @@ pub fn check(config: &Config) -> Vec<Finding> {
             Some(Ok(others.iter().map(told).collect::<Vec<_>>().join(", ")))
         }
     };
+    let signing_key = match Box::pin(secrets::signing_key(config)).await {
+        Ok(None) => None,
+        Ok(Some(_)) => Some(Ok("a seed of 32 bytes".to_owned())),
+        Err(error) => Some(Err(error)),
+    };
     let mut findings = vec![
         Finding { subject: "certificates", result: certificates },
         Finding { subject: "authority", result: authority },
         Finding { subject: "policies", result: policies },
         Finding { subject: "master key", result: master_key },
     ];
+    findings.extend(signing_key.map(|result| Finding { subject: "token signing key", result }));
     findings.extend(further.map(|result| Finding { subject: "wrappers", result }));
     findings.extend([
         Finding { subject: "data directory", result: data_directory(&config.node.data_dir) },

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::recover::RecoveryFailure;
+use super::secrets::Missing;
 use crate::authz::PolicyErrors;
 use crate::config::ConfigErrors;
 use crate::custody;
@@ -35,7 +36,10 @@ pub enum AppError {
     Policies(#[from] PolicyErrors),
     /// The master key or passphrase cannot be read.
     #[error(transparent)]
-    MasterKey(#[from] polykey_hsm::LocalError),
+    MasterKey(#[from] custody::WrapperError),
+    /// References of the configuration give nothing.
+    #[error("these settings have no value:{}", lines(.0))]
+    Secrets(Vec<Missing>),
     /// None of the wrappers can be used.
     #[error("no wrapper can be used:{}", lines(.0))]
     NoWrapper(Vec<custody::Unusable>),
@@ -140,6 +144,7 @@ impl AppError {
             | Self::Authority(_)
             | Self::Policies(_)
             | Self::MasterKey(_)
+            | Self::Secrets(_)
             | Self::NoWrapper(_)
             | Self::Recovery(_)
             | Self::Exposed { .. }
@@ -202,7 +207,9 @@ impl AppError {
                 "Choose an address of this machine, and a port above 1023 unless you are root.".into()
             }
             Self::HealthPort { .. } => "Choose another port for [listen] health.".into(),
-            Self::MasterKey(polykey_hsm::LocalError::Unreadable { .. }) => {
+            Self::MasterKey(custody::WrapperError::Local(
+                polykey_hsm::LocalError::Unreadable { .. },
+            )) => {
                 "Make one with `polykey init --generate-master-key`, or correct [master_key]; if the \
                  store exists, it needs the key it was made with."
                     .into()

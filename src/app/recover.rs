@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use polykey_hsm::KeyWrapper;
 use polykey_hsm::recovery::{RecoveryKey, RecoveryWrapper};
+use polykey_hsm::{KeyWrapper, MasterKeySource};
 use polykey_storage::{Store, redb};
 
 use super::{AppError, closed, event, store_options};
 use crate::config::{Config, Wrapper};
 use crate::custody::{self, Custody, MASTER_KEY, NamedWrapper, RECOVERY, Rewrap, SlotSpec, Terms};
+use crate::setup;
 use crate::time::Clock;
 
 /// Why nothing was recovered, besides what keeps a node from opening.
@@ -34,23 +35,25 @@ pub struct Recovered {
     pub slot: SlotSpec,
     /// Whether it did before, so that nothing was changed.
     pub unchanged: bool,
+    /// Whether the master key's file was made.
+    pub master_key_made: bool,
 }
 
 /// Opens the store with a recovery key and wraps its root key under the configuration's master key, so
 /// that the node starts by itself again. No server may have the store open. The recovery slot stays.
+/// With `make_master_key`, a master key is made in the file that the configuration names, if there is
+/// none, once the recovery key has opened the store.
 ///
 /// # Errors
 /// See [`AppError`]; nothing has changed then.
 pub async fn recover(
     config: &Config,
     key: RecoveryKey,
+    make_master_key: bool,
     clock: Clock,
 ) -> Result<Recovered, AppError> {
     let recovery = RecoveryWrapper::with(key).map_err(RecoveryFailure::from)?;
     let public = recovery.public().to_string();
-    let master_key = Wrapper::Local(config.master_key.clone());
-    let master = NamedWrapper::open(MASTER_KEY, &master_key)
-        .map_err(|unusable| AppError::MasterKey(unusable.error))?;
     let path = &config.storage.path;
     let store: Arc<dyn Store> = Arc::new(redb::Redb::open(path, store_options(config))?);
     let recovery: Arc<dyn KeyWrapper> = Arc::new(recovery);
@@ -60,23 +63,43 @@ pub async fn recover(
         custody::OpenError::NoSlotOpened(_) => RecoveryFailure::OfNoSlot(public).into(),
         error => AppError::from(error),
     })?;
-    let recovered = rewrap(&custody, &master, clock).await;
+    let recovered = give_back(&custody, config, make_master_key, clock).await;
     drop(custody);
     closed(path).await;
     recovered
 }
 
+async fn give_back(
+    custody: &Arc<Custody>,
+    config: &Config,
+    make_master_key: bool,
+    clock: Clock,
+) -> Result<Recovered, AppError> {
+    let master_key_made = match &config.master_key {
+        Wrapper::Local(MasterKeySource::File(path)) if make_master_key && !path.exists() => {
+            setup::master_key(path)?;
+            true
+        }
+        _ => false,
+    };
+    let opened = NamedWrapper::open(MASTER_KEY, &config.master_key, &config.bootstrap).await;
+    let master = opened.map_err(|unusable| AppError::MasterKey(unusable.error))?;
+    let (slot, unchanged) = rewrap(custody, &master, clock).await?;
+    let node_id = custody.vault().node_id();
+    Ok(Recovered { node_id, slot, unchanged, master_key_made })
+}
+
+/// Gives the slot, and whether it opened by the master key already.
 async fn rewrap(
     custody: &Arc<Custody>,
     master: &NamedWrapper,
     clock: Clock,
-) -> Result<Recovered, AppError> {
+) -> Result<(SlotSpec, bool), AppError> {
     let status = custody.status().await?;
-    let node_id = status.node_id;
     for slot in status.slots.iter().filter(|slot| slot.kind != RECOVERY) {
         let tried = custody.test_slot(&slot.label, &[Arc::clone(&master.wrapper)]).await;
         if let Ok(slot) = tried {
-            return Ok(Recovered { node_id, slot, unchanged: true });
+            return Ok((slot, true));
         }
     }
     // The slot whose secret stood where the new one stands is of no use to anybody now.
@@ -110,5 +133,5 @@ async fn rewrap(
         }
     };
     let slot = slot.map_err(crate::error::Error::from)?;
-    Ok(Recovered { node_id, slot, unchanged: false })
+    Ok((slot, false))
 }

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{App, AppError, event};
+use super::{App, AppError, event, secrets};
 use crate::authz::{Authorizer, DEFAULTS, PolicyFile};
 use crate::config::Config;
 
@@ -43,8 +43,7 @@ pub(super) fn policies(config: &Config) -> Result<Authorizer, AppError> {
 impl App {
     /// Reads certificates, revocation lists and policies again.
     pub async fn reload(self: &Arc<Self>) -> Reloaded {
-        let tls = Arc::clone(&self.tls);
-        let certificates = run(move || tls.reload().map_err(AppError::from)).await;
+        let certificates = self.reload_certificates().await;
         self.reloaded("ReloadCertificates", &certificates).await;
         let config = Arc::clone(&self.config);
         let policies = run(move || policies(&config)).await.map(|authorizer| {
@@ -52,6 +51,12 @@ impl App {
         });
         self.reloaded("ReloadPolicies", &policies).await;
         Reloaded { certificates, policies }
+    }
+
+    async fn reload_certificates(&self) -> Result<(), AppError> {
+        let texts = Box::pin(secrets::tls(&self.config)).await?;
+        let tls = Arc::clone(&self.tls);
+        run(move || tls.reload_with(&texts).map_err(AppError::from)).await
     }
 
     async fn reloaded(&self, action: &str, result: &Result<(), AppError>) {
@@ -73,8 +78,7 @@ impl App {
         if *seen == now {
             return;
         }
-        let tls = Arc::clone(&self.tls);
-        let result = run(move || tls.reload().map_err(AppError::from)).await;
+        let result = self.reload_certificates().await;
         self.reloaded("ReloadCertificates", &result).await;
         if result.is_ok() {
             *seen = now;

@@ -169,7 +169,7 @@ async fn what_is_in_the_way_is_told_with_a_remedy() {
         let error = App::open(prepared.config.clone(), Clock::System).await.unwrap_err();
         assert_eq!(error.fault(), Fault::Given, "{error}");
         assert!(error.to_string().contains("chmod 600"), "{error}");
-        let findings = check(&prepared.config);
+        let findings = check(&prepared.config).await;
         assert!(findings.iter().any(|f| f.result.is_err()), "{name}");
         fs::set_permissions(&path, private).unwrap();
     }
@@ -186,16 +186,16 @@ async fn a_check_finds_nothing_in_what_was_made_and_touches_nothing() {
     let dir = parent.path().join("d");
     let prepared = ready(&dir);
     let app = App::found(prepared.config.clone(), Clock::System).await.unwrap();
-    let in_use = check(&prepared.config);
+    let in_use = check(&prepared.config).await;
     assert!(in_use.iter().any(|f| f.result.as_ref().unwrap().contains("in use")), "{in_use:?}");
     app.close().await.unwrap();
     let before = fs::read(dir.join("polykey.redb")).unwrap();
-    for finding in check(&prepared.config) {
+    for finding in check(&prepared.config).await {
         finding.result.unwrap();
     }
     assert!(before == fs::read(dir.join("polykey.redb")).unwrap());
     fs::write(dir.join("polykey.redb"), "not a store").unwrap();
-    assert!(check(&prepared.config).iter().any(|f| f.result.is_err()));
+    assert!(check(&prepared.config).await.iter().any(|f| f.result.is_err()));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -112,7 +112,8 @@ pub(super) fn check(cli: &Cli, args: CheckArgs) -> Result<(), CliError> {
             hint: error.hint(),
         },
     };
-    let findings: Vec<_> = app::check(&config).into_iter().map(view).collect();
+    let findings = runtime()?.block_on(Box::pin(app::check(&config)));
+    let findings: Vec<_> = findings.into_iter().map(view).collect();
     let ok = findings.iter().all(|finding| finding.ok);
     let configuration = config.file.display().to_string();
     cli.out.print(&CheckView { ok, configuration, findings })?;

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use polykey_hsm::SecretSource;
+use polykey_hsm::bootstrap::is_parameter_name;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -216,6 +217,11 @@ impl<'d, 't> Section<'d, 't> {
         self.table?.iter().find(|(name, _)| name.get_ref() == key)
     }
 
+    /// Whether the key stands there, whatever its value.
+    pub(super) fn has(&self, key: &'static str) -> bool {
+        self.find(key).is_some()
+    }
+
     fn label(&self, key: &str) -> String {
         if self.name.is_empty() { key.to_owned() } else { format!("[{}] {key}", self.name) }
     }
@@ -307,6 +313,19 @@ impl<'d, 't> Section<'d, 't> {
 
     pub(super) fn need_path(&self, key: &'static str, example: &str) -> Option<PathBuf> {
         self.need(key, example, |value| path(self.document, value))
+    }
+
+    /// A PEM file, or a reference to a text and the name of its place.
+    pub(super) fn pem(&self, key: &'static str) -> Option<(PathBuf, Option<SecretSource>)> {
+        self.get(key, |value| pem(self.document, value))
+    }
+
+    pub(super) fn need_pem(
+        &self,
+        key: &'static str,
+        example: &str,
+    ) -> Option<(PathBuf, Option<SecretSource>)> {
+        self.need(key, example, |value| pem(self.document, value))
     }
 
     /// A reference to a secret.
@@ -461,9 +480,22 @@ pub(super) fn duration(
     Ok(found)
 }
 
+fn pem(
+    document: &Document<'_>,
+    value: &DeValue<'_>,
+) -> Result<(PathBuf, Option<SecretSource>), Refused> {
+    if !value.is_table() {
+        return Ok((path(document, value)?, None));
+    }
+    Ok(match reference(document, value)? {
+        SecretSource::File(path) => (path, None),
+        elsewhere => (PathBuf::from(elsewhere.to_string()), Some(elsewhere)),
+    })
+}
+
 fn reference(document: &Document<'_>, value: &DeValue<'_>) -> Result<SecretSource, Refused> {
-    const REMEDY: &str =
-        "refer to the secret with { file = \"…\" }, { env = \"…\" } or { credential = \"…\" }";
+    const REMEDY: &str = "refer to the secret with { file = \"…\" }, { env = \"…\" }, \
+                          { credential = \"…\" } or { ssm = \"…\" }";
     let DeValue::Table(table) = value else {
         return refuse(
             format!("a {} where a reference to a secret belongs", value.type_str()),
@@ -493,6 +525,17 @@ fn reference(document: &Document<'_>, value: &DeValue<'_>) -> Result<SecretSourc
                 "write the name given to LoadCredential=, without / and not starting with a dot",
             ),
         },
+        "ssm" if cfg!(feature = "aws") => match text()? {
+            name if is_parameter_name(name) => Ok(SecretSource::Ssm(name.to_owned())),
+            _ => refuse(
+                "not the name of an SSM parameter",
+                "write /PATH/NAME of letters, digits and . - _, with :VERSION or :LABEL if need be",
+            ),
+        },
+        "ssm" => refuse(
+            "this build reads nothing from AWS",
+            "refer to another place, or run a build with the cargo feature `aws`",
+        ),
         _ => refuse("not a kind of reference", REMEDY),
     }
 }

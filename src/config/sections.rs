@@ -1,20 +1,18 @@
 //! What each section of the configuration may say, in which range, and what holds when it is silent.
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use polykey_hsm::{MasterKeySource, PassphraseParams, SecretSource};
+use polykey_hsm::aws::AwsConnection;
 use toml::de::DeValue;
 use tracing::level_filters::LevelFilter;
 
 use super::read::{ConfigErrors, Document, Refused, Section, path, refuse, string};
 use super::{
-    Audit, Ca, Config, DataPlane, Limits, Listen, Log, LogFormat, Login, Node, Runtime, Storage,
-    Tokens, Wrapper,
+    Audit, Bootstrap, Ca, Config, DataPlane, Limits, Listen, Log, LogFormat, Login, Node, Runtime,
+    Storage, TlsReferences, Tokens, wrapper,
 };
-use crate::custody::MASTER_KEY;
 use crate::net::NetConfig;
 use crate::net::tls::TlsFiles;
 
@@ -32,8 +30,9 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
     let node = node(root.section("node"));
     let listen = listen(root.section("listen"));
     let storage = storage(root.section("storage"), node.as_ref());
-    let master_key = master_key(root.section("master_key"));
-    let wrappers = wrappers(&root.section("wrappers"));
+    let master_key = wrapper::section(root.section("master_key"));
+    let wrappers = wrapper::sections(&root.section("wrappers"));
+    let bootstrap = bootstrap(root.section("bootstrap"));
     let tokens = tokens(root.section("tokens"));
     let login = login(root.section("login"));
     let audit = audit(root.section("audit"));
@@ -59,6 +58,7 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
         storage,
         master_key,
         wrappers,
+        bootstrap,
         tokens,
         login,
         audit,
@@ -97,10 +97,10 @@ fn loopback(value: &DeValue<'_>) -> Result<SocketAddr, Refused> {
 
 fn listen(section: Section<'_, '_>) -> Option<Listen> {
     let defaults = NetConfig::default();
-    let certificate = section.need_path("certificate", "\"server.pem\"");
-    let key = section.need_path("key", "\"server.key\"");
-    let client_ca = section.need_path("client_ca", "\"client-ca.pem\"");
-    let crl = section.path("crl");
+    let certificate = section.need_pem("certificate", "\"server.pem\"");
+    let key = section.need_pem("key", "\"server.key\"");
+    let client_ca = section.need_pem("client_ca", "\"client-ca.pem\"");
+    let crl = section.pem("crl");
     let socket = section.get("address", address).unwrap_or(DEFAULT_ADDRESS);
     let health = section.get("health", loopback);
     if health.is_some_and(|health| health == socket && health.port() != 0) {
@@ -152,8 +152,16 @@ fn listen(section: Section<'_, '_>) -> Option<Listen> {
     }
     let allow_common_name = section.boolean("allow_common_name", false);
     section.finish();
-    let tls = TlsFiles { certificate: certificate?, key: key?, client_ca: client_ca?, crl };
-    Some(Listen { address: socket, tls, net, allow_common_name, health })
+    let (certificate, key, client_ca) = (certificate?, key?, client_ca?);
+    let (crl, crl_reference) = crl.unzip();
+    let references = TlsReferences {
+        certificate: certificate.1,
+        key: key.1,
+        client_ca: client_ca.1,
+        crl: crl_reference.flatten(),
+    };
+    let tls = TlsFiles { certificate: certificate.0, key: key.0, client_ca: client_ca.0, crl };
+    Some(Listen { address: socket, tls, references, net, allow_common_name, health })
 }
 
 fn storage(section: Section<'_, '_>, node: Option<&Node>) -> Option<Storage> {
@@ -179,107 +187,42 @@ fn storage(section: Section<'_, '_>, node: Option<&Node>) -> Option<Storage> {
     Some(storage)
 }
 
-fn wrappers(section: &Section<'_, '_>) -> BTreeMap<String, Wrapper> {
-    let mut found = BTreeMap::new();
-    for (name, at, inner) in section.each() {
-        let fit = (1..=64).contains(&name.len())
-            && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'))
-            && name != MASTER_KEY;
-        if !fit {
-            section.document.note(
-                at,
-                "[wrappers]: a section whose name is none of a wrapper".to_owned(),
-                format!("name it with 1 to 64 of a-z A-Z 0-9 _ -, other than {MASTER_KEY}"),
-            );
-        }
-        let Some(inner) = inner else { continue };
-        if let Some(source) = master_key(inner) {
-            found.insert(name, Wrapper::Local(source));
-        }
+/// How AWS is reached: the same keys wherever it is.
+pub(super) fn connection(section: &Section<'_, '_>) -> AwsConnection {
+    let text = |key| section.get(key, |value| string(value).map(str::to_owned));
+    let default = AwsConnection::default();
+    AwsConnection {
+        region: text("region"),
+        endpoint_url: text("endpoint_url"),
+        profile: text("profile"),
+        role_arn: text("role_arn"),
+        fips: section.boolean("fips", false),
+        dual_stack: section.boolean("dual_stack", false),
+        connect_timeout: section.duration(
+            "connect_timeout",
+            ("100ms", "30s"),
+            default.connect_timeout,
+        ),
+        attempt_timeout: section.duration(
+            "attempt_timeout",
+            ("100ms", "30s"),
+            default.attempt_timeout,
+        ),
     }
-    found
 }
 
-fn master_key(section: Section<'_, '_>) -> Option<MasterKeySource> {
-    section.get("kind", |value| match string(value)? {
-        "local" => Ok(()),
-        "pkcs11" => refuse(
-            "this build has no PKCS#11 backend",
-            "write \"local\", or run a build with the feature `pkcs11`",
-        ),
-        "aws" | "aws-kms" => refuse(
-            "this build has no AWS KMS backend",
-            "write \"local\", or run a build with the feature `aws`",
-        ),
-        _ => refuse("not a kind of master key", "write \"local\""),
-    });
-    let source = section.reference("source");
-    let passphrase = section.reference("passphrase");
-    let written = |key| section.get(key, |_| Ok(())).is_some();
-    let (has_source, has_passphrase) = (written("source"), written("passphrase"));
-    let default = PassphraseParams::default();
-    let argon2 = section.inner("argon2");
-    let (least, most) = (PassphraseParams::MIN, PassphraseParams::MAX);
-    let range = |least: u32, most: u32| i64::from(least)..=i64::from(most);
-    let params = argon2.map_or(default, |inner| {
-        let params = PassphraseParams {
-            memory_kib: inner.integer(
-                "memory_kib",
-                range(least.memory_kib, most.memory_kib),
-                default.memory_kib,
-            ),
-            passes: inner.integer("passes", range(least.passes, most.passes), default.passes),
-            lanes: inner.integer("lanes", range(least.lanes, most.lanes), default.lanes),
-        };
-        inner.finish();
-        if !has_passphrase {
-            section.complain(
-                "argon2",
-                ("there is no passphrase to stretch".to_owned(), "remove it".to_owned()),
-            );
-        }
-        params
-    });
-    match (has_source, has_passphrase) {
-        (true, true) => section.complain(
-            "passphrase",
-            (
-                "there is a `source` as well".to_owned(),
-                "keep one of `source` (a master key) and `passphrase`".to_owned(),
-            ),
-        ),
-        (false, false) => section.complain(
-            "source",
-            (
-                "missing".to_owned(),
-                format!("add `source = {{ file = \"master.key\" }}` to [{}]", section.name()),
-            ),
-        ),
-        _ => {}
-    }
-    if matches!(source, Some(SecretSource::Ssm(_))) {
-        section.complain(
-            "source",
-            (
-                "a master key is not read from SSM".to_owned(),
-                "write { file = \"…\" }, { env = \"…\" } or { credential = \"…\" }".to_owned(),
-            ),
-        );
-    }
+fn bootstrap(section: Section<'_, '_>) -> Bootstrap {
+    let aws = connection(&section);
+    let deadline = section.duration("deadline", ("100ms", "5m"), Duration::from_secs(15));
     section.finish();
-    match (source, passphrase) {
-        (_, Some(from)) => Some(MasterKeySource::Passphrase { from, params }),
-        (Some(SecretSource::File(path)), None) => Some(MasterKeySource::File(path)),
-        (Some(SecretSource::Env(name)), None) => Some(MasterKeySource::Env(name)),
-        (Some(SecretSource::Credential(name)), None) => Some(MasterKeySource::Credential(name)),
-        (None | Some(SecretSource::Ssm(_)), None) => None,
-    }
+    Bootstrap { aws, deadline }
 }
 
 fn tokens(section: Section<'_, '_>) -> Tokens {
     let tokens = Tokens {
         access_ttl: section.duration("access_ttl", ("1m", "24h"), 15 * MINUTE),
         refresh_ttl: section.duration("refresh_ttl", ("5m", "2160h"), 24 * HOUR),
+        signing_key: section.reference("signing_key"),
     };
     if tokens.refresh_ttl <= tokens.access_ttl {
         let key = if section.get("refresh_ttl", |_| Ok(())).is_some() {

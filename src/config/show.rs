@@ -5,15 +5,16 @@ use std::path::Path;
 use std::time::Duration;
 
 use polykey_hsm::MasterKeySource;
+use polykey_hsm::aws::AwsConnection;
 
-use super::{Config, DataPlane, LogFormat, Wrapper};
+use super::{Bootstrap, Config, DataPlane, LogFormat, Wrapper};
 use crate::custody::SlotSpec;
 
 /// One setting in effect.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// Its name, with dots.
-    pub name: &'static str,
+    pub name: String,
     /// Its value.
     pub value: String,
     /// "default", or the file and line it stands in.
@@ -31,12 +32,38 @@ fn time(duration: Duration) -> String {
     }
 }
 
-fn place(source: &MasterKeySource) -> String {
-    SlotSpec::local("", source).source
+fn place(wrapper: &Wrapper) -> String {
+    SlotSpec::of_wrapper("", wrapper).source
 }
 
 fn optional<T>(value: Option<T>, text: impl FnOnce(T) -> String) -> String {
     value.map(text).unwrap_or_default()
+}
+
+/// How AWS is reached.
+fn connection(section: &str, connection: &AwsConnection) -> Vec<(String, String)> {
+    let AwsConnection {
+        region,
+        endpoint_url,
+        profile,
+        role_arn,
+        fips,
+        dual_stack,
+        connect_timeout,
+        attempt_timeout,
+    } = connection;
+    let text = |value: &Option<String>| value.clone().unwrap_or_default();
+    let all = [
+        ("region", text(region)),
+        ("endpoint_url", text(endpoint_url)),
+        ("profile", text(profile)),
+        ("role_arn", text(role_arn)),
+        ("fips", fips.to_string()),
+        ("dual_stack", dual_stack.to_string()),
+        ("connect_timeout", time(*connect_timeout)),
+        ("attempt_timeout", time(*attempt_timeout)),
+    ];
+    all.into_iter().map(|(name, value)| (format!("{section}.{name}"), value)).collect()
 }
 
 /// Every setting, by name.
@@ -51,6 +78,7 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         storage,
         master_key,
         wrappers,
+        bootstrap,
         tokens,
         login,
         audit,
@@ -61,13 +89,20 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         runtime,
     } = config;
     let net = &listen.net;
-    let (key_setting, key_place) = match master_key {
-        MasterKeySource::Passphrase { .. } => ("master_key.passphrase", place(master_key)),
-        _ => ("master_key.source", place(master_key)),
+    let (key_kind, key_setting) = match master_key {
+        Wrapper::Local(MasterKeySource::Passphrase { .. }) => ("local", "master_key.passphrase"),
+        Wrapper::Local(_) => ("local", "master_key.source"),
+        Wrapper::Aws(_) => ("aws", "master_key.key"),
     };
-    let others = wrappers.iter().map(|(name, Wrapper::Local(source))| match source {
-        MasterKeySource::Passphrase { .. } => format!("{name} (passphrase, {})", place(source)),
-        _ => format!("{name} ({})", place(source)),
+    let others = wrappers.iter().map(|(name, wrapper)| {
+        let place = place(wrapper);
+        match wrapper {
+            Wrapper::Local(MasterKeySource::Passphrase { .. }) => {
+                format!("{name} (passphrase, {place})")
+            }
+            Wrapper::Local(_) => format!("{name} ({place})"),
+            Wrapper::Aws(_) => format!("{name} (AWS KMS, {place})"),
+        }
     });
     let mut all = vec![
         ("node.data_dir", path(&node.data_dir)),
@@ -93,14 +128,15 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         ("listen.connection_age_grace", time(net.max_age_grace)),
         ("listen.drain_timeout", time(net.drain_timeout)),
         ("storage.kind", "redb".to_owned()),
-        ("master_key.kind", "local".to_owned()),
+        ("master_key.kind", key_kind.to_owned()),
         ("storage.path", path(&storage.path)),
         ("storage.cache_mib", storage.cache_mib.to_string()),
         ("storage.changes", storage.changes.to_string()),
-        (key_setting, key_place),
+        (key_setting, place(master_key)),
         ("wrappers", others.collect::<Vec<_>>().join(", ")),
         ("tokens.access_ttl", time(tokens.access_ttl)),
         ("tokens.refresh_ttl", time(tokens.refresh_ttl)),
+        ("tokens.signing_key", optional(tokens.signing_key.as_ref(), |source| source.to_string())),
         ("login.address_burst", login.address_burst.to_string()),
         ("login.address_interval", time(login.address_interval)),
         ("login.client_burst", login.client_burst.to_string()),
@@ -133,20 +169,29 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         ("runtime.threads", optional(net.workers, |n| n.to_string())),
         ("runtime.blocking_threads", net.blocking_threads.to_string()),
     ];
-    if let MasterKeySource::Passphrase { params, .. } = master_key {
+    if let Wrapper::Local(MasterKeySource::Passphrase { params, .. }) = master_key {
         let cost = format!(
             "memory_kib = {}, passes = {}, lanes = {}",
             params.memory_kib, params.passes, params.lanes
         );
         all.push(("master_key.argon2", cost));
     }
-    all.sort_unstable_by_key(|(name, _)| *name);
+    let mut all: Vec<(String, String)> =
+        all.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+    if let Wrapper::Aws(settings) = master_key {
+        all.extend(connection("master_key", &settings.connection));
+    }
+    let Bootstrap { aws, deadline } = bootstrap;
+    all.extend(connection("bootstrap", aws));
+    all.push(("bootstrap.deadline".to_owned(), time(*deadline)));
+    all.sort_unstable();
     let source = |name: &str| {
         written
             .get(name)
             .map_or_else(|| "default".to_owned(), |line| format!("{}:{line}", file.display()))
     };
-    all.into_iter().map(|(name, value)| Entry { name, value, source: source(name) }).collect()
+    let entry = |(name, value): (String, String)| Entry { source: source(&name), name, value };
+    all.into_iter().map(entry).collect()
 }
 
 #[cfg(test)]
@@ -171,6 +216,6 @@ mod tests {
         assert_eq!(of("master_key.source").value, "environment variable CANARY_NAME");
         let shown: Vec<&str> = config.written.keys().map(String::as_str).collect();
         assert!(shown.iter().all(|name| entries.iter().any(|e| e.name == *name)), "{shown:?}");
-        assert!(entries.is_sorted_by_key(|e| e.name));
+        assert!(entries.is_sorted_by_key(|e| &e.name));
     }
 }

@@ -125,9 +125,8 @@ const BROKEN: &[Case] = &[
     (9, "[storage]\nkind = \"memory\"", "10:8", "[storage] kind: a store that forgets everything", "tmpfs"),
     (9, "[storage]\nkind = \"postgres\"", "10:8", "no PostgreSQL backend", "feature `postgres`"),
     (9, "[storage]\nkind = \"sqlite\"", "10:8", "not a kind of store", "write \"redb\""),
-    (9, "kind = \"pkcs11\"", "9:8", "[master_key] kind: this build has no PKCS#11", "feature `pkcs11`"),
-    (9, "kind = \"aws\"", "9:8", "no AWS KMS backend", "feature `aws`"),
-    (9, "kind = \"tpm\"", "9:8", "not a kind of master key", "write \"local\""),
+    (9, "kind = \"tpm\"", "9:8", "not a kind of wrapper", "write \"local\""),
+    (9, "kind = \"aws-kms\"", "9:8", "not a kind of wrapper", "write \"aws\""),
     // Secrets and references to them.
     (8, "source = \"CANARY-hunter2-Zm9vYmFy\"", "8:10", "[master_key] source: a string where a reference", "{ env = \"…\" }"),
     (8, "source = { value = \"CANARY-hunter2-Zm9vYmFy\" }", "8:10", "not a kind of reference", "{ file ="),
@@ -218,9 +217,57 @@ fn paths_are_relative_to_the_file() {
     let config = parse(BASE).unwrap();
     assert_eq!(config.node.data_dir, Path::new("/etc/polykey/d"));
     assert_eq!(config.storage.path, Path::new("/etc/polykey/d/polykey.redb"));
-    assert_eq!(config.master_key, MasterKeySource::File("/etc/polykey/m.key".into()));
+    let file = MasterKeySource::File("/etc/polykey/m.key".into());
+    assert_eq!(config.master_key, Wrapper::Local(file));
     let config = Config::parse(Path::new("p.toml"), BASE).unwrap();
     assert_eq!(config.listen.tls.key, Path::new("s.key"));
+}
+
+/// What a build with AWS says to the same text, and one without.
+#[test]
+fn aws_is_a_kind_of_wrapper_where_the_build_has_it() {
+    let spare = format!(
+        "{BASE}\n[wrappers.cloud]\nkind = \"aws\"\nkey = \"alias/polykey\"\nregion = \"eu-west-1\"\n\
+         attempt_timeout = \"1s\"\n\n[bootstrap]\nprofile = \"node\"\ndeadline = \"3s\"\n\n[tokens]\n\
+         signing_key = {{ ssm = \"/polykey/signing\" }}\n"
+    );
+    let parsed = parse(&spare);
+    if !cfg!(feature = "aws") {
+        let text = parsed.unwrap_err().to_string();
+        assert!(
+            text.contains("no AWS KMS backend") && text.contains("reads nothing from AWS"),
+            "{text}"
+        );
+        assert!(text.contains("feature `aws`"), "{text}");
+        return;
+    }
+    let config = parsed.unwrap();
+    let Some(Wrapper::Aws(settings)) = config.wrappers.get("cloud") else { panic!() };
+    assert_eq!(settings.key, "alias/polykey");
+    assert_eq!(settings.connection.region.as_deref(), Some("eu-west-1"));
+    assert_eq!(settings.connection.attempt_timeout, Duration::from_secs(1));
+    assert_eq!(config.bootstrap.aws.profile.as_deref(), Some("node"));
+    assert_eq!(config.bootstrap.deadline, Duration::from_secs(3));
+    assert_eq!(config.tokens.signing_key, Some(SecretSource::Ssm("/polykey/signing".into())));
+    let wrong = format!("{BASE}\n[wrappers.cloud]\nkind = \"aws\"\nsource = {{ env = \"K\" }}\n");
+    let text = parse(&wrong).unwrap_err().to_string();
+    assert!(text.contains("[wrappers.cloud] key: missing"), "{text}");
+    assert!(text.contains("`source` is not an option"), "{text}");
+    let wrong = edited(8, "source = { ssm = \"no parameter\" }");
+    let text = parse(&wrong).unwrap_err().to_string();
+    assert!(text.contains("not the name of an SSM parameter"), "{text}");
+}
+
+#[test]
+fn tls_material_may_be_referred_to() {
+    let text = BASE.replace("key = \"s.key\"", "key = { credential = \"tls-key\" }");
+    let config = parse(&text).unwrap();
+    let key = Some(SecretSource::Credential("tls-key".into()));
+    assert_eq!(config.listen.references.key, key);
+    assert_eq!(config.listen.tls.key, Path::new("credential tls-key"));
+    assert_eq!(config.listen.references.certificate, None);
+    let text = BASE.replace("key = \"s.key\"", "key = { file = \"s.key\" }");
+    assert_eq!(parse(&text).unwrap(), parse(BASE).unwrap());
 }
 
 #[test]
@@ -228,7 +275,8 @@ fn passphrases_come_with_their_cost() {
     let text = edited(8, "passphrase = { credential = \"p\" }\nargon2 = { lanes = 1 }");
     let params = PassphraseParams { lanes: 1, ..PassphraseParams::default() };
     let from = SecretSource::Credential("p".into());
-    assert_eq!(parse(&text).unwrap().master_key, MasterKeySource::Passphrase { from, params });
+    let passphrase = Wrapper::Local(MasterKeySource::Passphrase { from, params });
+    assert_eq!(parse(&text).unwrap().master_key, passphrase);
 }
 
 fn example() -> String {
@@ -242,7 +290,7 @@ fn the_example_shows_the_defaults() {
     let spelt_out = parse(&example().replace("\n#: ", "\n")).unwrap();
     assert_eq!(plain, Config { written: plain.written.clone(), ..spelt_out });
     // Each default that is shown must be read, not skipped: the text must differ in these lines.
-    assert_eq!(example().matches("\n#: ").count(), 33);
+    assert_eq!(example().matches("\n#: ").count(), 34);
 }
 
 #[test]
@@ -250,12 +298,17 @@ fn the_optional_examples_are_valid() {
     let all = example().replace("\n#: ", "\n").replace("\n#? ", "\n");
     // A node has a master key or a passphrase, not both.
     let all = all.replace("\nsource = { file", "\n# source = { file");
-    let config = parse(&all).unwrap();
+    let parsed = parse(&all);
+    if !cfg!(feature = "aws") {
+        assert!(parsed.unwrap_err().to_string().contains("feature `aws`"));
+        return;
+    }
+    let config = parsed.unwrap();
     assert!(
         config.ca.is_some() && config.listen.health.is_some() && config.listen.tls.crl.is_some()
     );
     assert_eq!(config.listen.net.workers, Some(2));
-    assert_eq!(config.wrappers.keys().collect::<Vec<_>>(), ["spare"]);
+    assert_eq!(config.wrappers.keys().collect::<Vec<_>>(), ["cloud", "spare"]);
 }
 
 #[test]

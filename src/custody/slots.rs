@@ -5,14 +5,15 @@ use std::time::Duration;
 
 use polykey_hsm::recovery::{RecoveryPublicKey, RecoveryWrapper};
 use polykey_hsm::{
-    Deadline, KeyWrapper, MasterKeySource, Ring, RootError, RootKey, SecretSource, SlotKind,
-    WrapContext, WrapError, WrappedKey,
+    Deadline, KeyWrapper, MasterKeySource, Ring, RootError, RootKey, SlotKind, WrapContext,
+    WrapError, WrappedKey,
 };
 use polykey_proto::polykey::record::v1::{AuditEvent, Slot, SlotTable};
 use prost::Message;
 use tokio::runtime::Handle;
 
 use super::error::{ChangeError, OpenError, Trial, TrialOutcome};
+use crate::config::Wrapper;
 use crate::error::Error;
 use crate::time::Time;
 
@@ -27,9 +28,11 @@ pub const RECOVERY: &str = "recovery";
 pub struct SlotSpec {
     /// The operator's name for it: 1 to 64 of `a-z A-Z 0-9 . _ -`.
     pub label: String,
-    /// "local-file", "local-env", "local-credential", "local-passphrase" or "recovery".
+    /// "local-file", "local-env", "local-credential", "local-ssm", "local-passphrase", "aws" or
+    /// "recovery".
     pub kind: String,
-    /// Where the secret is found, e.g. "file /etc/polykey/master.key"; or the recovery public key.
+    /// Where the secret is found, e.g. "file /etc/polykey/master.key"; the key of AWS KMS; or the
+    /// recovery public key.
     pub source: String,
 }
 
@@ -37,15 +40,25 @@ impl SlotSpec {
     /// The specification of a slot of the local wrapper.
     #[must_use]
     pub fn local(label: impl Into<String>, source: &MasterKeySource) -> Self {
-        let (kind, from) = match source {
-            MasterKeySource::File(path) => ("local-file", SecretSource::File(path.clone())),
-            MasterKeySource::Env(name) => ("local-env", SecretSource::Env(name.clone())),
-            MasterKeySource::Credential(name) => {
-                ("local-credential", SecretSource::Credential(name.clone()))
-            }
-            MasterKeySource::Passphrase { from, .. } => ("local-passphrase", from.clone()),
+        let kind = match source {
+            MasterKeySource::File(_) => "local-file",
+            MasterKeySource::Env(_) => "local-env",
+            MasterKeySource::Credential(_) => "local-credential",
+            MasterKeySource::Ssm(_) => "local-ssm",
+            MasterKeySource::Passphrase { .. } => "local-passphrase",
         };
-        Self { label: label.into(), kind: kind.into(), source: from.to_string() }
+        Self { label: label.into(), kind: kind.into(), source: source.origin().to_string() }
+    }
+
+    /// The specification of a slot of a wrapper of the configuration.
+    #[must_use]
+    pub fn of_wrapper(label: impl Into<String>, wrapper: &Wrapper) -> Self {
+        match wrapper {
+            Wrapper::Local(source) => Self::local(label, source),
+            Wrapper::Aws(settings) => {
+                Self { label: label.into(), kind: "aws".into(), source: settings.key.clone() }
+            }
+        }
     }
 
     /// The specification of a slot that opens with a recovery key, whole or in shares.

@@ -35,7 +35,8 @@ pub(crate) const ALPN_H2: &[u8] = b"h2";
 /// Largest file read here, in bytes: revocation lists of large authorities take megabytes.
 const MAX_FILE_BYTES: u64 = 32 * 1024 * 1024;
 
-/// Where the server's TLS material lies. All files are PEM.
+/// Where the server's TLS material lies. All files are PEM. Where [`TlsTexts`] gives a piece, its path is read by
+/// nobody and only names the piece in errors.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TlsFiles {
     /// The server's certificate, leaf first, then its intermediates.
@@ -47,6 +48,28 @@ pub struct TlsFiles {
     /// Revocation lists of all those authorities. With a file here, a certificate whose status it does not tell is
     /// refused, and so is every certificate once the list's `nextUpdate` has passed.
     pub crl: Option<PathBuf>,
+}
+
+/// A PEM text, erased when nobody holds it any more.
+pub type PemText = Arc<Zeroizing<Vec<u8>>>;
+
+/// TLS material that comes from somewhere else than a file, PEM.
+#[derive(Clone, Default)]
+pub struct TlsTexts {
+    /// In the place of [`TlsFiles::certificate`].
+    pub certificate: Option<PemText>,
+    /// In the place of [`TlsFiles::key`].
+    pub key: Option<PemText>,
+    /// In the place of [`TlsFiles::client_ca`].
+    pub client_ca: Option<PemText>,
+    /// In the place of [`TlsFiles::crl`].
+    pub crl: Option<PemText>,
+}
+
+impl fmt::Debug for TlsTexts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TlsTexts").finish_non_exhaustive()
+    }
 }
 
 /// Why TLS material cannot be used; each text names the file and what to do.
@@ -149,6 +172,14 @@ impl TlsState {
         Self::load_with_clock(files, Arc::new(DefaultTimeProvider))
     }
 
+    /// As [`load`](Self::load), with what comes from elsewhere.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_with(files: TlsFiles, texts: &TlsTexts) -> Result<Self, TlsConfigError> {
+        Self::assemble(files, texts, Arc::new(DefaultTimeProvider))
+    }
+
     /// Reads the files; every check of validity, now and later, uses `clock`.
     ///
     /// # Errors
@@ -157,7 +188,15 @@ impl TlsState {
         files: TlsFiles,
         clock: Arc<dyn TimeProvider>,
     ) -> Result<Self, TlsConfigError> {
-        let loaded = read_all(&files, &clock, 1)?;
+        Self::assemble(files, &TlsTexts::default(), clock)
+    }
+
+    fn assemble(
+        files: TlsFiles,
+        texts: &TlsTexts,
+        clock: Arc<dyn TimeProvider>,
+    ) -> Result<Self, TlsConfigError> {
+        let loaded = read_all(&files, texts, &clock, 1)?;
         Ok(Self { files, clock, current: ArcSwap::from_pointee(loaded), reloading: Mutex::new(()) })
     }
 
@@ -167,8 +206,17 @@ impl TlsState {
     /// # Errors
     /// As [`load`](Self::load); what was in use stays in use.
     pub fn reload(&self) -> Result<(), TlsConfigError> {
+        self.reload_with(&TlsTexts::default())
+    }
+
+    /// As [`reload`](Self::reload), with what comes from elsewhere.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load); what was in use stays in use.
+    pub fn reload_with(&self, texts: &TlsTexts) -> Result<(), TlsConfigError> {
         let _one_at_a_time = self.reloading.lock();
-        let loaded = read_all(&self.files, &self.clock, self.generation().saturating_add(1))?;
+        let loaded =
+            read_all(&self.files, texts, &self.clock, self.generation().saturating_add(1))?;
         self.current.store(Arc::new(loaded));
         Ok(())
     }
@@ -232,20 +280,33 @@ pub(crate) fn provider() -> Arc<CryptoProvider> {
 
 fn read_all(
     files: &TlsFiles,
+    texts: &TlsTexts,
     clock: &Arc<dyn TimeProvider>,
     generation: u64,
 ) -> Result<Loaded, TlsConfigError> {
     let provider = provider();
-    let chain = read_certificates(&files.certificate)?;
-    let key = read_key(&files.key)?;
-    let roots = read_roots(&files.client_ca)?;
+    let chain = match &texts.certificate {
+        Some(text) => certificates(&files.certificate, text)?,
+        None => read_certificates(&files.certificate)?,
+    };
+    let key = match &texts.key {
+        Some(text) => private_key(&files.key, text)?,
+        None => read_key(&files.key)?,
+    };
+    let roots = match &texts.client_ca {
+        Some(text) => roots(&files.client_ca, certificates(&files.client_ca, text)?)?,
+        None => read_roots(&files.client_ca)?,
+    };
     let certificate = server_validity(&files.certificate, &chain, clock)?;
 
     let mut builder =
         WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider));
     let mut crl_next_update = None;
     if let Some(path) = &files.crl {
-        let (lists, next) = read_crls(path, clock)?;
+        let (lists, next) = match &texts.crl {
+            Some(text) => revocation_lists(path, text, clock)?,
+            None => revocation_lists(path, &read_file(path)?.0, clock)?,
+        };
         crl_next_update = Some(next);
         builder = builder.with_crls(lists).enforce_revocation_expiration();
     }
@@ -323,8 +384,11 @@ fn read_file(path: &Path) -> Result<(Zeroizing<Vec<u8>>, std::fs::Metadata), Tls
 pub(crate) fn read_certificates(
     path: &Path,
 ) -> Result<Vec<CertificateDer<'static>>, TlsConfigError> {
-    let (bytes, _) = read_file(path)?;
-    let certificates: Vec<_> = CertificateDer::pem_slice_iter(&bytes)
+    certificates(path, &read_file(path)?.0)
+}
+
+fn certificates(path: &Path, text: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsConfigError> {
+    let certificates: Vec<_> = CertificateDer::pem_slice_iter(text)
         .collect::<Result<_, _>>()
         .map_err(|_| TlsConfigError::Unusable {
             file: path.to_owned(),
@@ -357,7 +421,11 @@ pub(crate) fn read_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsConfigE
     if mode & forbidden != 0 {
         return Err(TlsConfigError::KeyExposed { file: path.to_owned(), mode });
     }
-    PrivateKeyDer::from_pem_slice(&bytes).map_err(|_| TlsConfigError::Missing {
+    private_key(path, &bytes)
+}
+
+fn private_key(path: &Path, text: &[u8]) -> Result<PrivateKeyDer<'static>, TlsConfigError> {
+    PrivateKeyDer::from_pem_slice(text).map_err(|_| TlsConfigError::Missing {
         file: path.to_owned(),
         what: "private key",
         label: "PRIVATE KEY",
@@ -366,8 +434,15 @@ pub(crate) fn read_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsConfigE
 
 /// Reads trust anchors.
 pub(crate) fn read_roots(path: &Path) -> Result<RootCertStore, TlsConfigError> {
+    roots(path, read_certificates(path)?)
+}
+
+fn roots(
+    path: &Path,
+    certificates: Vec<CertificateDer<'static>>,
+) -> Result<RootCertStore, TlsConfigError> {
     let mut roots = RootCertStore::empty();
-    for certificate in read_certificates(path)? {
+    for certificate in certificates {
         roots.add(certificate).map_err(|error| TlsConfigError::Unusable {
             file: path.to_owned(),
             problem: error.to_string(),
@@ -377,8 +452,9 @@ pub(crate) fn read_roots(path: &Path) -> Result<RootCertStore, TlsConfigError> {
     Ok(roots)
 }
 
-fn read_crls(
+fn revocation_lists(
     path: &Path,
+    text: &[u8],
     clock: &Arc<dyn TimeProvider>,
 ) -> Result<(Vec<CertificateRevocationListDer<'static>>, u64), TlsConfigError> {
     let unusable = |problem: &str| TlsConfigError::Unusable {
@@ -386,8 +462,7 @@ fn read_crls(
         problem: problem.into(),
         remedy: "fetch a new list from the certificate authority, or remove `crl` from the configuration",
     };
-    let (bytes, _) = read_file(path)?;
-    let lists: Vec<_> = CertificateRevocationListDer::pem_slice_iter(&bytes)
+    let lists: Vec<_> = CertificateRevocationListDer::pem_slice_iter(text)
         .collect::<Result<_, _>>()
         .map_err(|_| unusable("the PEM text is damaged"))?;
     if lists.is_empty() {

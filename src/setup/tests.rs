@@ -26,7 +26,8 @@ fn usable(dir: &Path, prepared: &dev::Prepared) {
         key: dir.join("admin.key"),
     })
     .unwrap();
-    polykey_hsm::LocalWrapper::open(&prepared.config.master_key).unwrap();
+    let crate::config::Wrapper::Local(source) = &prepared.config.master_key else { panic!() };
+    polykey_hsm::LocalWrapper::open(source).unwrap();
 }
 
 #[test]

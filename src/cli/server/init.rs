@@ -13,7 +13,7 @@ use super::super::output::{Human, View};
 use super::runtime;
 use crate::app::{Admin, App, AppError, bootstrap};
 use crate::authn::certificate::CertificateIdentity;
-use crate::config::Config;
+use crate::config::{Config, Wrapper};
 use crate::pki::{self, Authority, KeyKind, Validity};
 use crate::time::Clock;
 use crate::{hardening, setup};
@@ -117,7 +117,9 @@ async fn make(config: Config, args: InitArgs) -> Result<InitView, AppError> {
     }
     setup::private_directory(&out)?;
     let master_key_made = match &config.master_key {
-        MasterKeySource::File(path) if args.generate_master_key && !path.exists() => {
+        Wrapper::Local(MasterKeySource::File(path))
+            if args.generate_master_key && !path.exists() =>
+        {
             if config.storage.path.exists() {
                 let store = config.storage.path.clone();
                 return Err(setup::SetupError::MasterKeyLost { key: path.clone(), store }.into());

@@ -4,7 +4,6 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use clap::{ArgGroup, Args};
-use polykey_hsm::MasterKeySource;
 use polykey_hsm::recovery::{self, RecoveryKey, Share};
 use serde::Serialize;
 use zeroize::Zeroizing;
@@ -15,8 +14,8 @@ use super::super::output::{Human, View};
 use super::runtime;
 use crate::app::{self, AppError};
 use crate::config::Config;
+use crate::hardening;
 use crate::time::Clock;
-use crate::{hardening, setup};
 
 /// More than any share or key, with room for what people write around it.
 const MAX_BYTES: u64 = 4096;
@@ -76,15 +75,9 @@ pub(in crate::cli) fn recover(cli: &Cli, args: RecoverArgs) -> Result<(), CliErr
         Some(file) => RecoveryKey::parse(&read(file)?).map_err(|error| named(file, &error))?,
         None => combined(&args.shares)?,
     };
-    let mut master_key_made = false;
-    if let MasterKeySource::File(path) = &config.master_key
-        && args.generate_master_key
-        && !path.exists()
-    {
-        setup::master_key(path).map_err(AppError::from)?;
-        master_key_made = true;
-    }
-    let recovered = runtime()?.block_on(Box::pin(app::recover(&config, key, Clock::System)))?;
+    let make = args.generate_master_key;
+    let recovered = app::recover(&config, key, make, Clock::System);
+    let recovered = runtime()?.block_on(Box::pin(recovered))?;
     let slot = recovered.slot;
     cli.out.print(&RecoveredView {
         node_id: data_encoding::HEXLOWER.encode(&recovered.node_id),
@@ -92,7 +85,7 @@ pub(in crate::cli) fn recover(cli: &Cli, args: RecoverArgs) -> Result<(), CliErr
         kind: slot.kind,
         source: slot.source,
         changed: !recovered.unchanged,
-        master_key_made,
+        master_key_made: recovered.master_key_made,
         next: format!("polykey serve --config {}", config.file.display()),
     })
 }

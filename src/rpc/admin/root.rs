@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use data_encoding::HEXLOWER;
-use polykey_hsm::{KeyWrapper, LocalWrapper, MasterKeySource, PassphraseParams, SecretSource};
+use polykey_hsm::bootstrap::is_parameter_name;
+use polykey_hsm::{KeyWrapper, MasterKeySource, PassphraseParams, SecretSource};
 use polykey_proto::polykey::v2 as pb;
 use tonic::Request;
 
@@ -18,8 +19,10 @@ use crate::rpc::convert::timestamp;
 
 /// Bytes of a reference to a secret.
 const SOURCE: usize = 4096;
-const SOURCES: &str = "must be file:/ABSOLUTE/PATH, env:POLYKEY_NAME or credential:NAME";
-const KINDS: [&str; 4] = ["local-file", "local-env", "local-credential", "local-passphrase"];
+const SOURCES: &str =
+    "must be file:/ABSOLUTE/PATH, env:POLYKEY_NAME, credential:NAME or ssm:/PATH/NAME";
+const KINDS: [&str; 5] =
+    ["local-file", "local-env", "local-credential", "local-ssm", "local-passphrase"];
 
 impl AdminService {
     pub(super) async fn get_root_status(
@@ -113,7 +116,7 @@ impl AdminService {
         v.check(
             kind_ok,
             "kind",
-            "must be local-file, local-env, local-credential or local-passphrase",
+            "must be local-file, local-env, local-credential, local-ssm or local-passphrase",
         );
         let label_ok = m.label.is_empty() || SlotSpec::is_label(&m.label);
         v.check(label_ok, "label", "must be 1 to 64 of a-z A-Z 0-9 . _ -");
@@ -136,14 +139,12 @@ impl AdminService {
                         slot and remove this one";
             return Err(Error::invalid("slot_id", text));
         }
-        let source = self.master_key(from, &m.kind, old)?;
-        let opened = source.clone();
-        let wrapper = tokio::task::spawn_blocking(move || LocalWrapper::open(&opened)).await;
-        let wrapper = wrapper
-            .map_err(|e| Error::internal(format!("opening a master key: {e}")))?
-            .map_err(|e| Error::invalid("source", e.to_string()))?;
-        let wrapper: Arc<dyn KeyWrapper> = Arc::new(wrapper);
-        let spec = SlotSpec::local(old.label.clone(), &source);
+        let named = match self.same_wrapper(from.as_ref(), &m.kind, old) {
+            Some(named) => named,
+            None => self.local_wrapper(self.master_key(from, &m.kind, old)?, old).await?,
+        };
+        let spec = named.slot(&old.label);
+        let wrapper = Arc::clone(&named.wrapper);
         let rewrap = Rewrap {
             slot: HEXLOWER.encode(&old.id),
             kind: spec.kind,
@@ -155,14 +156,8 @@ impl AdminService {
             },
         };
         let event = event(&cx, Action::RewrapRoot, decision, &[]);
-        let leaf = custody.rewrap_slot(rewrap, Arc::clone(&wrapper), event).await;
-        let leaf = leaf.map_err(Error::from)?;
-        // Under the name that it has or should get in the configuration.
-        let config = Wrapper::Local(source);
-        let name =
-            self.0.wrappers.lock().iter().find(|n| n.config == config).map(|n| n.name.clone());
-        let name = name.unwrap_or_else(|| format!("slot {}", old.label));
-        self.learn(NamedWrapper { name, config, wrapper });
+        let leaf = custody.rewrap_slot(rewrap, wrapper, event).await.map_err(Error::from)?;
+        self.learn(named);
         let status = custody.status().await?;
         let now = status.slots.iter().find(|slot| slot.id == old.id);
         Ok(pb::RewrapSlotResponse {
@@ -170,6 +165,38 @@ impl AdminService {
             generation: status.generation,
             audit_index: leaf.unwrap_or(0),
         })
+    }
+
+    /// The device or service that a slot is of, when it is to wrap anew: under a newer version of
+    /// its key, say.
+    fn same_wrapper(
+        &self,
+        from: Option<&SecretSource>,
+        kind: &str,
+        old: &SlotStatus,
+    ) -> Option<NamedWrapper> {
+        let same = |named: &&NamedWrapper| {
+            let spec = named.slot("");
+            let device = !matches!(named.config, Wrapper::Local(_));
+            device && spec.kind == old.kind && spec.source == old.source
+        };
+        let asked = from.is_none() && kind.is_empty();
+        self.0.wrappers.lock().iter().find(same).filter(|_| asked).cloned()
+    }
+
+    /// A master key or passphrase, under the name that it has or should get in the configuration.
+    async fn local_wrapper(
+        &self,
+        source: MasterKeySource,
+        old: &SlotStatus,
+    ) -> Result<NamedWrapper, Error> {
+        let config = Wrapper::Local(source);
+        let name =
+            self.0.wrappers.lock().iter().find(|n| n.config == config).map(|n| n.name.clone());
+        let name = name.unwrap_or_else(|| format!("slot {}", old.label));
+        let bootstrap = &self.0.admin.config.bootstrap;
+        let opened = Box::pin(NamedWrapper::open(&name, &config, bootstrap)).await;
+        opened.map_err(|unusable| Error::invalid("source", unusable.error.to_string()))
     }
 
     /// Where the new master key is, and what it is.
@@ -184,20 +211,16 @@ impl AdminService {
             // As before: found among the sources that this process knows.
             None => {
                 let wrappers = self.0.wrappers.lock();
-                let known = wrappers
-                    .iter()
-                    .map(|NamedWrapper { config: Wrapper::Local(source), .. }| source);
+                let known = wrappers.iter().filter_map(|named| match &named.config {
+                    Wrapper::Local(source) => Some(source),
+                    Wrapper::Aws(_) => None,
+                });
                 let known = known.into_iter().find(|source| {
                     let spec = SlotSpec::local(old.label.clone(), source);
                     (spec.kind == old.kind || !kind.is_empty()) && spec.source == old.source
                 });
                 match known {
-                    Some(MasterKeySource::File(path)) => SecretSource::File(path.clone()),
-                    Some(MasterKeySource::Env(name)) => SecretSource::Env(name.clone()),
-                    Some(MasterKeySource::Credential(name)) => {
-                        SecretSource::Credential(name.clone())
-                    }
-                    Some(MasterKeySource::Passphrase { from, .. }) => from.clone(),
+                    Some(known) => known.origin(),
                     None => return Err(Error::State(Reason::NotConfigured)),
                 }
             }
@@ -209,19 +232,13 @@ impl AdminService {
         };
         if passphrase {
             let params = match &self.0.admin.config.master_key {
-                MasterKeySource::Passphrase { params, .. } => *params,
+                Wrapper::Local(MasterKeySource::Passphrase { params, .. }) => *params,
                 _ => PassphraseParams::default(),
             };
             return Ok(MasterKeySource::Passphrase { from, params });
         }
-        let (source, is) = match from {
-            SecretSource::File(path) => (MasterKeySource::File(path), "local-file"),
-            SecretSource::Env(name) => (MasterKeySource::Env(name), "local-env"),
-            SecretSource::Credential(name) => {
-                (MasterKeySource::Credential(name), "local-credential")
-            }
-            SecretSource::Ssm(_) => return Err(Error::invalid("source", SOURCES)),
-        };
+        let source = MasterKeySource::from(from);
+        let is = SlotSpec::local("", &source).kind;
         if !kind.is_empty() && kind != is {
             let text = format!("must be {is} or local-passphrase for that source");
             return Err(Error::invalid("kind", text));
@@ -246,6 +263,7 @@ fn source(v: &mut Violations, text: &str) -> Option<SecretSource> {
         Some(("credential", name)) if !name.is_empty() && !name.contains('/') => {
             Some(SecretSource::Credential(name.to_owned()))
         }
+        Some(("ssm", name)) if is_parameter_name(name) => Some(SecretSource::Ssm(name.to_owned())),
         _ => None,
     };
     let parsed = parsed.filter(|_| fit);

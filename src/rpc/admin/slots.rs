@@ -11,7 +11,7 @@ use tonic::Request;
 use super::root::slot;
 use super::{AdminService, commands, event};
 use crate::authz::{Action, Resource};
-use crate::config::{Config, Wrapper};
+use crate::config::Config;
 use crate::custody::{ChangeError, MASTER_KEY, NamedWrapper, Removal, SlotSpec, Terms};
 use crate::error::Error;
 use crate::limits::Violations;
@@ -132,20 +132,21 @@ impl AdminService {
             return Ok(known);
         }
         let file = self.0.admin.config.file.clone();
-        let read = tokio::task::spawn_blocking(move || {
-            let refused = |text: String| Error::invalid("wrapper", text);
-            let config = Config::load(&file).map_err(|error| refused(error.to_string()))?;
-            let wrapper = match name.as_str() {
-                MASTER_KEY => Some(Wrapper::Local(config.master_key.clone())),
-                _ => config.wrappers.get(&name).cloned(),
-            };
-            let Some(wrapper) = wrapper else {
-                let place = file.display();
-                return Err(refused(format!("there is no section [wrappers.{name}] in {place}")));
-            };
-            NamedWrapper::open(&name, &wrapper).map_err(|unusable| refused(unusable.to_string()))
-        });
-        read.await.map_err(|e| Error::internal(format!("reading the configuration: {e}")))?
+        let read = tokio::task::spawn_blocking(move || Config::load(&file)).await;
+        let refused = |text: String| Error::invalid("wrapper", text);
+        let config = read
+            .map_err(|e| Error::internal(format!("reading the configuration: {e}")))?
+            .map_err(|e| refused(e.to_string()))?;
+        let wrapper = match name.as_str() {
+            MASTER_KEY => Some(&config.master_key),
+            _ => config.wrappers.get(&name),
+        };
+        let Some(wrapper) = wrapper else {
+            let place = config.file.display();
+            return Err(refused(format!("there is no section [wrappers.{name}] in {place}")));
+        };
+        let opened = Box::pin(NamedWrapper::open(&name, wrapper, &config.bootstrap)).await;
+        opened.map_err(|unusable| refused(unusable.to_string()))
     }
 
     /// Keeps a wrapper at hand, in the place of an older one of its name.

@@ -272,7 +272,7 @@ impl AdminService {
         self.look(&cx, commands::ReadNode, &[("what", "configuration")]).await?;
         let admin = &self.0.admin;
         let entry = |entry: show::Entry| pb::ConfigurationEntry {
-            name: entry.name.to_owned(),
+            name: entry.name,
             value: entry.value,
             source: entry.source,
         };

@@ -1,0 +1,100 @@
+//! What a configuration refers to in the place of a file: read at the start, and TLS material again
+//! with each reload.
+
+use std::sync::Arc;
+
+use polykey_hsm::{Deadline, SecretSource, bootstrap, decode_key};
+use zeroize::Zeroizing;
+
+use super::{AppError, event};
+use crate::config::{Config, TlsReferences};
+use crate::custody::signing::{self, Purpose};
+use crate::error::Error;
+use crate::net::tls::TlsTexts;
+use crate::time::Clock;
+use crate::vault::Vault;
+
+/// A setting whose reference gives nothing, and why. No values.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Missing {
+    /// The setting, as in `[listen] key`.
+    pub setting: &'static str,
+    /// Place and reason.
+    pub text: String,
+}
+
+impl std::fmt::Display for Missing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.setting, self.text)
+    }
+}
+
+async fn resolve(
+    config: &Config,
+    wanted: &[(&'static str, &SecretSource)],
+) -> Result<Vec<Zeroizing<Vec<u8>>>, AppError> {
+    if wanted.is_empty() {
+        return Ok(Vec::new());
+    }
+    let sources: Vec<SecretSource> = wanted.iter().map(|(_, source)| (*source).clone()).collect();
+    let deadline = Deadline::after(config.bootstrap.deadline);
+    let found = Box::pin(bootstrap::resolve(&sources, &config.bootstrap.aws, deadline)).await;
+    found.map_err(|problems| {
+        let name = |problem: bootstrap::Problem| Missing {
+            setting: wanted.get(problem.index).map_or("a reference", |(setting, _)| setting),
+            text: problem.text,
+        };
+        AppError::Secrets(problems.into_iter().map(name).collect())
+    })
+}
+
+/// The TLS material that is referred to.
+pub(super) async fn tls(config: &Config) -> Result<TlsTexts, AppError> {
+    let TlsReferences { certificate, key, client_ca, crl } = &config.listen.references;
+    let mut texts = TlsTexts::default();
+    let places = [
+        ("[listen] certificate", certificate, &mut texts.certificate),
+        ("[listen] key", key, &mut texts.key),
+        ("[listen] client_ca", client_ca, &mut texts.client_ca),
+        ("[listen] crl", crl, &mut texts.crl),
+    ];
+    let (mut wanted, mut into) = (Vec::new(), Vec::new());
+    for (setting, source, place) in places {
+        if let Some(source) = source {
+            wanted.push((setting, source));
+            into.push(place);
+        }
+    }
+    for (place, text) in into.into_iter().zip(resolve(config, &wanted).await?) {
+        *place = Some(Arc::new(text));
+    }
+    Ok(texts)
+}
+
+/// The seed that signs tokens, if one is referred to.
+pub(super) async fn signing_key(config: &Config) -> Result<Option<Zeroizing<Vec<u8>>>, AppError> {
+    const SETTING: &str = "[tokens] signing_key";
+    let Some(source) = &config.tokens.signing_key else { return Ok(None) };
+    let found = resolve(config, &[(SETTING, source)]).await?;
+    let seed = found.first().and_then(|value| decode_key(value));
+    seed.map(Some).ok_or_else(|| {
+        let text = format!("{source}: not a seed of 32 bytes, raw, in hexadecimal or in base64");
+        AppError::Secrets(vec![Missing { setting: SETTING, text }])
+    })
+}
+
+/// Makes the seed the key that signs tokens, unless the store has seen it before: then the roll-over
+/// of keys is the store's business.
+pub(super) async fn adopt(
+    vault: &Vault,
+    config: &Config,
+    seed: &[u8],
+    clock: &Clock,
+) -> Result<(), AppError> {
+    let event = event("ImportSigningKey", clock.now());
+    let verify_for = config.tokens.refresh_ttl;
+    match signing::import(vault, Purpose::Token, seed, verify_for, event).await {
+        Ok(_) | Err(Error::Conflict) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
