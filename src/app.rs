@@ -9,7 +9,9 @@
 
 mod bootstrap;
 mod check;
+pub mod door;
 mod error;
+pub mod locked;
 mod measured;
 mod recover;
 mod reload;
@@ -26,7 +28,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use polykey_hsm::BoxFuture;
+use polykey_hsm::{BoxFuture, SlotKind};
 use polykey_proto::grpc::health::v1::health_server::HealthServer;
 use polykey_proto::polykey::record::v1::AuditEvent;
 use polykey_proto::polykey::record::v1::audit_event::Outcome;
@@ -173,9 +175,14 @@ fn store_options(config: &Config) -> redb::Options {
     }
 }
 
-/// The wrappers that the configuration names, where at least one can be used.
-async fn wrappers(config: &Config) -> Result<(Vec<NamedWrapper>, Vec<Unusable>), AppError> {
-    let (opened, mut unusable) = NamedWrapper::open_all(config).await;
+/// The wrappers that the configuration names and those that an operator gave, where at least one can
+/// be used.
+async fn wrappers(
+    config: &Config,
+    given: Vec<NamedWrapper>,
+) -> Result<(Vec<NamedWrapper>, Vec<Unusable>), AppError> {
+    let (mut opened, mut unusable) = NamedWrapper::open_all(config).await;
+    opened.extend(given);
     match (opened.is_empty(), unusable.pop()) {
         (true, Some(only)) if unusable.is_empty() => Err(AppError::MasterKey(only.error)),
         (true, Some(last)) => {
@@ -238,7 +245,19 @@ impl App {
     /// # Errors
     /// See [`AppError`]; the store is untouched unless signing keys or a first trail had to be made.
     pub async fn open(config: Config, clock: Clock) -> Result<Self, AppError> {
-        Self::assemble(config, clock, false).await
+        Self::assemble(config, clock, false, Vec::new()).await
+    }
+
+    /// As [`Self::open`], and also by what an operator gave. A recovery key is not kept.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub async fn open_given(
+        config: Config,
+        clock: Clock,
+        given: Vec<NamedWrapper>,
+    ) -> Result<Self, AppError> {
+        Self::assemble(config, clock, false, given).await
     }
 
     /// As [`Self::open`], and founds the store (file, root key, first slot) where there is none or
@@ -247,10 +266,15 @@ impl App {
     /// # Errors
     /// See [`AppError`].
     pub async fn found(config: Config, clock: Clock) -> Result<Self, AppError> {
-        Self::assemble(config, clock, true).await
+        Self::assemble(config, clock, true, Vec::new()).await
     }
 
-    async fn assemble(config: Config, clock: Clock, found: bool) -> Result<Self, AppError> {
+    async fn assemble(
+        config: Config,
+        clock: Clock,
+        found: bool,
+        given: Vec<NamedWrapper>,
+    ) -> Result<Self, AppError> {
         let texts = Box::pin(secrets::tls(&config)).await?;
         let tls = Arc::new(TlsState::load_with(config.listen.tls.clone(), &texts)?);
         drop(texts);
@@ -261,7 +285,7 @@ impl App {
             tracing::warn!(%warning, "a policy is odd");
         }
         let authorizer = Arc::new(ArcSwap::from_pointee(policies));
-        let (wrappers, unusable) = Box::pin(wrappers(&config)).await?;
+        let (mut wrappers, unusable) = Box::pin(wrappers(&config, given)).await?;
         let (path, options) = (&config.storage.path, store_options(&config));
         let store = match found {
             true => redb::Redb::open_or_create(path, options)?,
@@ -290,6 +314,7 @@ impl App {
         } else {
             unlock(store, (&wrappers, unusable), caches, clock.clone()).await?
         };
+        wrappers.retain(|named| named.wrapper.kind() != SlotKind::Recovery);
         let vault = Arc::clone(custody.vault());
 
         let now = clock.now();
@@ -525,6 +550,30 @@ impl Running {
     #[must_use]
     pub fn app(&self) -> &Arc<App> {
         &self.app
+    }
+
+    /// As [`Self::stop`], after a word in the audit trail, and waits until nothing of the node's keys
+    /// is left in this process.
+    ///
+    /// # Errors
+    /// If something holds on to them: the process must end then.
+    pub async fn lock(self, uid: u32) -> Result<Stopped, Error> {
+        let mut event = event("LockNode", self.app.clock.now());
+        event.details.insert("uid".into(), uid.to_string());
+        if let Err(error) = self.app.trail.record(event).await {
+            tracing::error!(%error, "the locking is not in the audit trail");
+        }
+        let custody = Arc::downgrade(&self.app.custody);
+        let keyring = Arc::downgrade(&self.app.keyring);
+        let stopped = self.stop().await;
+        let gone = async {
+            while custody.strong_count() + keyring.strong_count() > 0 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let gone = tokio::time::timeout(LAST_WORDS, gone).await;
+        gone.map_err(|_| Error::internal("something still holds the keys"))?;
+        Ok(stopped)
     }
 
     /// Takes no more connections, lets requests end within the drain's time, makes the audit trail

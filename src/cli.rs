@@ -42,7 +42,7 @@ mod parse_tests;
 
 pub use access::{RevokeArgs, TokenCommand};
 pub use error::{CliError, Exit};
-pub use server::{CheckArgs, DevArgs, InitArgs, RecoverArgs, ServeArgs};
+pub use server::{CheckArgs, DevArgs, InitArgs, LockArgs, RecoverArgs, ServeArgs, UnlockArgs};
 
 use output::{Format, Output};
 use remote::Remote;
@@ -85,6 +85,10 @@ pub enum Command {
     /// Open a store with a recovery key or its shares, and put its root key under the master key of the
     /// configuration again. No server may have it open.
     Recover(RecoverArgs),
+    /// Have a node on this machine forget its root key and all others, and serve no more.
+    Lock(LockArgs),
+    /// Unlock a node on this machine.
+    Unlock(UnlockArgs),
     /// Keys: create, read, change, rotate, revoke, destroy, export.
     #[command(subcommand)]
     Key(key::KeyCommand),
@@ -187,6 +191,8 @@ pub fn run(cli: Cli) -> Result<(), CliError> {
         Command::Serve(args) => server::serve(args),
         Command::Check(args) => server::check(&app, args),
         Command::Recover(args) => server::recover(&app, args),
+        Command::Lock(args) => server::lock(&app, &args),
+        Command::Unlock(args) => server::unlock(&app, &args),
         Command::Audit(audit::AuditCommand::Verify(args)) if args.store.is_some() => {
             server::audit_verify_store(&app, args)
         }
@@ -226,6 +232,8 @@ async fn talk(app: &App, command: Command) -> Result<(), CliError> {
         | Command::Serve(_)
         | Command::Check(_)
         | Command::Recover(_)
+        | Command::Lock(_)
+        | Command::Unlock(_)
         | Command::Completion { .. }
         | Command::Man { .. }
         | Command::Version => Ok(()),

@@ -51,6 +51,8 @@ pub struct Config {
     pub wrappers: BTreeMap<String, Wrapper>,
     /// `[bootstrap]`
     pub bootstrap: Bootstrap,
+    /// `[unlock]`
+    pub unlock: Unlock,
     /// `[tokens]`
     pub tokens: Tokens,
     /// `[login]`
@@ -76,6 +78,27 @@ pub enum Wrapper {
     Local(MasterKeySource),
     /// A key of AWS KMS.
     Aws(AwsKms),
+    /// Some of several other wrappers together.
+    Quorum(Quorum),
+}
+
+/// Wrappers of which some must open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Quorum {
+    /// How many.
+    pub threshold: u8,
+    /// Their names.
+    pub of: Vec<String>,
+}
+
+/// `[unlock]`: locking and unlocking a node on its machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unlock {
+    /// The socket on which `polykey lock` and `polykey unlock` reach it.
+    pub socket: PathBuf,
+    /// Whether a node whose root key does not open at the start waits to be unlocked instead of
+    /// ending.
+    pub wait: bool,
 }
 
 /// `[bootstrap]`: how references to secrets are resolved that lie in AWS Parameter Store.

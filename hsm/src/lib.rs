@@ -34,6 +34,7 @@ pub mod import;
 mod local;
 mod mac;
 mod material;
+mod quorum;
 pub mod random;
 pub mod recovery;
 mod ring;
@@ -55,6 +56,7 @@ pub use local::{
 };
 pub use mac::MacPurpose;
 pub use material::{KeyMaterial, MaterialError};
+pub use quorum::QuorumWrapper;
 pub use ring::{Ring, RingError};
 pub use root::{RootError, RootKey};
 pub use sealer::{OpenError, OpenedRecord, RecordBinding, RecordHeader, Sealer, header};

@@ -18,6 +18,8 @@ pub enum SlotKind {
     Aws,
     /// A recovery key whose private half is kept off the node.
     Recovery,
+    /// Several wrappers together.
+    Quorum,
 }
 
 impl SlotKind {
@@ -29,6 +31,7 @@ impl SlotKind {
             Self::Passphrase => 2,
             Self::Aws => 4,
             Self::Recovery => 5,
+            Self::Quorum => 6,
         }
     }
 
@@ -40,6 +43,7 @@ impl SlotKind {
             2 => Some(Self::Passphrase),
             4 => Some(Self::Aws),
             5 => Some(Self::Recovery),
+            6 => Some(Self::Quorum),
             _ => None,
         }
     }
@@ -52,6 +56,7 @@ impl SlotKind {
             Self::Passphrase => "passphrase",
             Self::Aws => "aws",
             Self::Recovery => "recovery",
+            Self::Quorum => "quorum",
         }
     }
 }

@@ -77,6 +77,14 @@ pub enum AppError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The local socket cannot be used.
+    #[error("{}: {source}", path.display())]
+    Door {
+        /// Where it should be.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// A file that must be private is not.
     #[error("{}: mode {mode:04o} lets others read this; run `chmod 600 {}`", path.display(), path.display())]
     Exposed {
@@ -160,6 +168,7 @@ impl AppError {
             | Self::Init(custody::InitError::AlreadyInitialised)
             | Self::Setup(SetupError::InUse(_))
             | Self::HealthPort { .. }
+            | Self::Door { .. }
             | Self::Net(NetError::Bind { .. }) => Fault::Conflict,
             Self::Custody(
                 custody::OpenError::NoSlotOpened(_)
@@ -176,6 +185,18 @@ impl AppError {
             ) => Fault::Given,
             _ => Fault::Machine,
         }
+    }
+
+    /// Whether it is only that nothing opens the root key, now.
+    #[must_use]
+    pub fn is_locked(&self) -> bool {
+        matches!(
+            self,
+            Self::MasterKey(_)
+                | Self::NoWrapper(_)
+                | Self::Locked { .. }
+                | Self::Custody(custody::OpenError::NoSlotOpened(_))
+        )
     }
 
     /// What to do, where the message does not say.
@@ -205,6 +226,11 @@ impl AppError {
             }
             Self::Net(NetError::Bind { .. }) => {
                 "Choose an address of this machine, and a port above 1023 unless you are root.".into()
+            }
+            Self::Door { .. } => {
+                "Choose another path for [unlock] socket: its directory must exist, and the whole \
+                 path have fewer than 108 bytes."
+                    .into()
             }
             Self::HealthPort { .. } => "Choose another port for [listen] health.".into(),
             Self::MasterKey(custody::WrapperError::Local(

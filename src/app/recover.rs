@@ -8,7 +8,7 @@ use polykey_storage::{Store, redb};
 
 use super::{AppError, closed, event, store_options};
 use crate::config::{Config, Wrapper};
-use crate::custody::{self, Custody, MASTER_KEY, NamedWrapper, RECOVERY, Rewrap, SlotSpec, Terms};
+use crate::custody::{self, Custody, NamedWrapper, RECOVERY, Rewrap, SlotSpec, Terms};
 use crate::setup;
 use crate::time::Clock;
 
@@ -82,7 +82,7 @@ async fn give_back(
         }
         _ => false,
     };
-    let opened = NamedWrapper::open(MASTER_KEY, &config.master_key, &config.bootstrap).await;
+    let opened = NamedWrapper::open_master(config).await;
     let master = opened.map_err(|unusable| AppError::MasterKey(unusable.error))?;
     let (slot, unchanged) = rewrap(custody, &master, clock).await?;
     let node_id = custody.vault().node_id();

@@ -86,16 +86,20 @@ token revoke --client bob
 token revoke --token-file - --client bob
 root status
 root rotate --expected-root 00
-root rewrap --slot main --source file:/k --kind local-file --label l --expected-generation 1
+root rewrap main --source file:/k --kind local-file --label l --expected-generation 1
 root slot list
 root slot add spare --wrapper hsm --expected-generation 1
 root slot add safe --shares 5 --threshold 3 --out d
 root slot test spare
 root slot remove spare --expected-generation 2
-root slot rotate --slot main --source file:/k
+root slot rotate main --source file:/k
 root recovery-key --out f
 recover --config f --share a --share b --generate-master-key
 recover --config f --key -
+lock --config f
+unlock --socket s --passphrase -
+unlock --share a --share b
+unlock --status
 policy check a.cedar b.cedar
 policy check a.cedar --key-policy
 policy list --text

@@ -104,10 +104,10 @@ fn public_key(text: &str) -> Result<RecoveryPublicKey, String> {
 #[derive(Args, Debug)]
 pub struct RewrapArgs {
     /// The slot, by id or label; may be left out when there is one.
-    #[arg(long, value_name = "SLOT", default_value = "", hide_default_value = true)]
+    #[arg(value_name = "SLOT", default_value = "", hide_default_value = true)]
     pub slot: String,
-    /// Where the new master key is found on the server: file:PATH, env:POLYKEY_NAME or credential:NAME.
-    /// Without it: where it was, read again.
+    /// Where the new master key is found on the server: file:PATH, env:POLYKEY_NAME, credential:NAME or
+    /// ssm:/PATH/NAME. Without it: where it was, read again; a device or service wraps anew.
     #[arg(long, value_name = "REFERENCE", value_parser = reference)]
     pub source: Option<String>,
     /// What shall wrap the root key, such as local-file or local-passphrase; without it, as before.
@@ -124,8 +124,13 @@ pub struct RewrapArgs {
 /// A reference to a secret: never the secret itself, which others see in the list of processes.
 fn reference(text: &str) -> Result<String, String> {
     match text.split_once(':') {
-        Some(("file" | "env" | "credential", place)) if !place.is_empty() => Ok(text.to_owned()),
-        _ => Err("a master key is named by file:PATH, env:NAME or credential:NAME".to_owned()),
+        Some(("file" | "env" | "credential" | "ssm", place)) if !place.is_empty() => {
+            Ok(text.to_owned())
+        }
+        _ => {
+            Err("a master key is named by file:PATH, env:NAME, credential:NAME or ssm:/PATH"
+                .to_owned())
+        }
     }
 }
 

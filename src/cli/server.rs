@@ -2,6 +2,7 @@
 
 mod dev;
 mod init;
+mod lock;
 mod recover;
 mod run;
 
@@ -26,6 +27,8 @@ use crate::vault::space::{META, meta};
 pub use dev::{DevArgs, dev};
 pub use init::InitArgs;
 pub(super) use init::init;
+pub use lock::{LockArgs, UnlockArgs};
+pub(super) use lock::{lock, unlock};
 pub use recover::RecoverArgs;
 pub(super) use recover::recover;
 pub use run::{ServeArgs, serve};

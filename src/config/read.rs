@@ -217,6 +217,11 @@ impl<'d, 't> Section<'d, 't> {
         self.table?.iter().find(|(name, _)| name.get_ref() == key)
     }
 
+    /// Notes a mistake of the section as a whole.
+    pub(super) fn note(&self, what: impl Into<String>, remedy: &str) {
+        self.document.note(self.span.start, what, remedy);
+    }
+
     /// Whether the key stands there, whatever its value.
     pub(super) fn has(&self, key: &'static str) -> bool {
         self.find(key).is_some()

@@ -11,8 +11,9 @@ use tracing::level_filters::LevelFilter;
 use super::read::{ConfigErrors, Document, Refused, Section, path, refuse, string};
 use super::{
     Audit, Bootstrap, Ca, Config, DataPlane, Limits, Listen, Log, LogFormat, Login, Node, Runtime,
-    Storage, TlsReferences, Tokens, wrapper,
+    Storage, TlsReferences, Tokens, Unlock, Wrapper, wrapper,
 };
+use crate::custody::MASTER_KEY;
 use crate::net::NetConfig;
 use crate::net::tls::TlsFiles;
 
@@ -31,7 +32,18 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
     let listen = listen(root.section("listen"));
     let storage = storage(root.section("storage"), node.as_ref());
     let master_key = wrapper::section(root.section("master_key"));
-    let wrappers = wrapper::sections(&root.section("wrappers"));
+    let others = root.section("wrappers");
+    let wrappers = wrapper::sections(&others);
+    let is_quorum = |wrapper: &Wrapper| matches!(wrapper, Wrapper::Quorum(_));
+    let known = |name: &str| match name {
+        MASTER_KEY => Some(master_key.as_ref().is_some_and(is_quorum)),
+        _ => wrappers.get(name).map(is_quorum),
+    };
+    let first = master_key.as_ref().map(|wrapper| (MASTER_KEY, wrapper));
+    for quorum in first.into_iter().chain(wrappers.iter().map(|(n, w)| (n.as_str(), w))) {
+        wrapper::check_quorums(&others, quorum, known);
+    }
+    let unlock = unlock(root.section("unlock"), node.as_ref());
     let bootstrap = bootstrap(root.section("bootstrap"));
     let tokens = tokens(root.section("tokens"));
     let login = login(root.section("login"));
@@ -43,8 +55,8 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
     let (runtime, workers, blocking_threads) = runtime(root.section("runtime"));
     root.finish();
     let problems = document.problems();
-    let (Some(node), Some(mut listen), Some(storage), Some(master_key), true) =
-        (node, listen, storage, master_key, problems.is_empty())
+    let (Some(node), Some(mut listen), Some(storage), Some(master_key), Some(unlock), true) =
+        (node, listen, storage, master_key, unlock, problems.is_empty())
     else {
         return Err(ConfigErrors(problems));
     };
@@ -59,6 +71,7 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
         master_key,
         wrappers,
         bootstrap,
+        unlock,
         tokens,
         login,
         audit,
@@ -216,6 +229,14 @@ fn bootstrap(section: Section<'_, '_>) -> Bootstrap {
     let deadline = section.duration("deadline", ("100ms", "5m"), Duration::from_secs(15));
     section.finish();
     Bootstrap { aws, deadline }
+}
+
+fn unlock(section: Section<'_, '_>, node: Option<&Node>) -> Option<Unlock> {
+    let socket = section.path("socket");
+    let words = [("exit", false), ("wait", true)];
+    let wait = section.word("when_locked", &words, false);
+    section.finish();
+    Some(Unlock { socket: socket.or_else(|| Some(node?.data_dir.join("polykey.sock")))?, wait })
 }
 
 fn tokens(section: Section<'_, '_>) -> Tokens {

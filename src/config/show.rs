@@ -79,6 +79,7 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         master_key,
         wrappers,
         bootstrap,
+        unlock,
         tokens,
         login,
         audit,
@@ -93,6 +94,7 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         Wrapper::Local(MasterKeySource::Passphrase { .. }) => ("local", "master_key.passphrase"),
         Wrapper::Local(_) => ("local", "master_key.source"),
         Wrapper::Aws(_) => ("aws", "master_key.key"),
+        Wrapper::Quorum(_) => ("quorum", "master_key.of"),
     };
     let others = wrappers.iter().map(|(name, wrapper)| {
         let place = place(wrapper);
@@ -102,6 +104,7 @@ pub fn entries(config: &Config) -> Vec<Entry> {
             }
             Wrapper::Local(_) => format!("{name} ({place})"),
             Wrapper::Aws(_) => format!("{name} (AWS KMS, {place})"),
+            Wrapper::Quorum(_) => format!("{name} (quorum, {place})"),
         }
     });
     let mut all = vec![
@@ -134,6 +137,8 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         ("storage.changes", storage.changes.to_string()),
         (key_setting, place(master_key)),
         ("wrappers", others.collect::<Vec<_>>().join(", ")),
+        ("unlock.socket", path(&unlock.socket)),
+        ("unlock.when_locked", if unlock.wait { "wait" } else { "exit" }.to_owned()),
         ("tokens.access_ttl", time(tokens.access_ttl)),
         ("tokens.refresh_ttl", time(tokens.refresh_ttl)),
         ("tokens.signing_key", optional(tokens.signing_key.as_ref(), |source| source.to_string())),

@@ -3,17 +3,18 @@
 use std::collections::BTreeMap;
 
 use polykey_hsm::aws::AwsKms;
-use polykey_hsm::{MasterKeySource, PassphraseParams};
+use polykey_hsm::{MasterKeySource, PassphraseParams, QuorumWrapper};
 
-use super::Wrapper;
-use super::read::{Section, refuse, string};
+use super::read::{Section, integer, refuse, string};
 use super::sections::connection;
+use super::{Quorum, Wrapper};
 use crate::custody::MASTER_KEY;
 
 #[derive(Clone, Copy)]
 enum Kind {
     Local,
     Aws,
+    Quorum,
 }
 
 /// All `[wrappers.NAME]`.
@@ -40,7 +41,7 @@ pub(super) fn sections(section: &Section<'_, '_>) -> BTreeMap<String, Wrapper> {
 
 /// One of them, or `[master_key]`.
 pub(super) fn section(section: Section<'_, '_>) -> Option<Wrapper> {
-    const WORDS: &str = "write \"local\", \"pkcs11\" or \"aws\"";
+    const WORDS: &str = "write \"local\", \"aws\" or \"quorum\"";
     let kind = section.get("kind", |value| match string(value)? {
         "local" => Ok(Kind::Local),
         "aws" if cfg!(feature = "aws") => Ok(Kind::Aws),
@@ -48,6 +49,7 @@ pub(super) fn section(section: Section<'_, '_>) -> Option<Wrapper> {
             "this build has no AWS KMS backend",
             "write another kind, or run a build with the cargo feature `aws`",
         ),
+        "quorum" => Ok(Kind::Quorum),
         "aws-kms" => refuse("not a kind of wrapper", "write \"aws\""),
         _ => refuse("not a kind of wrapper", WORDS),
     });
@@ -56,6 +58,7 @@ pub(super) fn section(section: Section<'_, '_>) -> Option<Wrapper> {
         None if section.has("kind") => return None,
         None | Some(Kind::Local) => local(&section).map(Wrapper::Local),
         Some(Kind::Aws) => aws(&section).map(Wrapper::Aws),
+        Some(Kind::Quorum) => quorum(&section).map(Wrapper::Quorum),
     };
     section.finish();
     wrapper
@@ -67,6 +70,53 @@ fn aws(section: &Section<'_, '_>) -> Option<AwsKms> {
         Ok(string(value)?.to_owned())
     });
     Some(AwsKms { key: key?, connection })
+}
+
+fn quorum(section: &Section<'_, '_>) -> Option<Quorum> {
+    let of = section.need("of", "[\"NAME\", \"NAME\"]", |value| {
+        let remedy = "write a list of names of wrappers, such as [\"master_key\", \"cloud\"]";
+        let Some(list) = value.as_array() else {
+            return refuse(format!("a {}, not a list", value.type_str()), remedy);
+        };
+        let mut names: Vec<String> = Vec::new();
+        for item in list.iter() {
+            let name = string(item.get_ref())?;
+            if names.iter().any(|known| known == name) {
+                return refuse("a wrapper stands in it twice", "name each one once");
+            }
+            names.push(name.to_owned());
+        }
+        if !(2..=QuorumWrapper::MAX_MEMBERS).contains(&names.len()) {
+            return refuse("not 2 to 16 wrappers", remedy);
+        }
+        Ok(names)
+    });
+    let threshold = section.need("threshold", "2", |value| integer(value, &(2..=16)));
+    let (of, threshold) = (of?, threshold?);
+    if usize::from(threshold) > of.len() {
+        let said = ("more than there are members".to_owned(), "make it at most as many".to_owned());
+        section.complain("threshold", said);
+    }
+    Some(Quorum { threshold, of })
+}
+
+/// Whether each member of a quorum is a wrapper, and no quorum itself.
+pub(super) fn check_quorums(
+    section: &Section<'_, '_>,
+    (name, wrapper): (&str, &Wrapper),
+    known: impl Fn(&str) -> Option<bool>,
+) {
+    let Wrapper::Quorum(Quorum { of, .. }) = wrapper else { return };
+    for member in of {
+        let said = match known(member) {
+            _ if member == name => "a quorum cannot be its own member",
+            None => "no wrapper has one of these names",
+            Some(true) => "a quorum cannot be a member of a quorum",
+            Some(false) => continue,
+        };
+        let remedy = "name master_key or a section [wrappers.NAME] that is no quorum";
+        section.note(format!("[{name}] of: {said}"), remedy);
+    }
 }
 
 fn local(section: &Section<'_, '_>) -> Option<MasterKeySource> {

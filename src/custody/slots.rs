@@ -13,7 +13,7 @@ use prost::Message;
 use tokio::runtime::Handle;
 
 use super::error::{ChangeError, OpenError, Trial, TrialOutcome};
-use crate::config::Wrapper;
+use crate::config::{Quorum, Wrapper};
 use crate::error::Error;
 use crate::time::Time;
 
@@ -28,11 +28,11 @@ pub const RECOVERY: &str = "recovery";
 pub struct SlotSpec {
     /// The operator's name for it: 1 to 64 of `a-z A-Z 0-9 . _ -`.
     pub label: String,
-    /// "local-file", "local-env", "local-credential", "local-ssm", "local-passphrase", "aws" or
-    /// "recovery".
+    /// "local-file", "local-env", "local-credential", "local-ssm", "local-passphrase", "aws",
+    /// "quorum" or "recovery".
     pub kind: String,
-    /// Where the secret is found, e.g. "file /etc/polykey/master.key"; the key of AWS KMS; or the
-    /// recovery public key.
+    /// Where the secret is found, e.g. "file /etc/polykey/master.key"; the key of AWS KMS; the
+    /// members of the quorum; or the recovery public key.
     pub source: String,
 }
 
@@ -58,6 +58,11 @@ impl SlotSpec {
             Wrapper::Aws(settings) => {
                 Self { label: label.into(), kind: "aws".into(), source: settings.key.clone() }
             }
+            Wrapper::Quorum(Quorum { threshold, of }) => Self {
+                label: label.into(),
+                kind: "quorum".into(),
+                source: format!("{threshold} of {}", of.join(", ")),
+            },
         }
     }
 

@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use futures::future::join_all;
 use polykey_hsm::{
-    Deadline, KeyWrapper, LocalError, LocalWrapper, MasterKeySource, SecretSource, WrapError,
-    bootstrap,
+    Deadline, KeyWrapper, LocalError, LocalWrapper, MasterKeySource, QuorumWrapper, SecretSource,
+    WrapError, bootstrap,
 };
 
 use super::slots::SlotSpec;
-use crate::config::{Bootstrap, Config, Wrapper};
+use crate::config::{Bootstrap, Config, Quorum, Wrapper};
 
 /// The name of the wrapper of `[master_key]`; those of `[wrappers.NAME]` cannot have it.
 pub const MASTER_KEY: &str = "master_key";
@@ -17,10 +17,10 @@ pub const MASTER_KEY: &str = "master_key";
 /// A wrapper of the configuration.
 #[derive(Clone)]
 pub struct NamedWrapper {
-    /// [`MASTER_KEY`], or the NAME of `[wrappers.NAME]`.
+    /// [`MASTER_KEY`], or the NAME of `[wrappers.NAME]`; empty if an operator gave it.
     pub name: String,
-    /// What the configuration says of it.
-    pub config: Wrapper,
+    /// What the configuration says of it; nothing if an operator gave it.
+    pub config: Option<Wrapper>,
     /// It.
     pub wrapper: Arc<dyn KeyWrapper>,
 }
@@ -56,8 +56,8 @@ impl std::fmt::Display for Unusable {
 }
 
 impl NamedWrapper {
-    /// Opens one: reads its secret, and computes for 0.2 s if that is a passphrase. Devices and
-    /// services are not asked yet.
+    /// Opens one that is no quorum: reads its secret, and computes for 0.2 s if that is a passphrase.
+    /// Devices and services are not asked yet.
     ///
     /// # Errors
     /// [`Unusable`].
@@ -69,9 +69,72 @@ impl NamedWrapper {
         let opened = match config {
             Wrapper::Local(source) => local(source, bootstrap).await,
             Wrapper::Aws(settings) => aws(settings, Deadline::after(bootstrap.deadline)).await,
+            Wrapper::Quorum(_) => {
+                Err(WrapError::Config("a quorum opens with its members".to_owned()).into())
+            }
         };
         let wrapper = opened.map_err(|error| Unusable { name: name.to_owned(), error })?;
-        Ok(Self { name: name.to_owned(), config: config.clone(), wrapper })
+        Ok(Self { name: name.to_owned(), config: Some(config.clone()), wrapper })
+    }
+
+    /// Opens one of a configuration, if it names it; of a quorum, the members first.
+    ///
+    /// # Errors
+    /// [`Unusable`].
+    pub async fn open_one(config: &Config, name: &str) -> Option<Result<Self, Unusable>> {
+        let wrapper = wrapper_of(config, name)?;
+        Some(Self::open_in(config, name, wrapper).await)
+    }
+
+    /// Opens the one of `[master_key]`.
+    ///
+    /// # Errors
+    /// [`Unusable`].
+    pub async fn open_master(config: &Config) -> Result<Self, Unusable> {
+        Self::open_in(config, MASTER_KEY, &config.master_key).await
+    }
+
+    async fn open_in(config: &Config, name: &str, wrapper: &Wrapper) -> Result<Self, Unusable> {
+        let Wrapper::Quorum(quorum) = wrapper else {
+            return Self::open(name, wrapper, &config.bootstrap).await;
+        };
+        let members = quorum.of.iter().filter_map(|name| Some((name, wrapper_of(config, name)?)));
+        let open = |(name, wrapper): (&String, _)| {
+            let name = name.clone();
+            async move { Self::open(&name, wrapper, &config.bootstrap).await }
+        };
+        let members = join_all(members.map(open)).await;
+        let opened: Vec<Self> = members.into_iter().filter_map(Result::ok).collect();
+        Self::quorum(name, wrapper, quorum, &opened)
+    }
+
+    fn quorum(
+        name: &str,
+        config: &Wrapper,
+        quorum: &Quorum,
+        opened: &[Self],
+    ) -> Result<Self, Unusable> {
+        let members = quorum.of.iter().map(|name| opened.iter().find(|known| known.name == *name));
+        let members: Vec<_> = members.flatten().map(|known| Arc::clone(&known.wrapper)).collect();
+        let (found, wanted) = (members.len(), quorum.of.len());
+        let wrapper = match QuorumWrapper::new(quorum.threshold, members) {
+            Ok(wrapper) if found == wanted => wrapper,
+            Ok(wrapper) => wrapper.incomplete(),
+            Err(_) if found < usize::from(quorum.threshold) => {
+                let text = format!("{found} of its {wanted} members can be used");
+                let error = WrapError::Config(text).into();
+                return Err(Unusable { name: name.to_owned(), error });
+            }
+            Err(error) => return Err(Unusable { name: name.to_owned(), error: error.into() }),
+        };
+        let wrapper = Arc::new(wrapper);
+        Ok(Self { name: name.to_owned(), config: Some(config.clone()), wrapper })
+    }
+
+    /// One that an operator gave.
+    #[must_use]
+    pub fn given(wrapper: Arc<dyn KeyWrapper>) -> Self {
+        Self { name: String::new(), config: None, wrapper }
     }
 
     /// Opens all that a configuration names, at once; gives [`MASTER_KEY`] first, and tells what it
@@ -79,10 +142,20 @@ impl NamedWrapper {
     pub async fn open_all(config: &Config) -> (Vec<Self>, Vec<Unusable>) {
         let first = std::iter::once((MASTER_KEY, &config.master_key));
         let others = config.wrappers.iter().map(|(name, wrapper)| (name.as_str(), wrapper));
+        let (quorums, single): (Vec<_>, Vec<_>) =
+            first.chain(others).partition(|(_, wrapper)| matches!(wrapper, Wrapper::Quorum(_)));
         let open = |(name, wrapper)| Self::open(name, wrapper, &config.bootstrap);
         let (mut opened, mut unusable) = (Vec::new(), Vec::new());
-        for result in join_all(first.chain(others).map(open)).await {
+        for result in join_all(single.into_iter().map(open)).await {
             match result {
+                Ok(wrapper) => opened.push(wrapper),
+                Err(error) => unusable.push(error),
+            }
+        }
+        for (name, wrapper) in quorums {
+            let Wrapper::Quorum(quorum) = wrapper else { continue };
+            match Self::quorum(name, wrapper, quorum, &opened) {
+                Ok(wrapper) if name == MASTER_KEY => opened.insert(0, wrapper),
                 Ok(wrapper) => opened.push(wrapper),
                 Err(error) => unusable.push(error),
             }
@@ -93,7 +166,21 @@ impl NamedWrapper {
     /// What a slot of it is recorded as.
     #[must_use]
     pub fn slot(&self, label: &str) -> SlotSpec {
-        SlotSpec::of_wrapper(label, &self.config)
+        match &self.config {
+            Some(config) => SlotSpec::of_wrapper(label, config),
+            None => SlotSpec {
+                label: label.to_owned(),
+                kind: self.wrapper.kind().name().to_owned(),
+                source: "an operator".to_owned(),
+            },
+        }
+    }
+}
+
+fn wrapper_of<'c>(config: &'c Config, name: &str) -> Option<&'c Wrapper> {
+    match name {
+        MASTER_KEY => Some(&config.master_key),
+        _ => config.wrappers.get(name),
     }
 }
 

@@ -12,6 +12,8 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+#[cfg(feature = "aws")]
+mod aws;
 mod canary;
 mod crypto;
 mod fields;
@@ -19,6 +21,7 @@ mod go_batch;
 mod go_lifecycle;
 mod go_node;
 mod limits;
+mod lock;
 mod rights;
 mod slots;
 mod stubs;

@@ -1,5 +1,7 @@
 //! Starts the real binary on a directory of its own, waits until it says that it listens, and ends it by its pid.
 
+#[cfg(feature = "aws")]
+pub(crate) mod aws;
 pub(crate) mod client;
 
 use std::io::{BufRead, BufReader, Read};
@@ -130,7 +132,14 @@ impl Server {
         std::fs::write(config, text.lines().map(any).collect::<String>()).unwrap();
         let mut args = vec!["serve".to_owned(), "--config".into(), config.into()];
         args.extend(options.args.iter().cloned());
-        Self::launch(&args, options, state, None)
+        let server = Self::launch(&args, options, state, None)?;
+        // The profile is of the node as it was before.
+        if let Ok(text) = std::fs::read_to_string(server.profile())
+            && let Some(old) = listening(&format!("listening {text}"))
+        {
+            std::fs::write(server.profile(), text.replace(&old, &server.address)).unwrap();
+        }
+        Ok(server)
     }
 
     /// `polykey dev` in a directory that exists; what it wrote if it ends instead of listening.
@@ -219,6 +228,14 @@ impl Server {
 
     /// `polykey dev` whose configuration, once made, was changed by `edit`.
     pub(crate) fn dev_configured(edit: impl FnOnce(String) -> String) -> Self {
+        Self::dev_configured_with(&Options::default(), edit)
+    }
+
+    /// As [`Self::dev_configured`], in this environment.
+    pub(crate) fn dev_configured_with(
+        options: &Options,
+        edit: impl FnOnce(String) -> String,
+    ) -> Self {
         let (status, output, directory) = Self::dev().stop();
         assert!(status.success(), "{status}: {output}");
         let directory = directory.unwrap();
@@ -227,7 +244,7 @@ impl Server {
         let text = edit(std::fs::read_to_string(&path).unwrap());
         toml::from_str::<toml::Table>(&text).unwrap();
         std::fs::write(&path, text).unwrap();
-        Self::dev_in(&state, &Options::default(), Some(directory))
+        Self::dev_in(&state, options, Some(directory))
     }
 
     /// Kills it with SIGKILL or lets it drain, and starts it again on the same directory.

@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::super::error::CliError;
 use super::super::output::write_out;
-use super::run::{Signals, announce, prepare_process, until_signalled};
+use super::run::{Signals, announce, door, prepare_process, until_signalled};
 use super::runtime;
 use crate::app::{Admin, App, AppError, Bootstrapped, Running, bootstrap};
 use crate::hardening;
@@ -43,10 +43,11 @@ pub fn dev(args: DevArgs) -> Result<(), CliError> {
     runtime()?.block_on(Box::pin(async {
         let signals = Signals::install()?;
         let first = !prepared.directory.profile().exists();
+        let door = door(&prepared.config)?;
         let running = start(&prepared).await?;
         announce(&running);
         write_out(greeting(&args.dir, running.address(), first).as_bytes())?;
-        until_signalled(running, signals).await
+        until_signalled(running, prepared.config.clone(), signals, door).await
     }))
 }
 

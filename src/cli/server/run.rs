@@ -6,6 +6,8 @@ use clap::Args;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::super::error::{CliError, Exit};
+use crate::app::door::{Answer, Ask, Door, Request};
+use crate::app::locked::{Locked, StillLocked};
 use crate::app::{App, AppError, Running};
 use crate::config::Config;
 use crate::time::Clock;
@@ -35,11 +37,43 @@ pub fn serve(args: ServeArgs) -> Result<(), CliError> {
     let config = Config::load(&args.config).map_err(AppError::from)?;
     prepare_process(&config)?;
     super::runtime()?.block_on(Box::pin(async {
-        let signals = Signals::install()?;
-        let running = App::open(config, Clock::System).await?.spawn().await?;
+        let mut signals = Signals::install()?;
+        let door = door(&config)?;
+        let running = match App::open(config.clone(), Clock::System).await {
+            Ok(app) => app.spawn().await?,
+            Err(error) if config.unlock.wait && error.is_locked() => {
+                let Some(door) = &door else { return Err(error.into()) };
+                let locked = Locked::new(config.clone(), error.to_string());
+                match until_unlocked(locked, &mut signals, door).await {
+                    Some(running) => running,
+                    None => return Ok(()),
+                }
+            }
+            Err(error) => return Err(error.into()),
+        };
         announce(&running);
-        until_signalled(running, signals).await
+        until_signalled(running, config, signals, door).await
     }))
+}
+
+/// The local socket of a configuration. A default place that is no good is a warning only.
+///
+/// # Errors
+/// [`AppError::Door`].
+pub(super) fn door(config: &Config) -> Result<Option<Door>, AppError> {
+    let socket = &config.unlock.socket;
+    match Door::bind(socket) {
+        Ok(door) => Ok(Some(door)),
+        Err(source) => {
+            let asked = config.unlock.wait || config.written.contains_key("unlock.socket");
+            if asked {
+                return Err(AppError::Door { path: socket.clone(), source });
+            }
+            let path = socket.display().to_string();
+            tracing::warn!(path, error = %source, "no local socket: `polykey lock` cannot reach this node");
+            Ok(None)
+        }
+    }
 }
 
 /// Starts the log and hardens the process, before anything secret is read.
@@ -83,17 +117,99 @@ impl Signals {
     }
 }
 
-/// Reloads on HUP; drains and stops on TERM or INT, and ends at once on a second one.
-pub(super) async fn until_signalled(running: Running, signals: Signals) -> Result<(), CliError> {
-    let Signals { mut hangup, mut term, mut interrupt } = signals;
+/// Why a node serves no more.
+enum End {
+    Stop,
+    Lock(Request),
+}
+
+/// Reloads on HUP, locks and unlocks as the local socket says; drains and stops on TERM or INT, and
+/// ends at once on a second one.
+pub(super) async fn until_signalled(
+    mut running: Running,
+    config: Config,
+    mut signals: Signals,
+    door: Option<Door>,
+) -> Result<(), CliError> {
     loop {
+        match until_ended(&running, &mut signals, door.as_ref()).await {
+            End::Stop => return stop(running, &mut signals).await,
+            End::Lock(request) => {
+                tracing::warn!(uid = request.uid, "locking");
+                if let Err(error) = running.lock(request.uid).await {
+                    let text = "the process ends, because something still holds the keys";
+                    request.answer(Answer::Locked, text).await;
+                    return Err(CliError::new(Exit::Other, text).detail(error.to_string()));
+                }
+                request.answer(Answer::Locked, "locked").await;
+                let Some(door) = &door else { return Ok(()) };
+                let locked = Locked::new(config.clone(), "as asked by `polykey lock`");
+                match until_unlocked(locked, &mut signals, door).await {
+                    Some(unlocked) => running = unlocked,
+                    None => return Ok(()),
+                }
+                announce(&running);
+            }
+        }
+    }
+}
+
+async fn until_ended(running: &Running, signals: &mut Signals, door: Option<&Door>) -> End {
+    let Signals { hangup, term, interrupt } = signals;
+    loop {
+        let asked = async {
+            match door {
+                Some(door) => door.next().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             _ = hangup.recv() => {
                 drop(running.app().reload().await);
             }
-            () = either(&mut term, &mut interrupt) => break,
+            () = either(term, interrupt) => return End::Stop,
+            request = asked => match request.ask {
+                Ask::Lock => return End::Lock(request),
+                Ask::Status | Ask::Unlock(_) => {
+                    let text = format!("not locked: it serves on {}", running.address());
+                    request.answer(Answer::Serving, &text).await;
+                }
+            },
         }
     }
+}
+
+/// Waits on the local socket until somebody unlocks the node; `None` if it is to end.
+async fn until_unlocked(mut locked: Locked, signals: &mut Signals, door: &Door) -> Option<Running> {
+    let socket = door.path().display().to_string();
+    tracing::warn!(socket, why = locked.status(), "locked: waiting for `polykey unlock`");
+    let Signals { hangup, term, interrupt } = signals;
+    loop {
+        let mut request = tokio::select! {
+            _ = hangup.recv() => continue,
+            () = either(term, interrupt) => return None,
+            request = door.next() => request,
+        };
+        match std::mem::replace(&mut request.ask, Ask::Status) {
+            Ask::Status => request.answer(Answer::Locked, &locked.status()).await,
+            Ask::Lock => request.answer(Answer::Locked, "locked already").await,
+            Ask::Unlock(with) => match locked.unlock(with, request.uid).await {
+                Ok(running) => {
+                    let text = format!("unlocked: it serves on {}", running.address());
+                    request.answer(Answer::Serving, &text).await;
+                    return Some(running);
+                }
+                Err(StillLocked::More(text)) => request.answer(Answer::Locked, &text).await,
+                Err(StillLocked::No(text)) => {
+                    tracing::warn!(uid = request.uid, why = text, "not unlocked");
+                    request.answer(Answer::Refused, &format!("locked still: {text}")).await;
+                }
+            },
+        }
+    }
+}
+
+async fn stop(running: Running, signals: &mut Signals) -> Result<(), CliError> {
     tracing::info!("stopping");
     tokio::select! {
         stopped = running.stop() => {
@@ -104,7 +220,7 @@ pub(super) async fn until_signalled(running: Running, signals: Signals) -> Resul
                     .hint("The log says why; `polykey audit verify --store FILE` says what is there."))
             }
         }
-        () = either(&mut term, &mut interrupt) => {
+        () = either(&mut signals.term, &mut signals.interrupt) => {
             Err(CliError::new(Exit::Other, "stopped at once, as asked a second time"))
         }
     }

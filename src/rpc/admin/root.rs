@@ -177,7 +177,7 @@ impl AdminService {
     ) -> Option<NamedWrapper> {
         let same = |named: &&NamedWrapper| {
             let spec = named.slot("");
-            let device = !matches!(named.config, Wrapper::Local(_));
+            let device = !matches!(named.config, None | Some(Wrapper::Local(_)));
             device && spec.kind == old.kind && spec.source == old.source
         };
         let asked = from.is_none() && kind.is_empty();
@@ -191,8 +191,13 @@ impl AdminService {
         old: &SlotStatus,
     ) -> Result<NamedWrapper, Error> {
         let config = Wrapper::Local(source);
-        let name =
-            self.0.wrappers.lock().iter().find(|n| n.config == config).map(|n| n.name.clone());
+        let name = self
+            .0
+            .wrappers
+            .lock()
+            .iter()
+            .find(|n| n.config.as_ref() == Some(&config))
+            .map(|n| n.name.clone());
         let name = name.unwrap_or_else(|| format!("slot {}", old.label));
         let bootstrap = &self.0.admin.config.bootstrap;
         let opened = Box::pin(NamedWrapper::open(&name, &config, bootstrap)).await;
@@ -212,8 +217,8 @@ impl AdminService {
             None => {
                 let wrappers = self.0.wrappers.lock();
                 let known = wrappers.iter().filter_map(|named| match &named.config {
-                    Wrapper::Local(source) => Some(source),
-                    Wrapper::Aws(_) => None,
+                    Some(Wrapper::Local(source)) => Some(source),
+                    _ => None,
                 });
                 let known = known.into_iter().find(|source| {
                     let spec = SlotSpec::local(old.label.clone(), source);

@@ -12,7 +12,7 @@ use super::root::slot;
 use super::{AdminService, commands, event};
 use crate::authz::{Action, Resource};
 use crate::config::Config;
-use crate::custody::{ChangeError, MASTER_KEY, NamedWrapper, Removal, SlotSpec, Terms};
+use crate::custody::{ChangeError, NamedWrapper, Removal, SlotSpec, Terms};
 use crate::error::Error;
 use crate::limits::Violations;
 
@@ -137,16 +137,13 @@ impl AdminService {
         let config = read
             .map_err(|e| Error::internal(format!("reading the configuration: {e}")))?
             .map_err(|e| refused(e.to_string()))?;
-        let wrapper = match name.as_str() {
-            MASTER_KEY => Some(&config.master_key),
-            _ => config.wrappers.get(&name),
-        };
-        let Some(wrapper) = wrapper else {
-            let place = config.file.display();
-            return Err(refused(format!("there is no section [wrappers.{name}] in {place}")));
-        };
-        let opened = Box::pin(NamedWrapper::open(&name, wrapper, &config.bootstrap)).await;
-        opened.map_err(|unusable| refused(unusable.to_string()))
+        match Box::pin(NamedWrapper::open_one(&config, &name)).await {
+            Some(opened) => opened.map_err(|unusable| refused(unusable.to_string())),
+            None => {
+                let place = config.file.display();
+                Err(refused(format!("there is no section [wrappers.{name}] in {place}")))
+            }
+        }
     }
 
     /// Keeps a wrapper at hand, in the place of an older one of its name.
