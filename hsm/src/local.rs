@@ -273,13 +273,14 @@ pub fn decode_key(raw: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
     decoded.filter(|bytes| bytes.len() == 32)
 }
 
-fn master_key(source: &SecretSource, raw: &[u8]) -> Result<Key, LocalError> {
+fn master_key(source: &SecretSource, raw: &[u8]) -> Result<Box<Key>, LocalError> {
     let origin = || source.to_string();
     let decoded = decode_key(raw).ok_or_else(|| LocalError::NotAMasterKey { origin: origin() })?;
     if decoded.iter().all(|b| Some(b) == decoded.first()) {
         return Err(LocalError::Placeholder { origin: origin() });
     }
-    let mut key = Key::default();
+    // In its place from the start: moving it would leave copies behind.
+    let mut key = Box::<Key>::default();
     key.copy_from_slice(&decoded);
     Ok(key)
 }
@@ -365,7 +366,7 @@ impl LocalWrapper {
     /// # Errors
     /// See [`LocalError`].
     pub fn of_master_key(origin: &SecretSource, value: &[u8]) -> Result<Self, LocalError> {
-        let key = Box::new(master_key(origin, value)?);
+        let key = master_key(origin, value)?;
         // A random key may be named by a hash of itself, so that a slot of another master key is
         // recognised as such. A passphrase must not: the name would confirm guesses.
         let id = cipher::derive::<8>(key.as_slice(), &[], ID_LABEL, &[])?;
@@ -391,8 +392,9 @@ impl LocalWrapper {
         Ok(out)
     }
 
-    /// The key of a wrapped key with these parameters.
-    fn key(&self, parameters: &[u8]) -> Result<Key, WrapError> {
+    /// The key of a wrapped key with these parameters, in a place of its own: what is returned by value
+    /// leaves copies on the stack.
+    fn key(&self, parameters: &[u8]) -> Result<Box<Key>, WrapError> {
         let mut r = Reader::new(parameters);
         if r.u8() != Some(PARAMETERS) {
             return Err(WrapError::Broken);
@@ -400,7 +402,9 @@ impl LocalWrapper {
         match &self.secret {
             Secret::MasterKey(key) => {
                 r.finish().ok_or(WrapError::Broken)?;
-                Ok(Key::clone(key))
+                let mut copy = Box::<Key>::default();
+                copy.copy_from_slice(key.as_slice());
+                Ok(copy)
             }
             Secret::Passphrase { passphrase, .. } => {
                 let read = |r: &mut Reader<'_>| {
@@ -456,14 +460,14 @@ fn stretch(
     passphrase: &[u8],
     params: PassphraseParams,
     salt: [u8; ARGON_SALT_LEN],
-) -> Result<Key, WrapError> {
+) -> Result<Box<Key>, WrapError> {
     let PassphraseParams { memory_kib, passes, lanes } = params;
     let failed = || WrapError::Config("Argon2id failed: is there enough memory?".to_owned());
     let params = Params::new(memory_kib, passes, lanes, Some(32)).map_err(|_| failed())?;
     let mut memory: Zeroizing<Vec<Block>> = Zeroizing::new(Vec::new());
     memory.try_reserve_exact(params.block_count()).map_err(|_| failed())?;
     memory.resize(params.block_count(), Block::default());
-    let mut key = Key::default();
+    let mut key = Box::<Key>::default();
     Argon2::new(argon2::Algorithm::Argon2id, Version::V0x13, params)
         .hash_password_into_with_memory(
             passphrase,

@@ -89,7 +89,7 @@ async fn the_root_moves_from_a_file_to_kms_and_back_while_the_node_serves() {
     cli(&server, &["root", "slot", "rotate", "kms"]);
     cli(&server, &["root", "slot", "add", "kms-2", "--wrapper", "other"]);
     cli(&server, &["root", "slot", "remove", "kms"]);
-    moto.ask("TrentService.ScheduleKeyDeletion", &json!({"KeyId": key}));
+    moto.ask("TrentService.DisableKey", &json!({"KeyId": key.rsplit('/').next()}));
     let made = polykey_hsm::generate_master_key().unwrap();
     polykey::pki::write_file(&state.join("back.key"), made.as_bytes(), 0o600).unwrap();
     cli(&server, &["root", "slot", "add", "back", "--wrapper", "back"]);
