@@ -32,6 +32,7 @@ pub mod import;
 mod local;
 mod mac;
 mod material;
+pub mod pkcs11;
 pub mod random;
 pub mod recovery;
 mod ring;

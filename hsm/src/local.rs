@@ -155,7 +155,7 @@ impl SecretSource {
     }
 
     /// The secret bytes, at most 4 KiB.
-    fn read(&self) -> Result<Zeroizing<Vec<u8>>, LocalError> {
+    pub(crate) fn read(&self) -> Result<Zeroizing<Vec<u8>>, LocalError> {
         let read = |path, private| self.read_file(path, private);
         match self {
             Self::File(path) => read(path.clone(), true),
@@ -210,7 +210,7 @@ impl SecretSource {
 }
 
 /// Without the line break that editors and `echo` put at the end.
-fn without_newline(bytes: &[u8]) -> &[u8] {
+pub(crate) fn without_newline(bytes: &[u8]) -> &[u8] {
     let bytes = bytes.strip_suffix(b"\n").unwrap_or(bytes);
     bytes.strip_suffix(b"\r").unwrap_or(bytes)
 }

@@ -14,6 +14,8 @@ pub enum SlotKind {
     MasterKey,
     /// A passphrase, stretched with Argon2id.
     Passphrase,
+    /// A key in a token that a PKCS#11 module drives.
+    Pkcs11,
     /// A recovery key whose private half is kept off the node.
     Recovery,
 }
@@ -25,6 +27,7 @@ impl SlotKind {
         match self {
             Self::MasterKey => 1,
             Self::Passphrase => 2,
+            Self::Pkcs11 => 3,
             Self::Recovery => 5,
         }
     }
@@ -35,6 +38,7 @@ impl SlotKind {
         match code {
             1 => Some(Self::MasterKey),
             2 => Some(Self::Passphrase),
+            3 => Some(Self::Pkcs11),
             5 => Some(Self::Recovery),
             _ => None,
         }
@@ -46,6 +50,7 @@ impl SlotKind {
         match self {
             Self::MasterKey => "master-key",
             Self::Passphrase => "passphrase",
+            Self::Pkcs11 => "pkcs11",
             Self::Recovery => "recovery",
         }
     }
