@@ -430,7 +430,11 @@ mod tests {
             }
             assert_eq!(read_parameters(&[&written[..], &[0]].concat()), None);
             let other = Sealed { iv: vec![7; 12 - iv], ..sealed.clone() };
-            assert_eq!(parameters(&other), None, "an IV where none belongs, or none where one does");
+            assert_eq!(
+                parameters(&other),
+                None,
+                "an IV where none belongs, or none where one does"
+            );
             assert_eq!(parameters(&Sealed { wrapped: vec![], ..sealed.clone() }), None);
             assert_eq!(parameters(&Sealed { wrapped: vec![1; 2049], ..sealed }), None);
         }

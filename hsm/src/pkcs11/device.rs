@@ -76,7 +76,7 @@ impl Device {
     ) -> Result<T, Fault> {
         let mut last = Fault::Sick("nothing was tried".to_owned());
         for rung in [Rung::AsIs, Rung::NewSession, Rung::Reinitialize] {
-            match self.climb(rung).and_then(|open| f(open)) {
+            match self.climb(rung).and_then(&mut f) {
                 Err(fault @ (Fault::Sick(_) | Fault::Lacking(_))) => last = fault,
                 done => return done,
             }

@@ -429,15 +429,8 @@ fn write_slot(w: &mut Writer, slot: &SlotListing) {
     w.u64(*slot);
     w.text(description);
     if let Some(token) = token {
-        let TokenListing {
-            label,
-            serial,
-            manufacturer,
-            model,
-            initialized,
-            pin_low,
-            pin_locked,
-        } = token;
+        let TokenListing { label, serial, manufacturer, model, initialized, pin_low, pin_locked } =
+            token;
         for text in [label, serial, manufacturer, model] {
             w.text(text);
         }
@@ -474,11 +467,8 @@ mod tests {
     fn frames() -> Vec<Frame> {
         let key = KeySelector { label: Some("kek".to_owned()), id: Some(vec![1, 2]) };
         let choice = MechanismChoice::Auto;
-        let sealed = Sealed {
-            mechanism: WrapMechanism::AesGcm,
-            iv: vec![3; 12],
-            wrapped: vec![4; 48],
-        };
+        let sealed =
+            Sealed { mechanism: WrapMechanism::AesGcm, iv: vec![3; 12], wrapped: vec![4; 48] };
         let id = || "pkcs11:1:id-01".to_owned();
         let token = TokenListing {
             label: "a".to_owned(),

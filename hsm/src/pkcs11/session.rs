@@ -58,7 +58,9 @@ impl Open {
             ([], [opens]) => match search(ObjectClass::PUBLIC_KEY)?.as_slice() {
                 [seals] => (*seals, *opens, true, ObjectClass::PRIVATE_KEY),
                 [] => {
-                    return Err(Fault::Lacking(format!("the token has no public half of the {key}")));
+                    return Err(Fault::Lacking(format!(
+                        "the token has no public half of the {key}"
+                    )));
                 }
                 _ => return Err(ambiguous(key)),
             },
@@ -215,13 +217,14 @@ impl Open {
 
     /// Makes what the mechanism needs, an AES-256 key or an RSA pair, which the token never gives
     /// out; refuses where anything of that label or id is there.
-    pub(super) fn create(&mut self, key: &KeySelector, choice: MechanismChoice) -> Result<(), Fault> {
-        for one in [
-            key.label.clone().map(KeySelector::label),
-            key.id.clone().map(KeySelector::id),
-        ]
-        .into_iter()
-        .flatten()
+    pub(super) fn create(
+        &mut self,
+        key: &KeySelector,
+        choice: MechanismChoice,
+    ) -> Result<(), Fault> {
+        for one in [key.label.clone().map(KeySelector::label), key.id.clone().map(KeySelector::id)]
+            .into_iter()
+            .flatten()
         {
             for class in
                 [ObjectClass::SECRET_KEY, ObjectClass::PRIVATE_KEY, ObjectClass::PUBLIC_KEY]
@@ -243,11 +246,8 @@ impl Open {
         };
         let label = key.label.clone().unwrap_or_else(|| "polykey".to_owned());
         let named = [Attribute::Token(true), Attribute::Id(id), Attribute::Label(label.into())];
-        let locked = [
-            Attribute::Private(true),
-            Attribute::Sensitive(true),
-            Attribute::Extractable(false),
-        ];
+        let locked =
+            [Attribute::Private(true), Attribute::Sensitive(true), Attribute::Extractable(false)];
         // The one session that can write, for as long as this takes.
         let writer = self.module.open_rw_session(self.slot)?;
         if rsa {
@@ -333,9 +333,8 @@ const fn mechanism_type(mechanism: WrapMechanism) -> MechanismType {
 
 /// The mechanisms that need no parameters of the message.
 fn plain(mechanism: WrapMechanism) -> Mechanism<'static> {
-    let oaep = |hash, mgf| {
-        Mechanism::RsaPkcsOaep(PkcsOaepParams::new(hash, mgf, PkcsOaepSource::empty()))
-    };
+    let oaep =
+        |hash, mgf| Mechanism::RsaPkcsOaep(PkcsOaepParams::new(hash, mgf, PkcsOaepSource::empty()));
     match mechanism {
         WrapMechanism::AesGcm | WrapMechanism::AesKw => Mechanism::AesKeyWrap,
         WrapMechanism::AesKwp => Mechanism::AesKeyWrapPad,
@@ -392,12 +391,7 @@ fn seal(
     Ok(Sealed { mechanism, iv, wrapped })
 }
 
-fn unseal(
-    session: &Session,
-    kek: &Kek,
-    sealed: &Sealed,
-    aad: &[u8; 32],
-) -> Result<Key, Failure> {
+fn unseal(session: &Session, kek: &Kek, sealed: &Sealed, aad: &[u8; 32]) -> Result<Key, Failure> {
     let Sealed { mechanism, iv, wrapped } = sealed;
     if mechanism.is_rsa() != kek.rsa {
         return Err(Failure::new("the key is of another type"));

@@ -97,9 +97,10 @@ impl Lab {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("tokens")).unwrap();
         let lab = Self::around(dir);
-        run(lab.util().args(["--init-token", "--free", "--label", "polykey"]).args([
-            "--so-pin", "12345678", "--pin", PIN,
-        ]));
+        run(lab
+            .util()
+            .args(["--init-token", "--free", "--label", "polykey"])
+            .args(["--so-pin", "12345678", "--pin", PIN]));
         lab
     }
 
