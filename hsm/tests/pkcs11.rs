@@ -57,6 +57,13 @@ fn softhsm_conforms_with_aes_gcm() {
 }
 
 #[test]
+fn a_token_that_draws_its_own_iv_conforms() {
+    let lab = Lab::empty();
+    lab.rules("C_EncryptInit 1 0 own-iv 0");
+    conforms(&lab.config, "aes-gcm", 7);
+}
+
+#[test]
 fn softhsm_conforms_with_aes_kw() {
     conforms(&Lab::empty().config, "aes-kw", 3);
 }
@@ -280,7 +287,7 @@ fn what_is_configured_wrongly_is_said_in_words() {
     block_on(token.create_kek(&kek(), soon())).unwrap();
     let auto = Pkcs11Config { mechanism: MechanismChoice::Auto, ..rsa.config.clone() };
     let text = refusal(&auto, kek());
-    assert!(text.contains("rsa-oaep-sha256: C_EncryptInit answered ArgumentsBad"), "{text}");
+    assert!(text.contains("rsa-oaep-sha256: C_DecryptInit answered ArgumentsBad"), "{text}");
 
     run(lab
         .util()

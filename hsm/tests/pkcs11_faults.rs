@@ -66,7 +66,7 @@ fn inject(mechanism: &str, functions: &[&str]) {
     let token = Pkcs11Token::new(config, worker()).unwrap();
     let key = KeySelector::label("kek");
     block_on(token.create_kek(&key, soon())).unwrap();
-    let wrapper = token.wrapper(key).unwrap();
+    let wrapper = token.wrapper(key.clone()).unwrap();
     let kept = wrap(&wrapper).unwrap();
     let made = lab.minted();
     let mut healed = 0;
@@ -82,7 +82,8 @@ fn inject(mechanism: &str, functions: &[&str]) {
                 let opened = opens(&wrapper, &kept);
                 may_be(&opened, &what);
                 lab.rules(&format!("{function} {first} {times} return {code:#x}"));
-                let wrapped = wrap(&wrapper);
+                // One that has not learned its name yet, and must not learn a wrong one.
+                let wrapped = wrap(&token.wrapper(key.clone()).unwrap());
                 lab.heal();
                 if let Ok(wrapped) = &wrapped {
                     assert_eq!(opens(&wrapper, wrapped), Ok(()), "{what}: wrapped meanwhile");
@@ -112,6 +113,11 @@ fn every_code_on_every_function_that_finds_the_key() {
 #[test]
 fn every_code_on_every_function_of_aes_kw() {
     inject("aes-kw", &["C_CreateObject", "C_WrapKey", "C_UnwrapKey", "C_DestroyObject"]);
+}
+
+#[test]
+fn every_code_on_every_function_of_rsa_oaep() {
+    inject("rsa-oaep-sha1", &["C_GetAttributeValue", "C_DecryptInit", "C_Decrypt"]);
 }
 
 /// Injects on functions that a process calls when it starts, or when it climbs a rung.

@@ -10,8 +10,9 @@ use cryptoki::session::{Session, UserType};
 use cryptoki::slot::{Slot, TokenInfo};
 use cryptoki::types::RawAuthPin;
 
-use super::config::{SlotListing, TokenListing, TokenSelector, WrapMechanism};
+use super::config::{SlotListing, TokenListing, TokenSelector};
 use super::frame::Hello;
+use super::session::Way;
 
 /// Why something was not done.
 #[derive(Debug)]
@@ -54,7 +55,7 @@ pub(super) struct Open {
     /// The serial number, or the slot where that cannot be read.
     pub(super) token: String,
     /// What a key, by its name, was found to wrap with.
-    pub(super) proven: Option<(String, WrapMechanism)>,
+    pub(super) proven: Option<(String, Way)>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

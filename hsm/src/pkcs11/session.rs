@@ -1,5 +1,9 @@
 //! In the child: what a session does with the wrapping key.
 
+use aws_lc_rs::rsa::{
+    OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OaepAlgorithm, OaepPublicEncryptingKey,
+    PublicEncryptingKey,
+};
 use cryptoki::error::Error;
 use cryptoki::mechanism::aead::GcmParams;
 use cryptoki::mechanism::rsa::{PkcsMgfType, PkcsOaepParams, PkcsOaepSource};
@@ -14,23 +18,37 @@ use super::config::{KeySelector, MechanismChoice, WrapMechanism};
 use super::device::{Fault, Open, say};
 use super::frame::Sealed;
 use crate::cipher::Key;
-use crate::{CryptoFailure, random};
+use crate::{Algorithm, CryptoFailure, PublicKey, random};
 
 const TAG_BITS: u64 = 128;
 const IV: usize = 12;
 /// The modulus of a wrapping key that is made here.
 const RSA_BITS: u64 = 3072;
 
-/// The wrapping key: one object of AES, or the two of an RSA pair. Found anew for each request, so
-/// that no handle outlives what it names.
+/// The wrapping key: an AES key, or the private half of an RSA pair. Found anew for each request,
+/// so that no handle outlives what it names.
 pub(super) struct Kek {
-    seals: ObjectHandle,
-    opens: ObjectHandle,
-    rsa: bool,
+    key: ObjectHandle,
+    /// Of an RSA pair. Encryption to it needs no token, and many do not offer it.
+    public: Option<PublicKey>,
     /// `pkcs11:TOKEN:KEY`, as wrapped keys record it.
     pub(super) id: String,
     /// Sensitive and not extractable, as the token says.
     pub(super) locked_in: bool,
+}
+
+impl Kek {
+    fn is_rsa(&self) -> bool {
+        self.public.is_some()
+    }
+}
+
+/// A mechanism as it was found to work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Way {
+    pub(super) mechanism: WrapMechanism,
+    /// Whether the token draws the IV of AES-GCM itself and refuses another (AWS CloudHSM).
+    token_iv: bool,
 }
 
 /// How an unwrapping ended on a token that works.
@@ -52,31 +70,43 @@ impl Open {
         let search = |class| self.session.find_objects(&template(class, key));
         let secret = search(ObjectClass::SECRET_KEY)?;
         let private = search(ObjectClass::PRIVATE_KEY)?;
-        let (seals, opens, rsa, class) = match (secret.as_slice(), private.as_slice()) {
+        let (handle, class) = match (secret.as_slice(), private.as_slice()) {
             ([], []) => return Err(Fault::Lacking(format!("the token has no {key}"))),
-            ([one], []) => (*one, *one, false, ObjectClass::SECRET_KEY),
-            ([], [opens]) => match search(ObjectClass::PUBLIC_KEY)?.as_slice() {
-                [seals] => (*seals, *opens, true, ObjectClass::PRIVATE_KEY),
-                [] => {
-                    return Err(Fault::Lacking(format!(
-                        "the token has no public half of the {key}"
-                    )));
-                }
-                _ => return Err(ambiguous(key)),
-            },
+            ([one], []) => (*one, ObjectClass::SECRET_KEY),
+            ([], [one]) => (*one, ObjectClass::PRIVATE_KEY),
             _ => return Err(ambiguous(key)),
         };
-        let expected = if rsa { KeyType::RSA } else { KeyType::AES };
         let types = [AttributeType::KeyType, AttributeType::Sensitive, AttributeType::Extractable];
-        let attributes = self.session.get_attributes(opens, &types)?;
-        if attributes.iter().any(|a| matches!(a, Attribute::KeyType(t) if *t != expected)) {
+        let attributes = self.session.get_attributes(handle, &types)?;
+        let is = |kind| attributes.contains(&Attribute::KeyType(kind));
+        let public = if class == ObjectClass::PRIVATE_KEY && is(KeyType::RSA) {
+            Some(self.rsa_public(key, handle)?)
+        } else if class == ObjectClass::SECRET_KEY && is(KeyType::AES) {
+            None
+        } else {
             // A read that a sick token answers with zeros is no reason to give up.
             return Err(Fault::Lacking(format!("the {key} is neither an AES key nor an RSA pair")));
-        }
+        };
         let locked_in = attributes.contains(&Attribute::Sensitive(true))
             && attributes.contains(&Attribute::Extractable(false));
-        let id = format!("pkcs11:{}:{}", self.token, self.name(class, opens)?);
-        Ok(Kek { seals, opens, rsa, id, locked_in })
+        let id = format!("pkcs11:{}:{}", self.token, self.name(class, handle)?);
+        Ok(Kek { key: handle, public, id, locked_in })
+    }
+
+    /// The public half, from the private object or, where that does not show it, from its own.
+    fn rsa_public(&self, key: &KeySelector, private: ObjectHandle) -> Result<PublicKey, Fault> {
+        let mut objects = vec![private];
+        objects.extend(self.session.find_objects(&template(ObjectClass::PUBLIC_KEY, key))?);
+        let types = [AttributeType::Modulus, AttributeType::PublicExponent];
+        for object in objects {
+            let attributes = self.session.get_attributes(object, &types)?;
+            if let Some(public) = rsa_public_key(&attributes) {
+                return Ok(public);
+            }
+        }
+        Err(Fault::Lacking(format!(
+            "the {key} is no RSA pair of 2048, 3072 or 4096 bits with the exponent 65537"
+        )))
     }
 
     /// What the key calls itself. A name that does not lead back to the key is not believed: the
@@ -110,44 +140,44 @@ impl Open {
         Ok(format!("{word}-sha256-{}", HEXLOWER.encode(hash.as_ref())))
     }
 
-    /// The mechanism for this key: the first candidate with which a secret goes out and comes back.
-    pub(super) fn mechanism(
-        &mut self,
-        kek: &Kek,
-        choice: MechanismChoice,
-    ) -> Result<WrapMechanism, Fault> {
-        if let Some((id, mechanism)) = &self.proven
+    /// The way for this key: the first candidate with which a secret goes out and comes back.
+    pub(super) fn way(&mut self, kek: &Kek, choice: MechanismChoice) -> Result<Way, Fault> {
+        if let Some((id, way)) = &self.proven
             && *id == kek.id
-            && choice.candidates(kek.rsa).contains(mechanism)
+            && choice.candidates(kek.is_rsa()).contains(&way.mechanism)
         {
-            return Ok(*mechanism);
+            return Ok(*way);
         }
-        let mechanism = self.prove(kek, choice)?;
-        self.proven = Some((kek.id.clone(), mechanism));
-        Ok(mechanism)
+        let way = self.prove(kek, choice)?;
+        self.proven = Some((kek.id.clone(), way));
+        Ok(way)
     }
 
-    fn prove(&self, kek: &Kek, choice: MechanismChoice) -> Result<WrapMechanism, Fault> {
+    fn prove(&self, kek: &Kek, choice: MechanismChoice) -> Result<Way, Fault> {
         let offered = self.module.get_mechanism_list(self.slot)?;
-        let candidates = choice.candidates(kek.rsa);
         let mut reasons = Vec::new();
         let mut hopeless = true;
-        for mechanism in candidates {
+        for mechanism in choice.candidates(kek.is_rsa()) {
             if !offered.contains(&mechanism_type(mechanism)) {
                 reasons.push(format!("{mechanism}: not offered"));
                 continue;
             }
-            let secret = random::secret().map_err(|e| Fault::Sick(e.to_string()))?;
-            match self.round_trip(kek, mechanism, &[0x5a; 32], &secret) {
-                Ok(_) => return Ok(mechanism),
-                Err(failure) => {
-                    hopeless &= failure.unsupported;
-                    reasons.push(format!("{mechanism}: {}", failure.text));
+            let ways: &[bool] =
+                if mechanism == WrapMechanism::AesGcm { &[false, true] } else { &[false] };
+            for &token_iv in ways {
+                let way = Way { mechanism, token_iv };
+                let secret = random::secret().map_err(|e| Fault::Sick(e.to_string()))?;
+                match self.round_trip(kek, way, &[0x5a; 32], &secret) {
+                    Ok(_) => return Ok(way),
+                    Err(failure) => {
+                        hopeless &= failure.unsupported;
+                        reasons.push(format!("{mechanism}: {}", failure.text));
+                    }
                 }
             }
         }
         if reasons.is_empty() {
-            let kind = if kek.rsa { "an RSA pair" } else { "an AES key" };
+            let kind = if kek.is_rsa() { "an RSA pair" } else { "an AES key" };
             return Err(Fault::Config(format!(
                 "the configured mechanism does not work with {kind}, which the key is"
             )));
@@ -160,11 +190,11 @@ impl Open {
     fn round_trip(
         &self,
         kek: &Kek,
-        mechanism: WrapMechanism,
+        way: Way,
         aad: &[u8; 32],
         secret: &Key,
     ) -> Result<Sealed, Failure> {
-        let sealed = seal(&self.session, kek, mechanism, aad, secret)?;
+        let sealed = seal(&self.session, kek, way, aad, secret)?;
         let back = unseal(&self.session, kek, &sealed, aad)?;
         if bool::from(back.as_slice().ct_eq(secret.as_slice())) {
             Ok(sealed)
@@ -181,10 +211,10 @@ impl Open {
         secret: &Key,
     ) -> Result<(String, Sealed), Fault> {
         let kek = self.find(key)?;
-        let mechanism = self.mechanism(&kek, choice)?;
+        let way = self.way(&kek, choice)?;
         let sealed = self
-            .round_trip(&kek, mechanism, aad, secret)
-            .map_err(|failure| Fault::Sick(format!("{mechanism}: {}", failure.text)))?;
+            .round_trip(&kek, way, aad, secret)
+            .map_err(|failure| Fault::Sick(format!("{}: {}", way.mechanism, failure.text)))?;
         Ok((kek.id, sealed))
     }
 
@@ -358,17 +388,22 @@ fn session_secret() -> Vec<Attribute> {
 fn seal(
     session: &Session,
     kek: &Kek,
-    mechanism: WrapMechanism,
+    way: Way,
     aad: &[u8; 32],
     secret: &Key,
 ) -> Result<Sealed, Failure> {
+    let Way { mechanism, token_iv } = way;
     let mut iv = Vec::new();
     let wrapped = match mechanism {
         WrapMechanism::AesGcm => {
-            // Some tokens draw their own and write it here.
-            iv.extend_from_slice(&random::array::<IV>()?);
+            iv.extend_from_slice(&if token_iv { [0; IV] } else { random::array::<IV>()? });
             let by = Mechanism::AesGcm(GcmParams::new(&mut iv, aad, TAG_BITS.into())?);
-            session.encrypt(&by, kek.seals, secret.as_slice())?
+            let wrapped = session.encrypt(&by, kek.key, secret.as_slice())?;
+            // What was encrypted under a constant IV does not leave this function.
+            if iv == [0; IV] {
+                return Err(Failure::new("the token drew no IV"));
+            }
+            wrapped
         }
         WrapMechanism::AesKw | WrapMechanism::AesKwp => {
             let mut template = session_secret();
@@ -378,33 +413,73 @@ fn seal(
                 copy.zeroize();
             }
             let object = object?;
-            let wrapped = session.wrap_key(&plain(mechanism), kek.seals, object);
+            let wrapped = session.wrap_key(&plain(mechanism), kek.key, object);
             let destroyed = session.destroy_object(object);
             let wrapped = wrapped?;
             destroyed?;
             wrapped
         }
-        WrapMechanism::RsaOaepSha256 | WrapMechanism::RsaOaepSha1 => {
-            session.encrypt(&plain(mechanism), kek.seals, secret.as_slice())?
-        }
+        WrapMechanism::RsaOaepSha256 => seal_oaep(kek, &OAEP_SHA256_MGF1SHA256, secret)?,
+        WrapMechanism::RsaOaepSha1 => seal_oaep(kek, &OAEP_SHA1_MGF1SHA1, secret)?,
     };
     Ok(Sealed { mechanism, iv, wrapped })
 }
 
+fn seal_oaep(kek: &Kek, by: &'static OaepAlgorithm, secret: &Key) -> Result<Vec<u8>, Failure> {
+    let failed = || Failure::new("encryption to the RSA public key failed");
+    let spki = kek.public.as_ref().map(|public| &public.spki_der).ok_or_else(failed)?;
+    let key = PublicEncryptingKey::from_der(spki).map_err(|_| failed())?;
+    let key = OaepPublicEncryptingKey::new(key).map_err(|_| failed())?;
+    let mut out = vec![0; key.ciphertext_size()];
+    let sealed = key.encrypt(by, secret.as_slice(), &mut out, None).map_err(|_| failed())?;
+    let len = sealed.len();
+    out.truncate(len);
+    Ok(out)
+}
+
+fn without_zeros(number: &[u8]) -> &[u8] {
+    let zeros = number.iter().take_while(|byte| **byte == 0).count();
+    number.get(zeros..).unwrap_or_default()
+}
+
+/// The public key of a modulus and an exponent, if both are there and of a length that is used.
+fn rsa_public_key(attributes: &[Attribute]) -> Option<PublicKey> {
+    let modulus = attributes.iter().find_map(|attribute| match attribute {
+        Attribute::Modulus(modulus) => Some(modulus.as_slice()),
+        _ => None,
+    })?;
+    let exponent = attributes.iter().find_map(|attribute| match attribute {
+        Attribute::PublicExponent(exponent) => Some(exponent.as_slice()),
+        _ => None,
+    })?;
+    if without_zeros(exponent) != [1, 0, 1] {
+        return None;
+    }
+    let modulus = without_zeros(modulus);
+    let algorithm = match modulus.len() {
+        256 => Algorithm::Rsa2048,
+        384 => Algorithm::Rsa3072,
+        512 => Algorithm::Rsa4096,
+        _ => return None,
+    };
+    let key = PublicKey::from_raw(algorithm, modulus)?;
+    PublicKey::from_spki(algorithm, &key.spki_der).ok()
+}
+
 fn unseal(session: &Session, kek: &Kek, sealed: &Sealed, aad: &[u8; 32]) -> Result<Key, Failure> {
     let Sealed { mechanism, iv, wrapped } = sealed;
-    if mechanism.is_rsa() != kek.rsa {
+    if mechanism.is_rsa() != kek.is_rsa() {
         return Err(Failure::new("the key is of another type"));
     }
     let opened = match mechanism {
         WrapMechanism::AesGcm => {
             let mut iv = iv.clone();
             let by = Mechanism::AesGcm(GcmParams::new(&mut iv, aad, TAG_BITS.into())?);
-            session.decrypt(&by, kek.opens, wrapped)?
+            session.decrypt(&by, kek.key, wrapped)?
         }
         WrapMechanism::AesKw | WrapMechanism::AesKwp => {
             let object =
-                session.unwrap_key(&plain(*mechanism), kek.opens, wrapped, &session_secret())?;
+                session.unwrap_key(&plain(*mechanism), kek.key, wrapped, &session_secret())?;
             let value = session.get_attributes(object, &[AttributeType::Value]);
             let destroyed = session.destroy_object(object);
             let value = match value?.pop() {
@@ -415,7 +490,7 @@ fn unseal(session: &Session, kek: &Kek, sealed: &Sealed, aad: &[u8; 32]) -> Resu
             value
         }
         WrapMechanism::RsaOaepSha256 | WrapMechanism::RsaOaepSha1 => {
-            session.decrypt(&plain(*mechanism), kek.opens, wrapped)?
+            session.decrypt(&plain(*mechanism), kek.key, wrapped)?
         }
     };
     let opened = Zeroizing::new(opened);

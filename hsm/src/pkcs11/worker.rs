@@ -75,7 +75,7 @@ fn answer(device: &mut Device, request: &Request) -> Result<Reply, Fault> {
         Request::List => Reply::Slots(device.slots()?),
         Request::Find { key, choice } => device.with(|open| {
             let kek = open.find(key)?;
-            let mechanism = open.mechanism(&kek, *choice)?;
+            let mechanism = open.way(&kek, *choice)?.mechanism;
             let Kek { id, locked_in, .. } = kek;
             Ok(Reply::Found { id, mechanism, locked_in })
         })?,

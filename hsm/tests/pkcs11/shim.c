@@ -2,8 +2,9 @@
  * to SHIM_LOG, and does instead what the file SHIM_CONTROL says. That file is an id, and a rule a
  * line: FUNCTION FIRST TIMES ACTION ARGUMENT. A rule applies to calls FIRST to FIRST + TIMES - 1 of
  * that function (all from FIRST where TIMES is 0), counted from when the id was first seen by this
- * process. Actions: "return CODE", "hang MILLISECONDS", "abort 0", and "absent 0" (with the
- * function "*"), under which the token is out of its slot and no session survives. */
+ * process. Actions: "return CODE", "hang MILLISECONDS", "abort 0"; "absent 0" (with the function
+ * "*"), under which the token is out of its slot and no session survives; and "own-iv 0" (with
+ * C_EncryptInit), under which AES-GCM refuses an IV and writes one of its own, as AWS CloudHSM. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -22,6 +23,8 @@
 #define CKR_GENERAL_ERROR 0x05
 #define CKR_DEVICE_REMOVED 0x32
 #define CKR_TOKEN_NOT_PRESENT 0xE0
+#define CKR_MECHANISM_PARAM_INVALID 0x71
+#define CKM_AES_GCM 0x1087
 
 typedef unsigned long U;
 /* No function of the standard takes more than eight arguments, all of the size of a register. */
@@ -97,6 +100,20 @@ static int match(int at, struct rule *out) {
     return found;
 }
 
+/* CK_MECHANISM, and the beginning of CK_GCM_PARAMS. */
+struct mechanism {
+    U type;
+    struct { unsigned char *iv; U iv_len; } *gcm;
+};
+
+/* Draws an IV, or returns CKR_MECHANISM_PARAM_INVALID where one was given. */
+static U draw_iv(const struct mechanism *mechanism) {
+    if (mechanism->type != CKM_AES_GCM) return 0;
+    for (U i = 0; i < mechanism->gcm->iv_len; i++)
+        if (mechanism->gcm->iv[i]) return CKR_MECHANISM_PARAM_INVALID;
+    return getentropy(mechanism->gcm->iv, mechanism->gcm->iv_len) ? CKR_GENERAL_ERROR : 0;
+}
+
 static void close_everything(void) {
     U slots[64], n = 64;
     if (real.call[C_GET_SLOT_LIST](0, (U)slots, (U)&n, 0, 0, 0, 0, 0)) return;
@@ -118,6 +135,9 @@ static U forward(int at, U a, U b, U c, U d, U e, U f, U g, U h) {
         if (at > C_OPEN_SESSION) return CKR_DEVICE_REMOVED;
     } else if (hit && !strcmp(rule.action, "return")) {
         return rule.argument;
+    } else if (hit && !strcmp(rule.action, "own-iv")) {
+        U refused = draw_iv((const struct mechanism *)b);
+        if (refused) return refused;
     } else if (hit && !strcmp(rule.action, "abort")) {
         abort();
     } else if (hit && !strcmp(rule.action, "hang")) {
