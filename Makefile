@@ -75,7 +75,7 @@ faults: ## 25 / 15 | power cuts, kills, disk errors, tampering, revocation under
 
 .PHONY: kryoptic
 kryoptic: ## 6 / 1 | the PKCS#11 tests over a second token, Kryoptic, which it builds (needs libclang)
-	@module=$$(.ci/kryoptic) && POLYKEY_KRYOPTIC=$$module .ci/test -p polykey-hsm --test pkcs11 $(ARGS)
+	@module=$$(.ci/kryoptic) && POLYKEY_KRYOPTIC=$$module .ci/test -p polykey-hsm --test pkcs11 --test pkcs11_keys $(ARGS)
 
 .PHONY: bench
 bench: ## 16 / 5 | benchmarks on the dist profile, ratios within one run

@@ -11,13 +11,19 @@
 //! token returned bound to it. So the place is bound even where a mechanism has no additional
 //! data, and a token that returns another secret than it was given is noticed.
 //!
-//! Nothing here makes a key because one was not found: sessions are read-only, except in
-//! [`Pkcs11Token::create_kek`].
+//! Keys of callers can live in the token as well ([`ResidentKey`]): made there, used there, never
+//! outside it.
+//!
+//! Nothing here makes a key because one was not found: sessions are read-only, except where a key
+//! is made or destroyed by the operation of that name.
 
 mod config;
 mod device;
 mod frame;
 mod host;
+mod keys;
+mod resident;
+mod sealing;
 mod session;
 pub mod worker;
 
@@ -30,9 +36,9 @@ use aws_lc_rs::digest;
 
 pub use config::{
     KeySelector, MechanismChoice, Pkcs11Config, Pkcs11Error, SlotListing, TokenListing,
-    TokenSelector, WrapMechanism,
+    TokenSelector, WorkerCommand, WrapMechanism,
 };
-pub use host::WorkerCommand;
+pub use keys::{ResidentError, ResidentKey};
 
 use crate::codec::{self, Reader};
 use crate::{

@@ -12,7 +12,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use futures::executor::block_on;
-use lab::{CONTEXT, KEK, Lab, PIN, only, opens, run, secret_file, softhsm, soon, worker, wrap};
+use lab::{
+    CONTEXT, KEK, Lab, PIN, kryoptic, only, opens, run, secret_file, softhsm, soon, worker, wrap,
+};
 use polykey_hsm::conformance::{self, Subject};
 use polykey_hsm::pkcs11::{
     KeySelector, MechanismChoice, Pkcs11Config, Pkcs11Token, Pkcs11Wrapper, TokenSelector,
@@ -80,29 +82,7 @@ fn softhsm_conforms_with_rsa_oaep() {
 
 #[test]
 fn kryoptic_conforms() {
-    let Some(module) = std::env::var_os("POLYKEY_KRYOPTIC") else {
-        return lab::skipped(
-            "kryoptic_conforms",
-            "POLYKEY_KRYOPTIC names no module (make kryoptic builds one and runs this)",
-        );
-    };
-    let dir = tempfile::tempdir().unwrap();
-    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
-    let slot = format!("[[slots]]\nslot = 42\ndbtype = \"sqlite\"\ndbargs = \"{}\"\n", path("db"));
-    fs::write(path("kryoptic.toml"), slot).unwrap();
-    let tool = || {
-        let mut tool = Command::new("pkcs11-tool");
-        tool.env("KRYOPTIC_CONF", path("kryoptic.toml")).arg("--module").arg(&module);
-        tool.args(["--slot", "42", "--so-pin", "12345678"]);
-        tool
-    };
-    run(tool().args(["--init-token", "--label", "polykey"]));
-    run(tool().args(["--login", "--login-type", "so", "--init-pin", "--pin", PIN]));
-    secret_file(Path::new(&path("pin")), PIN);
-    let label = TokenSelector::Label("polykey".to_owned());
-    let pin = SecretSource::File(path("pin").into());
-    let mut config = Pkcs11Config::new(&module, label, pin);
-    config.environment = vec![("KRYOPTIC_CONF".to_owned(), path("kryoptic.toml"))];
+    let Some((_dir, config)) = kryoptic("kryoptic_conforms") else { return };
     for (mechanism, tamper_every) in [("aes-gcm", 1), ("aes-kw", 3), ("rsa-oaep-sha256", 7)] {
         conforms(&config, mechanism, tamper_every);
     }

@@ -45,8 +45,8 @@ const CODES: [u32; 96] = [
     0x1b6, 0x1b7, 0x1b8, 0x1b9, 0x200, 0x201, 0x8000_0000,
 ];
 /// Those that modules answer most, injected for good.
-const COMMON: [u32; 12] =
-    [0x05, 0x07, 0x30, 0x32, 0x40, 0x54, 0x70, 0x90, 0xb3, 0xe0, 0x101, 0x150];
+const COMMON: [u32; 14] =
+    [0x05, 0x07, 0x11, 0x12, 0x30, 0x32, 0x40, 0x54, 0x70, 0x90, 0xb3, 0xe0, 0x101, 0x150];
 /// The codes by which C_Login refuses a PIN.
 const PIN_CODES: [u32; 6] = [0xa0, 0xa1, 0xa2, 0xa3, 0xa4, 0x102];
 
@@ -73,8 +73,8 @@ fn inject(mechanism: &str, functions: &[&str]) {
     for function in functions {
         for code in CODES {
             let lasting = full() || COMMON.contains(&code);
-            for (first, times) in [(1, 1), (2, 1), (1, 0)] {
-                if times == 0 && !lasting {
+            for (first, times) in [(1, 1), (2, 1), (2, 2), (1, 0)] {
+                if times != 1 && !lasting {
                     continue;
                 }
                 let what = format!("{function} answers {code:#x}, calls {first} and {times}");

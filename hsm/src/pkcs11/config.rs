@@ -1,5 +1,6 @@
 //! What an operator says of a token, and the names that mechanisms have.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -264,6 +265,42 @@ pub(super) fn check_environment(environment: &[(String, String)]) -> Result<(), 
         }
     }
 }
+
+/// The program that runs [`super::worker::run`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WorkerCommand {
+    /// Its path.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub args: Vec<OsString>,
+}
+
+impl Default for WorkerCommand {
+    /// This program with `pkcs11-worker`, even after its file was replaced.
+    fn default() -> Self {
+        Self { program: "/proc/self/exe".into(), args: vec!["pkcs11-worker".into()] }
+    }
+}
+
+/// What a module may see of the server's environment, which may hold master keys.
+pub(super) const PASSED_ON: [&str; 16] = [
+    "PATH",
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "TMPDIR",
+    "LD_LIBRARY_PATH",
+    "SOFTHSM2_CONF",
+    "KRYOPTIC_CONF",
+    "YUBIHSM_PKCS11_CONF",
+    "ChrystokiConfigurationPath",
+    "TPM2_PKCS11_STORE",
+    "TPM2_PKCS11_TCTI",
+    "DBUS_SESSION_BUS_ADDRESS",
+];
 
 /// Why there is no token to speak to. No device was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -21,6 +21,8 @@ pub(super) enum Fault {
     Sick(String),
     /// The token is there and lacks the key or the mechanism, unless a rung says otherwise.
     Lacking(String),
+    /// The token is there and lacks a key that lives in it, unless a rung says otherwise.
+    NotThere,
     /// The token refused the PIN. Nothing may try it again.
     Pin(String),
     /// No rung changes that.
@@ -56,6 +58,8 @@ pub(super) struct Open {
     pub(super) token: String,
     /// What a key, by its name, was found to wrap with.
     pub(super) proven: Option<(String, Way)>,
+    /// Whether the token was seen to draw the IVs of AES-GCM itself.
+    pub(super) token_iv: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,7 +82,7 @@ impl Device {
         let mut last = Fault::Sick("nothing was tried".to_owned());
         for rung in [Rung::AsIs, Rung::NewSession, Rung::Reinitialize] {
             match self.climb(rung).and_then(&mut f) {
-                Err(fault @ (Fault::Sick(_) | Fault::Lacking(_))) => last = fault,
+                Err(fault @ (Fault::Sick(_) | Fault::Lacking(_) | Fault::NotThere)) => last = fault,
                 done => return done,
             }
         }
@@ -180,7 +184,7 @@ fn open(module: Pkcs11, hello: &Hello) -> Result<Open, Fault> {
     let serial = info.as_ref().map(|info| info.serial_number().trim()).unwrap_or_default();
     let printable = !serial.is_empty() && serial.bytes().all(|b| b.is_ascii_graphic());
     let token = if printable { serial.to_owned() } else { format!("slot-{}", slot.id()) };
-    Ok(Open { session, module, slot, token, proven: None })
+    Ok(Open { session, module, slot, token, proven: None, token_iv: false })
 }
 
 /// The one slot that holds the token. What is known of it is missing where it cannot be read.

@@ -4,6 +4,10 @@
 //! body, integers big-endian. The parent says one [`Hello`], then one [`Request`] at a time, each
 //! of which gets one [`Reply`].
 
+mod key;
+#[cfg(test)]
+mod tests;
+
 use std::io::{self, Read, Write};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
@@ -15,6 +19,7 @@ use super::config::{
 };
 use crate::cipher::Key;
 use crate::codec::Reader;
+pub(super) use key::{KeyReply, KeyRequest, KeyWork};
 
 pub(super) const VERSION: u8 = 1;
 /// A hello and a request together fit into a pipe (64 KiB), so that writing them never waits.
@@ -242,9 +247,29 @@ pub(super) enum Request {
     },
     /// Make the wrapping key, unless one is there.
     Create { key: KeySelector, choice: MechanismChoice },
+    /// Something with a key that lives in the token.
+    Key(KeyRequest),
 }
 
 impl Request {
+    /// Whether asking once more does the same and no more.
+    pub(super) fn is_repeatable(&self) -> bool {
+        match self {
+            Self::Create { .. } => false,
+            Self::Key(key) => !matches!(key.work, KeyWork::Generate | KeyWork::Destroy),
+            _ => true,
+        }
+    }
+
+    /// Whether a token may take minutes over it.
+    pub(super) fn is_slow(&self) -> bool {
+        match self {
+            Self::Create { .. } => true,
+            Self::Key(key) => matches!(key.work, KeyWork::Generate),
+            _ => false,
+        }
+    }
+
     pub(super) fn encode(&self) -> Frame {
         match self {
             Self::List => Writer::new(16, 0).0,
@@ -277,6 +302,11 @@ impl Request {
                 w.u8(choice.code());
                 w.0
             }
+            Self::Key(key) => {
+                let mut w = Writer::new(21, key.room());
+                key.write(&mut w);
+                w.0
+            }
         }
     }
 
@@ -303,6 +333,7 @@ impl Request {
                 aad: r.array()?,
                 sealed: sealed(r)?,
             },
+            21 => Self::Key(KeyRequest::read(r)?),
             20 => Self::Create { key: key(r)?, choice: MechanismChoice::from_code(r.u8()?)? },
             _ => return None,
         };
@@ -336,6 +367,8 @@ pub(super) enum Reply {
     NotMine {
         id: String,
     },
+    /// About a key that lives in the token.
+    Key(KeyReply),
     /// It cannot work as it is; the child goes on.
     Refused(String),
     /// The token refused the PIN; the child ends.
@@ -387,6 +420,11 @@ impl Reply {
             Self::Refused(text) => only_text(38, text),
             Self::PinRefused(text) => only_text(39, text),
             Self::Unavailable(text) => only_text(40, text),
+            Self::Key(key) => {
+                let mut w = Writer::new(41, key.room());
+                key.write(&mut w);
+                w.0
+            }
         }
     }
 
@@ -417,6 +455,7 @@ impl Reply {
             38 => Self::Refused(text(r)?),
             39 => Self::PinRefused(text(r)?),
             40 => Self::Unavailable(text(r)?),
+            41 => Self::Key(KeyReply::read(r)?),
             _ => return None,
         };
         r.rest().is_empty().then_some(reply)
@@ -456,113 +495,4 @@ fn read_slot(with_token: u8, r: &mut Reader<'_>) -> Option<SlotListing> {
         _ => return None,
     };
     Some(SlotListing { slot, description, token })
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn frames() -> Vec<Frame> {
-        let key = KeySelector { label: Some("kek".to_owned()), id: Some(vec![1, 2]) };
-        let choice = MechanismChoice::Auto;
-        let sealed =
-            Sealed { mechanism: WrapMechanism::AesGcm, iv: vec![3; 12], wrapped: vec![4; 48] };
-        let id = || "pkcs11:1:id-01".to_owned();
-        let token = TokenListing {
-            label: "a".to_owned(),
-            serial: "b".to_owned(),
-            manufacturer: "c".to_owned(),
-            model: "d".to_owned(),
-            initialized: true,
-            pin_low: false,
-            pin_locked: true,
-        };
-        let slot = |token| SlotListing { slot: 7, description: "x".to_owned(), token };
-        let pin = Some(Zeroizing::new(b"1234".to_vec()));
-        vec![
-            Hello { module: "/m.so".into(), token: TokenSelector::Slot(3), pin }.encode(),
-            Hello {
-                module: "/m.so".into(),
-                token: TokenSelector::Label("polykey".to_owned()),
-                pin: None,
-            }
-            .encode(),
-            Request::List.encode(),
-            Request::Find { key: key.clone(), choice }.encode(),
-            Request::Wrap { key: key.clone(), choice, aad: [5; 32], secret: Key::default() }
-                .encode(),
-            Request::Unwrap {
-                key: key.clone(),
-                choice,
-                expected: id(),
-                aad: [5; 32],
-                sealed: sealed.clone(),
-            }
-            .encode(),
-            Request::Create { key, choice }.encode(),
-            Reply::Slots(vec![slot(None), slot(Some(token))]).encode(),
-            Reply::Found { id: id(), mechanism: WrapMechanism::AesKw, locked_in: true }.encode(),
-            Reply::Wrapped { id: id(), sealed }.encode(),
-            Reply::Secret { id: id(), secret: Key::default() }.encode(),
-            Reply::Broken { id: id() }.encode(),
-            Reply::NotMine { id: id() }.encode(),
-            Reply::Refused(id()).encode(),
-            Reply::PinRefused(id()).encode(),
-            Reply::Unavailable(id()).encode(),
-        ]
-    }
-
-    /// Reads a frame as whatever it is, and writes it again.
-    fn again(frame: &[u8]) -> Option<Frame> {
-        let hello = Hello::decode(frame).map(|m| m.encode());
-        let request = Request::decode(frame).map(|m| m.encode());
-        let reply = Reply::decode(frame).map(|m| m.encode());
-        hello.or(request).or(reply).ok()
-    }
-
-    #[test]
-    fn frames_are_read_whole_or_not_at_all() {
-        for frame in frames() {
-            assert_eq!(again(&frame).as_deref(), Some(&*frame));
-            for cut in 0..frame.len() {
-                // A list of slots may end after any of them.
-                let shorter = again(&frame[..cut]);
-                assert!(shorter.is_none_or(|f| f[1] == 32 && f.len() == cut), "{frame:?} at {cut}");
-            }
-            let longer = [&frame[..], &[0]].concat();
-            assert!(again(&longer).is_none(), "{frame:?}");
-            let mut newer = frame.to_vec();
-            newer[0] = VERSION + 1;
-            assert!(again(&newer).is_none());
-        }
-    }
-
-    #[test]
-    fn frames_pass_through_a_pipe_and_long_ones_do_not() {
-        let mut pipe = Vec::new();
-        for frame in frames() {
-            write(&mut pipe, &frame).unwrap();
-        }
-        let mut reader = &pipe[..];
-        for frame in frames() {
-            assert_eq!(read(&mut reader).unwrap().unwrap(), frame);
-        }
-        assert!(read(&mut reader).unwrap().is_none());
-        assert!(read(&mut &pipe[..3]).is_err());
-        assert!(read(&mut &[0xff; 8][..]).is_err());
-        assert!(write(&mut Vec::new(), &[0; MAX_FRAME + 1]).is_err());
-    }
-
-    proptest! {
-        #[test]
-        fn no_bytes_panic(frame in proptest::collection::vec(any::<u8>(), 0..300), kind in 0u8..42) {
-            let mut frame = frame;
-            frame.splice(0..0, [VERSION, kind]);
-            if let Some(written) = again(&frame) {
-                prop_assert_eq!(&written[..], &frame[..]);
-            }
-        }
-    }
 }

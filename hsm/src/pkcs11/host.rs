@@ -4,7 +4,6 @@
 //! in the queue does not suffer from what runs.
 
 use std::collections::VecDeque;
-use std::ffi::OsString;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -17,7 +16,7 @@ use futures::channel::oneshot;
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
-use super::config::TokenSelector;
+use super::config::{PASSED_ON, TokenSelector, WorkerCommand};
 use super::frame::{self, Frame, Hello, Reply, Request};
 use crate::local::without_newline;
 use crate::{Deadline, SecretSource, WrapError};
@@ -27,42 +26,8 @@ pub(super) const PARENT: &str = "POLYKEY_PKCS11_PARENT";
 const UNAVAILABLE: WrapError = WrapError::Unavailable { retryable: true };
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-
-/// What a module may see of the server's environment, which may hold master keys.
-const PASSED_ON: [&str; 16] = [
-    "PATH",
-    "HOME",
-    "USER",
-    "LOGNAME",
-    "LANG",
-    "LC_ALL",
-    "TZ",
-    "TMPDIR",
-    "LD_LIBRARY_PATH",
-    "SOFTHSM2_CONF",
-    "KRYOPTIC_CONF",
-    "YUBIHSM_PKCS11_CONF",
-    "ChrystokiConfigurationPath",
-    "TPM2_PKCS11_STORE",
-    "TPM2_PKCS11_TCTI",
-    "DBUS_SESSION_BUS_ADDRESS",
-];
-
-/// The program that runs [`super::worker::run`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct WorkerCommand {
-    /// Its path.
-    pub program: PathBuf,
-    /// Its arguments.
-    pub args: Vec<OsString>,
-}
-
-impl Default for WorkerCommand {
-    /// This program with `pkcs11-worker`, even after its file was replaced.
-    fn default() -> Self {
-        Self { program: "/proc/self/exe".into(), args: vec!["pkcs11-worker".into()] }
-    }
-}
+/// A smart card takes minutes to make an RSA key.
+const LONGEST_CALL: Duration = Duration::from_secs(600);
 
 /// What a child is started with.
 pub(super) struct Setup {
@@ -81,6 +46,8 @@ struct Job {
     request: Frame,
     /// Whether a second child may be asked the same after the first died over it.
     repeatable: bool,
+    /// Whether it may take until its deadline, and not the configured time.
+    slow: bool,
     deadline: Deadline,
     caller: Option<oneshot::Sender<Answer>>,
 }
@@ -193,7 +160,8 @@ impl Host {
             }
             state.queue.push_back(Job {
                 request: request.encode(),
-                repeatable: !matches!(request, Request::Create { .. }),
+                repeatable: request.is_repeatable(),
+                slow: request.is_slow(),
                 deadline,
                 caller: Some(caller),
             });
@@ -321,7 +289,11 @@ impl Supervisor {
                 }
                 Outcome::TimedOut => {
                     let limit = self.setup.call_timeout;
-                    self.failed(&format!("the module did not answer within {limit:?}"));
+                    self.failed(&if job.slow {
+                        "the module did not answer by the deadline".to_owned()
+                    } else {
+                        format!("the module did not answer within {limit:?}")
+                    });
                     return Err(UNAVAILABLE);
                 }
                 Outcome::Ended => {
@@ -474,7 +446,9 @@ impl Supervisor {
         if frame::write(&mut running.pipe, &job.request).is_err() {
             return Outcome::Ended;
         }
-        let end = Deadline::after(self.setup.call_timeout);
+        let usual = self.setup.call_timeout;
+        let slow = job.deadline.remaining().min(LONGEST_CALL).max(usual);
+        let end = Deadline::after(if job.slow { slow } else { usual });
         let mut state = self.shared.lock();
         loop {
             while let Some((generation, event)) = state.inbox.pop_front() {

@@ -1,36 +1,26 @@
 //! In the child: what a session does with the wrapping key.
 
-use aws_lc_rs::rsa::{
-    OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OaepAlgorithm, OaepPublicEncryptingKey,
-    PublicEncryptingKey,
-};
-use cryptoki::error::Error;
-use cryptoki::mechanism::aead::GcmParams;
-use cryptoki::mechanism::rsa::{PkcsMgfType, PkcsOaepParams, PkcsOaepSource};
 use cryptoki::mechanism::{Mechanism, MechanismType};
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
-use cryptoki::session::Session;
 use data_encoding::HEXLOWER;
 use subtle::ConstantTimeEq;
-use zeroize::{Zeroize, Zeroizing};
 
 use super::config::{KeySelector, MechanismChoice, WrapMechanism};
-use super::device::{Fault, Open, say};
+use super::device::{Fault, Open};
 use super::frame::Sealed;
+use super::sealing::{Failure, mechanism_type, rsa_public_key, seal, unseal};
 use crate::cipher::Key;
-use crate::{Algorithm, CryptoFailure, PublicKey, random};
+use crate::{PublicKey, random};
 
-const TAG_BITS: u64 = 128;
-const IV: usize = 12;
 /// The modulus of a wrapping key that is made here.
 const RSA_BITS: u64 = 3072;
 
 /// The wrapping key: an AES key, or the private half of an RSA pair. Found anew for each request,
 /// so that no handle outlives what it names.
 pub(super) struct Kek {
-    key: ObjectHandle,
+    pub(super) key: ObjectHandle,
     /// Of an RSA pair. Encryption to it needs no token, and many do not offer it.
-    public: Option<PublicKey>,
+    pub(super) public: Option<PublicKey>,
     /// `pkcs11:TOKEN:KEY`, as wrapped keys record it.
     pub(super) id: String,
     /// Sensitive and not extractable, as the token says.
@@ -38,7 +28,7 @@ pub(super) struct Kek {
 }
 
 impl Kek {
-    fn is_rsa(&self) -> bool {
+    pub(super) fn is_rsa(&self) -> bool {
         self.public.is_some()
     }
 }
@@ -48,7 +38,7 @@ impl Kek {
 pub(super) struct Way {
     pub(super) mechanism: WrapMechanism,
     /// Whether the token draws the IV of AES-GCM itself and refuses another (AWS CloudHSM).
-    token_iv: bool,
+    pub(super) token_iv: bool,
 }
 
 /// How an unwrapping ended on a token that works.
@@ -310,194 +300,4 @@ impl Open {
 
 fn ambiguous(key: &KeySelector) -> Fault {
     Fault::Config(format!("the token has more than one {key}: name it by label and id"))
-}
-
-/// Why one attempt failed, and whether it says that it cannot be done at all.
-struct Failure {
-    text: String,
-    unsupported: bool,
-}
-
-impl Failure {
-    fn new(text: &str) -> Self {
-        Self { text: text.to_owned(), unsupported: false }
-    }
-}
-
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        use cryptoki::error::RvError as Code;
-        // Believed only where nothing else works either, and only as far as words go.
-        let unsupported = matches!(
-            error,
-            Error::NullFunctionPointer
-                | Error::Pkcs11(
-                    Code::MechanismInvalid
-                        | Code::MechanismParamInvalid
-                        | Code::FunctionNotSupported
-                        | Code::ArgumentsBad
-                        | Code::KeyTypeInconsistent
-                        | Code::KeyFunctionNotPermitted
-                        | Code::KeySizeRange,
-                    _
-                )
-        );
-        Self { text: say(&error), unsupported }
-    }
-}
-
-impl From<CryptoFailure> for Failure {
-    fn from(failure: CryptoFailure) -> Self {
-        Self::new(&failure.to_string())
-    }
-}
-
-const fn mechanism_type(mechanism: WrapMechanism) -> MechanismType {
-    match mechanism {
-        WrapMechanism::AesGcm => MechanismType::AES_GCM,
-        WrapMechanism::AesKw => MechanismType::AES_KEY_WRAP,
-        WrapMechanism::AesKwp => MechanismType::AES_KEY_WRAP_PAD,
-        WrapMechanism::RsaOaepSha256 | WrapMechanism::RsaOaepSha1 => MechanismType::RSA_PKCS_OAEP,
-    }
-}
-
-/// The mechanisms that need no parameters of the message.
-fn plain(mechanism: WrapMechanism) -> Mechanism<'static> {
-    let oaep =
-        |hash, mgf| Mechanism::RsaPkcsOaep(PkcsOaepParams::new(hash, mgf, PkcsOaepSource::empty()));
-    match mechanism {
-        WrapMechanism::AesGcm | WrapMechanism::AesKw => Mechanism::AesKeyWrap,
-        WrapMechanism::AesKwp => Mechanism::AesKeyWrapPad,
-        WrapMechanism::RsaOaepSha256 => oaep(MechanismType::SHA256, PkcsMgfType::MGF1_SHA256),
-        WrapMechanism::RsaOaepSha1 => oaep(MechanismType::SHA1, PkcsMgfType::MGF1_SHA1),
-    }
-}
-
-/// An object of the session, which ends with it.
-fn session_secret() -> Vec<Attribute> {
-    vec![
-        Attribute::Class(ObjectClass::SECRET_KEY),
-        Attribute::KeyType(KeyType::GENERIC_SECRET),
-        Attribute::Token(false),
-        Attribute::Private(true),
-        Attribute::Sensitive(false),
-        Attribute::Extractable(true),
-    ]
-}
-
-fn seal(
-    session: &Session,
-    kek: &Kek,
-    way: Way,
-    aad: &[u8; 32],
-    secret: &Key,
-) -> Result<Sealed, Failure> {
-    let Way { mechanism, token_iv } = way;
-    let mut iv = Vec::new();
-    let wrapped = match mechanism {
-        WrapMechanism::AesGcm => {
-            iv.extend_from_slice(&if token_iv { [0; IV] } else { random::array::<IV>()? });
-            let by = Mechanism::AesGcm(GcmParams::new(&mut iv, aad, TAG_BITS.into())?);
-            let wrapped = session.encrypt(&by, kek.key, secret.as_slice())?;
-            // What was encrypted under a constant IV does not leave this function.
-            if iv == [0; IV] {
-                return Err(Failure::new("the token drew no IV"));
-            }
-            wrapped
-        }
-        WrapMechanism::AesKw | WrapMechanism::AesKwp => {
-            let mut template = session_secret();
-            template.push(Attribute::Value(secret.to_vec()));
-            let object = session.create_object(&template);
-            if let Some(Attribute::Value(mut copy)) = template.pop() {
-                copy.zeroize();
-            }
-            let object = object?;
-            let wrapped = session.wrap_key(&plain(mechanism), kek.key, object);
-            let destroyed = session.destroy_object(object);
-            let wrapped = wrapped?;
-            destroyed?;
-            wrapped
-        }
-        WrapMechanism::RsaOaepSha256 => seal_oaep(kek, &OAEP_SHA256_MGF1SHA256, secret)?,
-        WrapMechanism::RsaOaepSha1 => seal_oaep(kek, &OAEP_SHA1_MGF1SHA1, secret)?,
-    };
-    Ok(Sealed { mechanism, iv, wrapped })
-}
-
-fn seal_oaep(kek: &Kek, by: &'static OaepAlgorithm, secret: &Key) -> Result<Vec<u8>, Failure> {
-    let failed = || Failure::new("encryption to the RSA public key failed");
-    let spki = kek.public.as_ref().map(|public| &public.spki_der).ok_or_else(failed)?;
-    let key = PublicEncryptingKey::from_der(spki).map_err(|_| failed())?;
-    let key = OaepPublicEncryptingKey::new(key).map_err(|_| failed())?;
-    let mut out = vec![0; key.ciphertext_size()];
-    let sealed = key.encrypt(by, secret.as_slice(), &mut out, None).map_err(|_| failed())?;
-    let len = sealed.len();
-    out.truncate(len);
-    Ok(out)
-}
-
-fn without_zeros(number: &[u8]) -> &[u8] {
-    let zeros = number.iter().take_while(|byte| **byte == 0).count();
-    number.get(zeros..).unwrap_or_default()
-}
-
-/// The public key of a modulus and an exponent, if both are there and of a length that is used.
-fn rsa_public_key(attributes: &[Attribute]) -> Option<PublicKey> {
-    let modulus = attributes.iter().find_map(|attribute| match attribute {
-        Attribute::Modulus(modulus) => Some(modulus.as_slice()),
-        _ => None,
-    })?;
-    let exponent = attributes.iter().find_map(|attribute| match attribute {
-        Attribute::PublicExponent(exponent) => Some(exponent.as_slice()),
-        _ => None,
-    })?;
-    if without_zeros(exponent) != [1, 0, 1] {
-        return None;
-    }
-    let modulus = without_zeros(modulus);
-    let algorithm = match modulus.len() {
-        256 => Algorithm::Rsa2048,
-        384 => Algorithm::Rsa3072,
-        512 => Algorithm::Rsa4096,
-        _ => return None,
-    };
-    let key = PublicKey::from_raw(algorithm, modulus)?;
-    PublicKey::from_spki(algorithm, &key.spki_der).ok()
-}
-
-fn unseal(session: &Session, kek: &Kek, sealed: &Sealed, aad: &[u8; 32]) -> Result<Key, Failure> {
-    let Sealed { mechanism, iv, wrapped } = sealed;
-    if mechanism.is_rsa() != kek.is_rsa() {
-        return Err(Failure::new("the key is of another type"));
-    }
-    let opened = match mechanism {
-        WrapMechanism::AesGcm => {
-            let mut iv = iv.clone();
-            let by = Mechanism::AesGcm(GcmParams::new(&mut iv, aad, TAG_BITS.into())?);
-            session.decrypt(&by, kek.key, wrapped)?
-        }
-        WrapMechanism::AesKw | WrapMechanism::AesKwp => {
-            let object =
-                session.unwrap_key(&plain(*mechanism), kek.key, wrapped, &session_secret())?;
-            let value = session.get_attributes(object, &[AttributeType::Value]);
-            let destroyed = session.destroy_object(object);
-            let value = match value?.pop() {
-                Some(Attribute::Value(value)) => value,
-                _ => Vec::new(),
-            };
-            destroyed?;
-            value
-        }
-        WrapMechanism::RsaOaepSha256 | WrapMechanism::RsaOaepSha1 => {
-            session.decrypt(&plain(*mechanism), kek.key, wrapped)?
-        }
-    };
-    let opened = Zeroizing::new(opened);
-    let mut secret = Key::default();
-    if opened.len() != secret.len() {
-        return Err(Failure::new("a secret of another length came back"));
-    }
-    secret.copy_from_slice(&opened);
-    Ok(secret)
 }

@@ -13,8 +13,9 @@ use rustix::process::{
 use rustix::stdio::{dup2_stdin, dup2_stdout, stderr, stdin, stdout};
 
 use super::device::{Device, Fault};
-use super::frame::{self, Hello, Reply, Request};
+use super::frame::{self, Hello, KeyReply, Reply, Request};
 use super::host::PARENT;
+use super::resident;
 use super::session::{Kek, Opened};
 
 /// Runs the child: what the hidden command `polykey pkcs11-worker` does, and nothing else.
@@ -60,6 +61,7 @@ fn serve(from: &mut File, to: &mut File) -> io::Result<()> {
         let reply = answer(&mut device, &request).unwrap_or_else(|fault| match fault {
             Fault::Sick(text) => Reply::Unavailable(text),
             Fault::Lacking(text) | Fault::Config(text) => Reply::Refused(text),
+            Fault::NotThere => Reply::Key(KeyReply::NotThere),
             Fault::Pin(text) => Reply::PinRefused(text),
         });
         frame::write(to, &reply.encode())?;
@@ -92,6 +94,7 @@ fn answer(device: &mut Device, request: &Request) -> Result<Reply, Fault> {
                 Opened::NotMine => Reply::NotMine { id },
             }
         }
+        Request::Key(request) => Reply::Key(resident::answer(device, request)?),
         Request::Create { key, choice } => {
             device.once(|open| open.create(key, *choice))?;
             answer(device, &Request::Find { key: key.clone(), choice: *choice })?

@@ -176,6 +176,32 @@ impl Lab {
     }
 }
 
+/// A Kryoptic token, where a module is named, and the directory that it is in.
+pub fn kryoptic(test: &str) -> Option<(TempDir, Pkcs11Config)> {
+    let Some(module) = std::env::var_os("POLYKEY_KRYOPTIC") else {
+        skipped(test, "POLYKEY_KRYOPTIC names no module (make kryoptic builds one and runs this)");
+        return None;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let slot = format!("[[slots]]\nslot = 42\ndbtype = \"sqlite\"\ndbargs = \"{}\"\n", path("db"));
+    fs::write(path("kryoptic.toml"), slot).unwrap();
+    let tool = || {
+        let mut tool = Command::new("pkcs11-tool");
+        tool.env("KRYOPTIC_CONF", path("kryoptic.toml")).arg("--module").arg(&module);
+        tool.args(["--slot", "42", "--so-pin", "12345678"]);
+        tool
+    };
+    run(tool().args(["--init-token", "--label", "polykey"]));
+    run(tool().args(["--login", "--login-type", "so", "--init-pin", "--pin", PIN]));
+    secret_file(Path::new(&path("pin")), PIN);
+    let label = TokenSelector::Label("polykey".to_owned());
+    let pin = SecretSource::File(path("pin").into());
+    let mut config = Pkcs11Config::new(&module, label, pin);
+    config.environment = vec![("KRYOPTIC_CONF".to_owned(), path("kryoptic.toml"))];
+    Some((dir, config))
+}
+
 pub fn secret_file(path: &Path, text: &str) {
     fs::write(path, text).unwrap();
     fs::set_permissions(path, Permissions::from_mode(0o600)).unwrap();
