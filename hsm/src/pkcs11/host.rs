@@ -25,6 +25,7 @@ use crate::{Deadline, SecretSource, WrapError};
 pub(super) const PARENT: &str = "POLYKEY_PKCS11_PARENT";
 const UNAVAILABLE: WrapError = WrapError::Unavailable { retryable: true };
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const MAX_INBOX: usize = 8;
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// A smart card takes minutes to make an RSA key.
 const LONGEST_CALL: Duration = Duration::from_secs(600);
@@ -153,6 +154,9 @@ impl Host {
         let (caller, answer) = oneshot::channel();
         {
             let mut state = self.shared.lock();
+            if state.closed {
+                return Err(UNAVAILABLE);
+            }
             if state.queue.len() >= self.queue {
                 state.last_failure =
                     Some(format!("{} calls wait for the token already", self.queue));
@@ -222,10 +226,6 @@ impl Supervisor {
             let answer = self.work(&mut job);
             job.answer(answer);
         }
-        self.bury();
-        let mut state = self.shared.lock();
-        state.closed = true;
-        state.queue.clear();
     }
 
     /// The next job, once there is one; `None` when the token was dropped.
@@ -473,6 +473,16 @@ impl Supervisor {
     }
 }
 
+impl Drop for Supervisor {
+    /// However it ends: nobody may wait for it.
+    fn drop(&mut self) {
+        self.bury();
+        let mut state = self.shared.lock();
+        state.closed = true;
+        state.queue.clear();
+    }
+}
+
 /// Posts what a child says, until it ends.
 fn listen(shared: &Shared, generation: u64, mut from: ChildStdout) {
     loop {
@@ -480,8 +490,11 @@ fn listen(shared: &Shared, generation: u64, mut from: ChildStdout) {
             Ok(Some(frame)) => Event::Frame(frame),
             Ok(None) | Err(_) => Event::Ended,
         };
-        let ended = matches!(event, Event::Ended);
-        shared.lock().inbox.push_back((generation, event));
+        let mut state = shared.lock();
+        // One answer a request: what says more is not listened to, and its pipe is closed.
+        let ended = matches!(event, Event::Ended) || state.inbox.len() >= MAX_INBOX;
+        state.inbox.push_back((generation, if ended { Event::Ended } else { event }));
+        drop(state);
         shared.changed.notify_all();
         if ended {
             return;
