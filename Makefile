@@ -72,7 +72,12 @@ test-race: ## 8 / 1 | random schedules over caches and epochs (SCHEDULES=50000)
 .PHONY: faults
 faults: ## 25 / 15 | power cuts, kills, disk errors, tampering, revocation under load, at release size
 	@.ci/test -p polykey-storage --release --test power_cuts --test faults --test concurrency -- --nocapture $(ARGS)
+	@POLYKEY_FAULTS=full .ci/test -p polykey-hsm --release --test pkcs11_faults -- --nocapture $(ARGS)
 	@POLYKEY_FAULTS=full .ci/test -p polykey --release --test faults -- --nocapture --test-threads 1 $(ARGS)
+
+.PHONY: kryoptic
+kryoptic: ## 6 / 1 | the PKCS#11 tests over a second token, Kryoptic, which it builds (needs libclang)
+	@module=$$(.ci/kryoptic) && POLYKEY_KRYOPTIC=$$module .ci/test -p polykey-hsm --test pkcs11 --test pkcs11_keys $(ARGS)
 
 .PHONY: bench
 bench: ## 16 / 5 | benchmarks on the dist profile, ratios within one run

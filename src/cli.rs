@@ -42,7 +42,9 @@ mod parse_tests;
 
 pub use access::{RevokeArgs, TokenCommand};
 pub use error::{CliError, Exit};
-pub use server::{CheckArgs, DevArgs, InitArgs, LockArgs, RecoverArgs, ServeArgs, UnlockArgs};
+pub use server::{
+    CheckArgs, DevArgs, HsmCommand, InitArgs, LockArgs, RecoverArgs, ServeArgs, UnlockArgs,
+};
 
 use output::{Format, Output};
 use remote::Remote;
@@ -89,6 +91,9 @@ pub enum Command {
     Lock(LockArgs),
     /// Unlock a node on this machine.
     Unlock(UnlockArgs),
+    /// PKCS#11 tokens.
+    #[command(subcommand)]
+    Hsm(HsmCommand),
     /// Keys: create, read, change, rotate, revoke, destroy, export.
     #[command(subcommand)]
     Key(key::KeyCommand),
@@ -159,6 +164,10 @@ impl App {
 /// Parses the arguments of the process, does what they say and returns the code to exit with.
 #[must_use]
 pub fn main() -> ExitCode {
+    // Started by the node alone, for a module that it does not load itself.
+    if std::env::args_os().nth(1).is_some_and(|word| word == "pkcs11-worker") {
+        return polykey_hsm::pkcs11::worker::run();
+    }
     let result = match Cli::try_parse() {
         Ok(cli) => run(cli),
         Err(error) => {
@@ -193,6 +202,7 @@ pub fn run(cli: Cli) -> Result<(), CliError> {
         Command::Recover(args) => server::recover(&app, args),
         Command::Lock(args) => server::lock(&app, &args),
         Command::Unlock(args) => server::unlock(&app, &args),
+        Command::Hsm(command) => server::hsm(&app, command),
         Command::Audit(audit::AuditCommand::Verify(args)) if args.store.is_some() => {
             server::audit_verify_store(&app, args)
         }
@@ -234,6 +244,7 @@ async fn talk(app: &App, command: Command) -> Result<(), CliError> {
         | Command::Recover(_)
         | Command::Lock(_)
         | Command::Unlock(_)
+        | Command::Hsm(_)
         | Command::Completion { .. }
         | Command::Man { .. }
         | Command::Version => Ok(()),

@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use polykey_hsm::aws::{AwsConnection, AwsKms};
+use polykey_hsm::pkcs11::{KeySelector, Pkcs11Config};
 use polykey_hsm::{MasterKeySource, SecretSource};
 
 use crate::net::NetConfig;
@@ -76,10 +77,21 @@ pub struct Config {
 pub enum Wrapper {
     /// A master key or a passphrase.
     Local(MasterKeySource),
+    /// A key of a PKCS#11 token.
+    Pkcs11(Pkcs11),
     /// A key of AWS KMS.
     Aws(AwsKms),
     /// Some of several other wrappers together.
     Quorum(Quorum),
+}
+
+/// A token and which of its keys.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pkcs11 {
+    /// The token.
+    pub token: Pkcs11Config,
+    /// The key.
+    pub key: KeySelector,
 }
 
 /// Wrappers of which some must open.

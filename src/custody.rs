@@ -32,7 +32,7 @@ pub use change::{Removal, Rewrap, Terms};
 pub use error::{ChangeError, InitError, OpenError, Trial, TrialOutcome};
 pub use reseal::Pace;
 pub use slots::{RECOVERY, SlotSpec};
-pub use wrappers::{MASTER_KEY, NamedWrapper, Unusable, WrapperError};
+pub use wrappers::{MASTER_KEY, NamedWrapper, Unusable, WrapperError, open_token};
 
 use crate::error::Error;
 use crate::keyring::Remember;

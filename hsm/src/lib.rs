@@ -34,6 +34,7 @@ pub mod import;
 mod local;
 mod mac;
 mod material;
+pub mod pkcs11;
 mod quorum;
 pub mod random;
 pub mod recovery;

@@ -251,7 +251,7 @@ impl SecretSource {
 }
 
 /// Without the line break that editors and `echo` put at the end.
-fn without_newline(bytes: &[u8]) -> &[u8] {
+pub(crate) fn without_newline(bytes: &[u8]) -> &[u8] {
     let bytes = bytes.strip_suffix(b"\n").unwrap_or(bytes);
     bytes.strip_suffix(b"\r").unwrap_or(bytes)
 }

@@ -14,6 +14,8 @@ pub enum SlotKind {
     MasterKey,
     /// A passphrase, stretched with Argon2id.
     Passphrase,
+    /// A key in a token that a PKCS#11 module drives.
+    Pkcs11,
     /// A key of AWS KMS.
     Aws,
     /// A recovery key whose private half is kept off the node.
@@ -29,6 +31,7 @@ impl SlotKind {
         match self {
             Self::MasterKey => 1,
             Self::Passphrase => 2,
+            Self::Pkcs11 => 3,
             Self::Aws => 4,
             Self::Recovery => 5,
             Self::Quorum => 6,
@@ -41,6 +44,7 @@ impl SlotKind {
         match code {
             1 => Some(Self::MasterKey),
             2 => Some(Self::Passphrase),
+            3 => Some(Self::Pkcs11),
             4 => Some(Self::Aws),
             5 => Some(Self::Recovery),
             6 => Some(Self::Quorum),
@@ -54,6 +58,7 @@ impl SlotKind {
         match self {
             Self::MasterKey => "master-key",
             Self::Passphrase => "passphrase",
+            Self::Pkcs11 => "pkcs11",
             Self::Aws => "aws",
             Self::Recovery => "recovery",
             Self::Quorum => "quorum",

@@ -100,6 +100,8 @@ lock --config f
 unlock --socket s --passphrase -
 unlock --share a --share b
 unlock --status
+hsm list --module /m.so --env A=B
+hsm create-kek --config f --wrapper hsm
 policy check a.cedar b.cedar
 policy check a.cedar --key-policy
 policy list --text

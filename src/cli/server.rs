@@ -1,6 +1,7 @@
 //! `polykey dev|init|serve|check`, and what else needs the store itself: they bring a runtime of their own.
 
 mod dev;
+mod hsm;
 mod init;
 mod lock;
 mod recover;
@@ -25,6 +26,8 @@ use crate::error::Error;
 use crate::vault::space::{META, meta};
 
 pub use dev::{DevArgs, dev};
+pub use hsm::HsmCommand;
+pub(super) use hsm::hsm;
 pub use init::InitArgs;
 pub(super) use init::init;
 pub use lock::{LockArgs, UnlockArgs};

@@ -498,7 +498,10 @@ fn pem(
     })
 }
 
-fn reference(document: &Document<'_>, value: &DeValue<'_>) -> Result<SecretSource, Refused> {
+pub(super) fn reference(
+    document: &Document<'_>,
+    value: &DeValue<'_>,
+) -> Result<SecretSource, Refused> {
     const REMEDY: &str = "refer to the secret with { file = \"…\" }, { env = \"…\" }, \
                           { credential = \"…\" } or { ssm = \"…\" }";
     let DeValue::Table(table) = value else {

@@ -93,6 +93,7 @@ pub fn entries(config: &Config) -> Vec<Entry> {
     let (key_kind, key_setting) = match master_key {
         Wrapper::Local(MasterKeySource::Passphrase { .. }) => ("local", "master_key.passphrase"),
         Wrapper::Local(_) => ("local", "master_key.source"),
+        Wrapper::Pkcs11(_) => ("pkcs11", "master_key.module"),
         Wrapper::Aws(_) => ("aws", "master_key.key"),
         Wrapper::Quorum(_) => ("quorum", "master_key.of"),
     };
@@ -103,6 +104,7 @@ pub fn entries(config: &Config) -> Vec<Entry> {
                 format!("{name} (passphrase, {place})")
             }
             Wrapper::Local(_) => format!("{name} ({place})"),
+            Wrapper::Pkcs11(_) => format!("{name} (PKCS#11, {place})"),
             Wrapper::Aws(_) => format!("{name} (AWS KMS, {place})"),
             Wrapper::Quorum(_) => format!("{name} (quorum, {place})"),
         }

@@ -259,6 +259,66 @@ fn aws_is_a_kind_of_wrapper_where_the_build_has_it() {
 }
 
 #[test]
+fn a_token_is_told_by_module_label_key_and_pin() {
+    let section = "[wrappers.hsm]\nkind = \"pkcs11\"\nmodule = \"/m.so\"\ntoken = { label = \"polykey\" }\n\
+        key = { label = \"kek\", id = \"01aF\" }\npin = { credential = \"pin\" }\n\
+        mechanism = \"aes-gcm\"\ntimeout = \"2s\"\nenvironment = { SOFTHSM2_CONF = \"/c\" }\n";
+    let config = parse(&edited(9, section)).unwrap();
+    let Some(Wrapper::Pkcs11(Pkcs11 { token, key })) = config.wrappers.get("hsm") else { panic!() };
+    assert_eq!(token.module, Path::new("/m.so"));
+    assert_eq!(token.pin, SecretSource::Credential("pin".into()));
+    assert_eq!((token.call_timeout, token.queue), (Duration::from_secs(2), 64));
+    assert_eq!(token.environment, [("SOFTHSM2_CONF".to_owned(), "/c".to_owned())]);
+    assert_eq!((key.label.as_deref(), key.id.as_deref()), (Some("kek"), Some(&[1, 0xaf][..])));
+    for (from, to, said) in [
+        ("module = \"/m.so\"\n", "", "[wrappers.hsm] module: missing"),
+        ("token = { label = \"polykey\" }\n", "", "[wrappers.hsm] token: missing"),
+        ("{ label = \"polykey\" }", "{ label = \"a\", slot = 1 }", "not exactly one of label"),
+        ("{ label = \"polykey\" }", "{ name = \"a\" }", "`name` is not an option"),
+        (
+            "{ label = \"polykey\" }",
+            "{ label = \"a label that is longer than any token has\" }",
+            "1 to 32",
+        ),
+        ("key = { label = \"kek\", id = \"01aF\" }\n", "", "[wrappers.hsm] key: missing"),
+        ("\"01aF\"", "\"1\"", "not hexadecimal"),
+        ("pin = { credential = \"pin\" }", "pin = \"CANARY-hunter2-Zm9vYmFy\"", "pin: a string"),
+        ("aes-gcm", "des", "not a mechanism"),
+        ("timeout = \"2s\"", "timeout = \"2m\"", "out of range"),
+        ("\"/c\"", "1", "no text"),
+    ] {
+        assert!(section.contains(from), "{from}");
+        let text = parse(&edited(9, &section.replace(from, to))).unwrap_err().to_string();
+        assert!(text.contains(said) && !text.contains(CANARY), "{said}: {text}");
+    }
+}
+
+#[test]
+fn a_quorum_is_of_wrappers_that_are_none() {
+    let base = "[wrappers.a]\nsource = { env = \"A\" }\n[wrappers.q]\nkind = \"quorum\"\n\
+        of = [\"master_key\", \"a\"]\nthreshold = 2\n";
+    let config = parse(&edited(9, base)).unwrap();
+    let of = vec!["master_key".to_owned(), "a".to_owned()];
+    assert_eq!(config.wrappers["q"], Wrapper::Quorum(Quorum { threshold: 2, of }));
+    for (from, to, said) in [
+        ("\"a\"]", "\"b\"]", "no wrapper has one of these names"),
+        ("\"a\"]", "\"q\"]", "its own member"),
+        ("\"a\"]", "\"master_key\"]", "stands in it twice"),
+        (", \"a\"]", "]", "not 2 to 16 wrappers"),
+        ("threshold = 2", "threshold = 3", "more than there are members"),
+        ("threshold = 2", "threshold = 1", "out of range"),
+        ("threshold = 2", "", "threshold: missing"),
+    ] {
+        let text = parse(&edited(9, &base.replace(from, to))).unwrap_err().to_string();
+        assert!(text.contains(said), "{said}: {text}");
+    }
+    let nested =
+        base.to_owned() + "[wrappers.r]\nkind = \"quorum\"\nof = [\"q\", \"a\"]\nthreshold = 2\n";
+    let text = parse(&edited(9, &nested)).unwrap_err().to_string();
+    assert!(text.contains("a quorum cannot be a member of a quorum"), "{text}");
+}
+
+#[test]
 fn tls_material_may_be_referred_to() {
     let text = BASE.replace("key = \"s.key\"", "key = { credential = \"tls-key\" }");
     let config = parse(&text).unwrap();
@@ -290,7 +350,7 @@ fn the_example_shows_the_defaults() {
     let spelt_out = parse(&example().replace("\n#: ", "\n")).unwrap();
     assert_eq!(plain, Config { written: plain.written.clone(), ..spelt_out });
     // Each default that is shown must be read, not skipped: the text must differ in these lines.
-    assert_eq!(example().matches("\n#: ").count(), 34);
+    assert_eq!(example().matches("\n#: ").count(), 35);
 }
 
 #[test]
@@ -308,7 +368,7 @@ fn the_optional_examples_are_valid() {
         config.ca.is_some() && config.listen.health.is_some() && config.listen.tls.crl.is_some()
     );
     assert_eq!(config.listen.net.workers, Some(2));
-    assert_eq!(config.wrappers.keys().collect::<Vec<_>>(), ["cloud", "spare"]);
+    assert_eq!(config.wrappers.keys().collect::<Vec<_>>(), ["both", "cloud", "hsm", "spare"]);
 }
 
 #[test]

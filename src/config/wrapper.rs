@@ -1,18 +1,24 @@
 //! `[master_key]` and `[wrappers.NAME]`.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use polykey_hsm::aws::AwsKms;
+use polykey_hsm::pkcs11::{KeySelector, MechanismChoice, Pkcs11Config, TokenSelector};
 use polykey_hsm::{MasterKeySource, PassphraseParams, QuorumWrapper};
+
+use toml::Spanned;
+use toml::de::DeValue;
 
 use super::read::{Section, integer, refuse, string};
 use super::sections::connection;
-use super::{Quorum, Wrapper};
+use super::{Pkcs11, Quorum, Wrapper};
 use crate::custody::MASTER_KEY;
 
 #[derive(Clone, Copy)]
 enum Kind {
     Local,
+    Pkcs11,
     Aws,
     Quorum,
 }
@@ -41,7 +47,7 @@ pub(super) fn sections(section: &Section<'_, '_>) -> BTreeMap<String, Wrapper> {
 
 /// One of them, or `[master_key]`.
 pub(super) fn section(section: Section<'_, '_>) -> Option<Wrapper> {
-    const WORDS: &str = "write \"local\", \"aws\" or \"quorum\"";
+    const WORDS: &str = "write \"local\", \"pkcs11\", \"aws\" or \"quorum\"";
     let kind = section.get("kind", |value| match string(value)? {
         "local" => Ok(Kind::Local),
         "aws" if cfg!(feature = "aws") => Ok(Kind::Aws),
@@ -49,6 +55,7 @@ pub(super) fn section(section: Section<'_, '_>) -> Option<Wrapper> {
             "this build has no AWS KMS backend",
             "write another kind, or run a build with the cargo feature `aws`",
         ),
+        "pkcs11" => Ok(Kind::Pkcs11),
         "quorum" => Ok(Kind::Quorum),
         "aws-kms" => refuse("not a kind of wrapper", "write \"aws\""),
         _ => refuse("not a kind of wrapper", WORDS),
@@ -57,6 +64,7 @@ pub(super) fn section(section: Section<'_, '_>) -> Option<Wrapper> {
         // What is wrong with the kind is noted; the rest would be judged by the wrong rules.
         None if section.has("kind") => return None,
         None | Some(Kind::Local) => local(&section).map(Wrapper::Local),
+        Some(Kind::Pkcs11) => pkcs11(&section).map(Wrapper::Pkcs11),
         Some(Kind::Aws) => aws(&section).map(Wrapper::Aws),
         Some(Kind::Quorum) => quorum(&section).map(Wrapper::Quorum),
     };
@@ -70,6 +78,92 @@ fn aws(section: &Section<'_, '_>) -> Option<AwsKms> {
         Ok(string(value)?.to_owned())
     });
     Some(AwsKms { key: key?, connection })
+}
+
+fn pkcs11(section: &Section<'_, '_>) -> Option<Pkcs11> {
+    let module = section.need_path("module", "\"/usr/lib/softhsm/libsofthsm2.so\"");
+    let pin = section.need("pin", "{ file = \"hsm.pin\" }", |value| {
+        super::read::reference(section.document, value)
+    });
+    let text = |inner: &Section<'_, '_>, key| inner.get(key, |v| string(v).map(str::to_owned));
+    let missing = |key, example: &str| {
+        if !section.has(key) {
+            let remedy = format!("add `{key} = {example}` to [{}]", section.name());
+            section.complain(key, ("missing".to_owned(), remedy));
+        }
+    };
+    missing("token", "{ label = \"polykey\" }");
+    let token = section.inner("token").and_then(|inner| {
+        let found = [
+            text(&inner, "label").map(TokenSelector::Label),
+            text(&inner, "serial").map(TokenSelector::Serial),
+            inner.get("slot", |value| integer(value, &(0..=i64::MAX))).map(TokenSelector::Slot),
+        ];
+        let mut found = found.into_iter().flatten();
+        let (one, more) = (found.next(), found.next());
+        if one.is_none() || more.is_some() {
+            inner.note(
+                format!("[{}]: not exactly one of label, serial and slot", inner.name()),
+                "name the token by one of them",
+            );
+        }
+        inner.finish();
+        one
+    });
+    missing("key", "{ label = \"kek\" }");
+    let key = section.inner("key").and_then(|inner| {
+        let label = text(&inner, "label");
+        let id = inner.get("id", |value| {
+            let hex = string(value)?;
+            let id = data_encoding::HEXLOWER_PERMISSIVE.decode(hex.as_bytes());
+            id.or_else(|_| refuse("not hexadecimal", "write CKA_ID as \"01af\""))
+        });
+        if label.is_none() && id.is_none() {
+            inner.note(
+                format!("[{}]: neither label nor id", inner.name()),
+                "name the key by its label, its id, or both",
+            );
+        }
+        inner.finish();
+        (label.is_some() || id.is_some()).then_some(KeySelector { label, id })
+    });
+    let choice = section.get("mechanism", |value| {
+        MechanismChoice::from_name(string(value)?).map_or_else(
+            || {
+                refuse(
+                    "not a mechanism",
+                    "write \"auto\", \"aes-gcm\", \"aes-kw\", \"aes-kwp\", \"rsa-oaep-sha256\" or \
+                     \"rsa-oaep-sha1\"",
+                )
+            },
+            Ok,
+        )
+    });
+    let timeout = section.duration("timeout", ("100ms", "1m"), Pkcs11Config::CALL_TIMEOUT);
+    let queue = section.integer("queue", 1..=4096, Pkcs11Config::QUEUE);
+    let environment = section.get("environment", |value| {
+        let remedy = "write a table of texts, such as { SOFTHSM2_CONF = \"/etc/softhsm2.conf\" }";
+        let Some(table) = value.as_table() else {
+            return refuse(format!("a {}", value.type_str()), remedy);
+        };
+        let pair = |(name, value): (&Spanned<Cow<'_, str>>, &Spanned<DeValue<'_>>)| match value
+            .get_ref()
+            .as_str()
+        {
+            Some(text) => Ok((name.get_ref().to_string(), text.to_owned())),
+            None => refuse("a variable that is no text", remedy),
+        };
+        table.iter().map(pair).collect::<Result<Vec<_>, _>>()
+    });
+    let mut token = Pkcs11Config::new(module?, token?, pin?);
+    token.mechanism = choice.unwrap_or_default();
+    token.call_timeout = timeout;
+    token.queue = queue;
+    token.environment = environment.unwrap_or_default();
+    if let Err(error) = token.check() {
+        section.note(format!("[{}]: {error}", section.name()), "correct it");
+    }
+    Some(Pkcs11 { token, key: key? })
 }
 
 fn quorum(section: &Section<'_, '_>) -> Option<Quorum> {

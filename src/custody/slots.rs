@@ -13,7 +13,7 @@ use prost::Message;
 use tokio::runtime::Handle;
 
 use super::error::{ChangeError, OpenError, Trial, TrialOutcome};
-use crate::config::{Quorum, Wrapper};
+use crate::config::{Pkcs11, Quorum, Wrapper};
 use crate::error::Error;
 use crate::time::Time;
 
@@ -28,8 +28,8 @@ pub const RECOVERY: &str = "recovery";
 pub struct SlotSpec {
     /// The operator's name for it: 1 to 64 of `a-z A-Z 0-9 . _ -`.
     pub label: String,
-    /// "local-file", "local-env", "local-credential", "local-ssm", "local-passphrase", "aws",
-    /// "quorum" or "recovery".
+    /// "local-file", "local-env", "local-credential", "local-ssm", "local-passphrase",
+    /// "pkcs11", "aws",    /// "quorum" or "recovery".
     pub kind: String,
     /// Where the secret is found, e.g. "file /etc/polykey/master.key"; the key of AWS KMS; the
     /// members of the quorum; or the recovery public key.
@@ -55,6 +55,11 @@ impl SlotSpec {
     pub fn of_wrapper(label: impl Into<String>, wrapper: &Wrapper) -> Self {
         match wrapper {
             Wrapper::Local(source) => Self::local(label, source),
+            Wrapper::Pkcs11(Pkcs11 { token, key }) => Self {
+                label: label.into(),
+                kind: "pkcs11".into(),
+                source: format!("{key}, {}, {}", token.token, token.module.display()),
+            },
             Wrapper::Aws(settings) => {
                 Self { label: label.into(), kind: "aws".into(), source: settings.key.clone() }
             }

@@ -3,13 +3,16 @@
 use std::sync::Arc;
 
 use futures::future::join_all;
+use polykey_hsm::pkcs11::{Pkcs11Token, WorkerCommand};
 use polykey_hsm::{
     Deadline, KeyWrapper, LocalError, LocalWrapper, MasterKeySource, QuorumWrapper, SecretSource,
     WrapError, bootstrap,
 };
 
+use zeroize::Zeroizing;
+
 use super::slots::SlotSpec;
-use crate::config::{Bootstrap, Config, Quorum, Wrapper};
+use crate::config::{Bootstrap, Config, Pkcs11, Quorum, Wrapper};
 
 /// The name of the wrapper of `[master_key]`; those of `[wrappers.NAME]` cannot have it.
 pub const MASTER_KEY: &str = "master_key";
@@ -68,6 +71,7 @@ impl NamedWrapper {
     ) -> Result<Self, Unusable> {
         let opened = match config {
             Wrapper::Local(source) => local(source, bootstrap).await,
+            Wrapper::Pkcs11(settings) => pkcs11(settings, bootstrap).await,
             Wrapper::Aws(settings) => aws(settings, Deadline::after(bootstrap.deadline)).await,
             Wrapper::Quorum(_) => {
                 Err(WrapError::Config("a quorum opens with its members".to_owned()).into())
@@ -184,28 +188,60 @@ fn wrapper_of<'c>(config: &'c Config, name: &str) -> Option<&'c Wrapper> {
     }
 }
 
+/// A secret that lies in Parameter Store; the other places are read by whoever needs it.
+async fn resolved(
+    source: SecretSource,
+    bootstrap: &Bootstrap,
+) -> Result<Option<Zeroizing<Vec<u8>>>, WrapperError> {
+    if !matches!(source, SecretSource::Ssm(_)) {
+        return Ok(None);
+    }
+    let Bootstrap { aws, deadline } = bootstrap;
+    match bootstrap::resolve(&[source], aws, Deadline::after(*deadline)).await {
+        Ok(found) => Ok(found.into_iter().next()),
+        Err(problems) => Err(match problems.into_iter().next() {
+            Some(problem) => problem.into(),
+            None => WrapError::Unavailable { retryable: true }.into(),
+        }),
+    }
+}
+
+/// A token that may be away: nothing is asked of it yet.
+async fn pkcs11(
+    settings: &Pkcs11,
+    bootstrap: &Bootstrap,
+) -> Result<Arc<dyn KeyWrapper>, WrapperError> {
+    let token = open_token(settings, bootstrap).await?;
+    let wrapper = token.wrapper(settings.key.clone()).map_err(WrapError::from)?;
+    Ok(Arc::new(wrapper))
+}
+
+/// The token of a wrapper.
+///
+/// # Errors
+/// [`WrapperError`] if its PIN is not to be had, or its settings are of no use.
+pub async fn open_token(
+    settings: &Pkcs11,
+    bootstrap: &Bootstrap,
+) -> Result<Pkcs11Token, WrapperError> {
+    let (config, worker) = (settings.token.clone(), WorkerCommand::default());
+    let token = match resolved(config.pin.clone(), bootstrap).await? {
+        Some(pin) => Pkcs11Token::with_pin(config, pin, worker),
+        None => Pkcs11Token::new(config, worker),
+    };
+    Ok(token.map_err(WrapError::from)?)
+}
+
 async fn local(
     source: &MasterKeySource,
     bootstrap: &Bootstrap,
 ) -> Result<Arc<dyn KeyWrapper>, WrapperError> {
-    let from = source.origin();
-    let resolved = match &from {
-        SecretSource::Ssm(_) => {
-            let Bootstrap { aws, deadline } = bootstrap;
-            let found = bootstrap::resolve(&[from], aws, Deadline::after(*deadline)).await;
-            let found = found.map_err(|problems| problems.into_iter().next());
-            Some(found.map_err(|problem| match problem {
-                Some(problem) => WrapperError::from(problem),
-                None => WrapError::Unavailable { retryable: true }.into(),
-            })?)
-        }
-        _ => None,
-    };
+    let resolved = resolved(source.origin(), bootstrap).await?;
     let source = source.clone();
     // Files may be slow, and Argon2id is meant to be.
-    let opened = tokio::task::spawn_blocking(move || match resolved.as_deref() {
-        Some([value, ..]) => LocalWrapper::of(&source, value),
-        _ => LocalWrapper::open(&source),
+    let opened = tokio::task::spawn_blocking(move || match resolved {
+        Some(value) => LocalWrapper::of(&source, &value),
+        None => LocalWrapper::open(&source),
     });
     let opened =
         opened.await.map_err(|e| WrapError::Config(format!("reading a secret: {e}")))??;

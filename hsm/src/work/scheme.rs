@@ -97,7 +97,7 @@ impl SignatureScheme {
     }
 
     /// What digests the message; `None` where the message itself is signed.
-    pub(super) fn digest(self) -> Option<&'static digest::Algorithm> {
+    pub(crate) fn digest(self) -> Option<&'static digest::Algorithm> {
         match self {
             Self::EcdsaSha256
             | Self::EcdsaSha256P1363
