@@ -17,7 +17,7 @@ help: ## 0 / 0 | this list
 	@echo 'make TARGET; minutes on 2 cores: nothing built yet / all built'
 	@awk -F '## ' '/^[a-z][a-z-]*:.*## / { split($$1, t, ":"); split($$2, d, " \\| "); \
 	  printf "  %-18s %9s   %s\n", t[1], d[1], d[2] }' $(firstword $(MAKEFILE_LIST))
-	@echo 'ARGS="…" is passed on by run, test-unit, test-integration, test-api, bench and faults.'
+	@echo 'ARGS="…" is passed on by run, test-unit, test-integration, test-api, kryoptic, bench and faults.'
 
 ## Building
 
@@ -70,13 +70,13 @@ test-race: ## 8 / 1 | random schedules over caches and epochs (SCHEDULES=50000)
 	POLYKEY_SCHEDULES=$(SCHEDULES) .ci/test --test race $(FEATURES)
 
 .PHONY: faults
-faults: ## 25 / 15 | power cuts, kills, disk errors, tampering, revocation under load, at release size
+faults: ## 38 / 25 | HSM faults, power cuts, kills, disk errors, tampering, revocation under load, at release size
 	@.ci/test -p polykey-storage --release --test power_cuts --test faults --test concurrency -- --nocapture $(ARGS)
 	@POLYKEY_FAULTS=full .ci/test -p polykey-hsm --release --test pkcs11_faults -- --nocapture $(ARGS)
 	@POLYKEY_FAULTS=full .ci/test -p polykey --release --test faults -- --nocapture --test-threads 1 $(ARGS)
 
 .PHONY: kryoptic
-kryoptic: ## 6 / 1 | the PKCS#11 tests over a second token, Kryoptic, which it builds (needs libclang)
+kryoptic: ## 6 / 2 | the PKCS#11 tests over a second token, Kryoptic, which it builds (needs libclang)
 	@module=$$(.ci/kryoptic) && POLYKEY_KRYOPTIC=$$module .ci/test -p polykey-hsm --test pkcs11 --test pkcs11_keys $(ARGS)
 
 .PHONY: bench

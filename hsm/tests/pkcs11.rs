@@ -13,7 +13,8 @@ use std::time::Duration;
 
 use futures::executor::block_on;
 use lab::{
-    CONTEXT, KEK, Lab, PIN, kryoptic, only, opens, run, secret_file, softhsm, soon, worker, wrap,
+    CONTEXT, KEK, Lab, PIN, kryoptic, kryoptic_tool, only, opens, run, secret_file, softhsm, soon,
+    worker, wrap,
 };
 use polykey_hsm::conformance::{self, Subject};
 use polykey_hsm::pkcs11::{
@@ -83,6 +84,15 @@ fn softhsm_conforms_with_rsa_oaep() {
 #[test]
 fn kryoptic_conforms() {
     let Some((_dir, config)) = kryoptic("kryoptic_conforms") else { return };
+    // Made by somebody else's tool, without a CKA_ID.
+    run(kryoptic_tool(&config)
+        .args(["--login", "--pin", PIN, "--keygen", "--key-type", "AES:32", "--label", "bare"])
+        .args(["--sensitive", "--usage-decrypt"]));
+    let token = Pkcs11Token::new(config.clone(), worker()).unwrap();
+    let bare = token.wrapper(KeySelector::label("bare")).unwrap();
+    let wrapped = wrap(&bare).unwrap();
+    assert!(wrapped.wrapper().as_str().ends_with(":label-62617265"), "{wrapped:?}");
+    opens(&bare, &wrapped).unwrap();
     for (mechanism, tamper_every) in [("aes-gcm", 1), ("aes-kw", 3), ("rsa-oaep-sha256", 7)] {
         conforms(&config, mechanism, tamper_every);
     }

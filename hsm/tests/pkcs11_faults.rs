@@ -10,7 +10,8 @@
 #[allow(dead_code, unreachable_pub, reason = "shared with tests/pkcs11.rs")]
 mod lab;
 
-use std::process::Command;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
@@ -360,6 +361,78 @@ fn the_process_ends_with_its_token() {
         assert!(began.elapsed() < Duration::from_secs(20), "it is still there");
         thread::yield_now();
     }
+}
+
+/// Whether a process runs; one that nobody has waited for yet does not.
+fn runs(pid: &str) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, state)| !state.starts_with('Z'))
+}
+
+#[test]
+fn a_process_that_hangs_ends_with_a_server_that_is_killed() {
+    // What it cannot clean up is in here.
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Command::new(std::env::current_exe().unwrap())
+        .env("TMPDIR", dir.path())
+        .args(["--exact", "server_to_be_killed", "--ignored", "--nocapture"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(server.stdout.take().unwrap()).lines();
+    let pid =
+        lines.map_while(Result::ok).find_map(|l| l.strip_prefix("WORKER ").map(str::to_owned));
+    server.kill().unwrap();
+    server.wait().unwrap();
+    let pid = pid.expect("the server did not get so far");
+    let began = Instant::now();
+    while runs(&pid) {
+        assert!(began.elapsed() < Duration::from_secs(20), "it still runs");
+        thread::yield_now();
+    }
+}
+
+#[test]
+#[ignore = "run by a_process_that_hangs_ends_with_a_server_that_is_killed"]
+fn server_to_be_killed() {
+    let lab = Lab::new();
+    let wrapper = lab.wrapper();
+    let wrapped = wrap(&wrapper).unwrap();
+    let before = lab.calls("C_Decrypt");
+    lab.rules("C_Decrypt 1 1 hang 30000");
+    thread::scope(|scope| {
+        scope.spawn(|| opens(&wrapper, &wrapped));
+        while lab.calls("C_Decrypt") == before {
+            thread::yield_now();
+        }
+        println!("WORKER {}", wrapper.token().worker_pid().unwrap());
+    });
+}
+
+#[test]
+fn the_process_has_what_it_needs_and_no_more() {
+    let lab = Lab::new();
+    let wrapper = lab.wrapper();
+    wrap(&wrapper).unwrap();
+    let pid = wrapper.token().worker_pid().unwrap();
+    let read = |file: &str| std::fs::read(format!("/proc/{pid}/{file}"));
+    // It is not dumpable, so that others may not look.
+    let Ok(environ) = read("environ") else {
+        return lab::skipped("the_process_has_what_it_needs_and_no_more", "only root may look");
+    };
+    let environ = String::from_utf8(environ).unwrap();
+    let mine = |name: &str| lab.config.environment.iter().any(|(mine, _)| mine == name);
+    for variable in environ.split_terminator('\0') {
+        let name = variable.split('=').next().unwrap();
+        let usual = ["PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TMPDIR"];
+        let known = usual.contains(&name) || mine(name) || name == "POLYKEY_PKCS11_PARENT";
+        assert!(known || name == "LD_LIBRARY_PATH", "{name} was passed on");
+    }
+    let limits = String::from_utf8(read("limits").unwrap()).unwrap();
+    let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+    assert_eq!(core.split_whitespace().nth(4), Some("0"), "{core}");
+    let arguments = String::from_utf8(read("cmdline").unwrap()).unwrap();
+    assert!(!arguments.contains(lab::PIN), "{arguments}");
 }
 
 #[test]

@@ -389,7 +389,7 @@ impl Reply {
                 let mut w = Writer::new(32, 0);
                 // As many as fit, with room for the longest.
                 for slot in slots {
-                    if w.0.len() + 2048 > MAX_FRAME {
+                    if w.0.len() + 6 * 1024 > MAX_FRAME {
                         break;
                     }
                     write_slot(&mut w, slot);

@@ -112,16 +112,21 @@ impl Open {
             let template = [Attribute::Token(true), Attribute::Class(class), attribute];
             Ok(self.session.find_objects(&template)?.contains(&key))
         };
-        let (word, bytes) = match read(AttributeType::Id)? {
-            id if !leads_back(Attribute::Id(id.clone()))? => {
-                return Err(Fault::Sick("C_GetAttributeValue gave a wrong CKA_ID".to_owned()));
+        let wrong = |what| Fault::Sick(format!("C_GetAttributeValue gave a wrong {what}"));
+        let id = read(AttributeType::Id)?;
+        let (word, bytes) = if id.is_empty() {
+            // Not every token finds what has no id, so that this is read twice instead.
+            let label = read(AttributeType::Label)?;
+            let no_id = read(AttributeType::Id)?.is_empty();
+            if !no_id || label.is_empty() || !leads_back(Attribute::Label(label.clone()))? {
+                return Err(wrong("CKA_ID or CKA_LABEL"));
             }
-            id if !id.is_empty() => ("id", id),
-            _ => ("label", read(AttributeType::Label)?),
+            ("label", label)
+        } else if leads_back(Attribute::Id(id.clone()))? {
+            ("id", id)
+        } else {
+            return Err(wrong("CKA_ID"));
         };
-        if word == "label" && !leads_back(Attribute::Label(bytes.clone()))? {
-            return Err(Fault::Sick("C_GetAttributeValue gave a wrong CKA_LABEL".to_owned()));
-        }
         let hex = HEXLOWER.encode(&bytes);
         if hex.len() <= 128 {
             return Ok(format!("{word}-{hex}"));

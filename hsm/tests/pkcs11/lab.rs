@@ -186,20 +186,24 @@ pub fn kryoptic(test: &str) -> Option<(TempDir, Pkcs11Config)> {
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
     let slot = format!("[[slots]]\nslot = 42\ndbtype = \"sqlite\"\ndbargs = \"{}\"\n", path("db"));
     fs::write(path("kryoptic.toml"), slot).unwrap();
-    let tool = || {
-        let mut tool = Command::new("pkcs11-tool");
-        tool.env("KRYOPTIC_CONF", path("kryoptic.toml")).arg("--module").arg(&module);
-        tool.args(["--slot", "42", "--so-pin", "12345678"]);
-        tool
-    };
-    run(tool().args(["--init-token", "--label", "polykey"]));
-    run(tool().args(["--login", "--login-type", "so", "--init-pin", "--pin", PIN]));
     secret_file(Path::new(&path("pin")), PIN);
     let label = TokenSelector::Label("polykey".to_owned());
     let pin = SecretSource::File(path("pin").into());
     let mut config = Pkcs11Config::new(&module, label, pin);
     config.environment = vec![("KRYOPTIC_CONF".to_owned(), path("kryoptic.toml"))];
+    let so = ["--so-pin", "12345678"];
+    run(kryoptic_tool(&config).args(so).args(["--init-token", "--label", "polykey"]));
+    let init = ["--login", "--login-type", "so", "--init-pin", "--pin", PIN];
+    run(kryoptic_tool(&config).args(so).args(init));
     Some((dir, config))
+}
+
+/// OpenSC's tool on a token of Kryoptic.
+pub fn kryoptic_tool(config: &Pkcs11Config) -> Command {
+    let mut tool = Command::new("pkcs11-tool");
+    tool.envs(config.environment.clone()).arg("--module").arg(&config.module);
+    tool.args(["--slot", "42"]);
+    tool
 }
 
 pub fn secret_file(path: &Path, text: &str) {
