@@ -85,6 +85,11 @@ pub trait KeyWrapper: Send + Sync {
         true
     }
 
+    /// What last went wrong with a device or service, in words for operators; no secrets.
+    fn last_failure(&self) -> Option<String> {
+        None
+    }
+
     /// Wraps `key` so that it opens only for the same `cx`.
     fn wrap_key<'a>(
         &'a self,

@@ -420,6 +420,10 @@ impl KeyWrapper for Pkcs11Wrapper {
         SlotKind::Pkcs11
     }
 
+    fn last_failure(&self) -> Option<String> {
+        self.token.last_failure()
+    }
+
     fn wrap_key<'a>(
         &'a self,
         key: &'a KeyMaterial,

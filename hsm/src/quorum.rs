@@ -54,8 +54,9 @@ impl QuorumWrapper {
         let mut ids: Vec<&[u8]> = Vec::new();
         for member in &members {
             let id = member.id().as_str().as_bytes();
-            // The name of a passphrase says nothing of its words.
-            if ids.contains(&id) && member.kind() != SlotKind::Passphrase {
+            // The name of a passphrase says nothing of its words, and a token's is not known yet.
+            let telling = matches!(member.kind(), SlotKind::MasterKey | SlotKind::Aws);
+            if telling && ids.contains(&id) {
                 return refuse("a member stands in the quorum twice");
             }
             ids.push(id);

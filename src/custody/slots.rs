@@ -183,12 +183,24 @@ async fn unwrap(
     node_id: [u8; 16],
     slot_id: [u8; 16],
 ) -> Result<RootKey, RootError> {
-    let wrapper = Arc::clone(wrapper);
+    let opening = Arc::clone(wrapper);
     let cx = WrapContext::root_slot(node_id, slot_id);
-    off_thread(async move {
-        RootKey::slot_open(&*wrapper, &wrapped, &cx, Deadline::after(PATIENCE)).await
+    let opened = off_thread(async move {
+        RootKey::slot_open(&*opening, &wrapped, &cx, Deadline::after(PATIENCE)).await
     })
-    .await
+    .await;
+    opened.inspect_err(|error| tell(&**wrapper, error))
+}
+
+/// Why a device does not answer is for the log: the error says only that it does not.
+fn tell(wrapper: &dyn KeyWrapper, error: &RootError) {
+    let away = matches!(
+        error,
+        RootError::Wrap(WrapError::Unavailable { .. } | WrapError::DeadlineExceeded)
+    );
+    if let Some(reason) = wrapper.last_failure().filter(|_| away) {
+        tracing::warn!(kind = %wrapper.kind(), reason, "a wrapper does not answer");
+    }
 }
 
 /// No slot table encodes to this, so its MAC is of no other use.
@@ -212,7 +224,8 @@ pub(super) async fn wrap(
         off_thread(
             async move { Ok(key.slot_wrap(&*wrapping, &cx, Deadline::after(PATIENCE)).await?) },
         )
-        .await?;
+        .await
+        .inspect_err(|error| tell(&**wrapper, error))?;
     let bytes = wrapped.encode();
     let decoded = WrappedKey::decode(&bytes).map_err(|e| WrapError::Config(e.to_string()))?;
     if !wrapper.opens() {

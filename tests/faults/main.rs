@@ -20,6 +20,8 @@ mod cancel;
 mod disk;
 mod first_start;
 mod kill;
+#[cfg(feature = "aws")]
+mod migration;
 mod races;
 mod revocation;
 mod support;

@@ -28,6 +28,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const MAX_INBOX: usize = 8;
 /// Bytes of a PIN, with room for a line break.
 const MAX_PIN: usize = 4096;
+/// How long a child that is told to end may take for the call that it is in.
+pub(super) const LAST_CALL: Duration = Duration::from_secs(5);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// A smart card takes minutes to make an RSA key.
 const LONGEST_CALL: Duration = Duration::from_secs(600);
@@ -293,7 +295,7 @@ impl Supervisor {
                 }
                 Outcome::TimedOut => {
                     let limit = self.setup.call_timeout;
-                    self.failed(&if job.slow {
+                    self.hung(&if job.slow {
                         "the module did not answer by the deadline".to_owned()
                     } else {
                         format!("the module did not answer within {limit:?}")
@@ -322,7 +324,17 @@ impl Supervisor {
 
     /// Ends the child, and lets some time pass before the next one.
     fn failed(&mut self, text: &str) {
-        self.bury();
+        self.dismiss();
+        self.pause(text);
+    }
+
+    /// The same for one that hangs.
+    fn hung(&mut self, text: &str) {
+        self.end(Duration::ZERO);
+        self.pause(text);
+    }
+
+    fn pause(&mut self, text: &str) {
         let pause = FIRST_PAUSE.saturating_mul(1 << self.failures.min(8)).min(LONGEST_PAUSE);
         self.failures = self.failures.saturating_add(1);
         self.resume = Instant::now().checked_add(pause);
@@ -330,7 +342,7 @@ impl Supervisor {
     }
 
     fn pin_refused(&mut self, text: &str) -> String {
-        self.bury();
+        self.dismiss();
         let origin = self.setup.pin.as_ref().map(ToString::to_string).unwrap_or_default();
         let text = format!(
             "the token refused the PIN of {origin} ({text}): it is not tried again until it changes"
@@ -341,12 +353,30 @@ impl Supervisor {
         text
     }
 
-    fn bury(&mut self) {
-        let Some(Running { mut child, .. }) = self.child.take() else { return };
+    /// Lets the child end by itself, for it may be in the middle of writing what the token keeps:
+    /// a module of which that is a file is not to be killed without need.
+    fn dismiss(&mut self) {
+        self.end(LAST_CALL);
+    }
+
+    fn end(&mut self, patience: Duration) {
+        // Closing its pipe tells the child.
+        let Some(Running { mut child, pipe, .. }) = self.child.take() else { return };
+        drop(pipe);
         self.shared.lock().pid = None;
-        let _ = child.kill();
+        if patience.is_zero() {
+            let _ = child.kill();
+        }
         // A process in an uninterruptible call is reaped when it gets out of it.
         let reap = move || {
+            let until = Instant::now() + patience;
+            while Instant::now() < until {
+                if !matches!(child.try_wait(), Ok(None)) {
+                    return;
+                }
+                thread::sleep(Duration::from_millis(10));
+            }
+            let _ = child.kill();
             let _ = child.wait();
         };
         let _ = thread::Builder::new().name("pkcs11-reap".to_owned()).spawn(reap);
@@ -484,7 +514,7 @@ impl Supervisor {
 impl Drop for Supervisor {
     /// However it ends: nobody may wait for it.
     fn drop(&mut self) {
-        self.bury();
+        self.dismiss();
         let mut state = self.shared.lock();
         state.closed = true;
         state.queue.clear();

@@ -5,23 +5,23 @@ use std::fs::File;
 use std::io;
 use std::process::ExitCode;
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::process::{
-    DumpableBehavior, Resource, Rlimit, Signal, getppid, set_dumpable_behavior,
-    set_parent_process_death_signal, setrlimit,
+    DumpableBehavior, Resource, Rlimit, getppid, set_dumpable_behavior, setrlimit,
 };
 use rustix::stdio::{dup2_stdin, dup2_stdout, stderr, stdin, stdout};
 
 use super::device::{Device, Fault};
 use super::frame::{self, Hello, KeyReply, Reply, Request};
-use super::host::PARENT;
+use super::host::{LAST_CALL, PARENT};
 use super::resident;
 use super::session::{Kek, Opened};
 
 /// Runs the child: what the hidden command `polykey pkcs11-worker` does, and nothing else.
 ///
 /// Call it first thing in `main`: it replaces standard input and output, forbids core images and
-/// dies with its parent. It is of no use to a person.
+/// ends with its parent, but for the call that it is in, which has 5 s. It is of no use to a person.
 #[must_use]
 pub fn run() -> ExitCode {
     let Ok((mut from, mut to)) = isolate() else {
@@ -35,8 +35,6 @@ pub fn run() -> ExitCode {
 
 /// The two pipes, kept from the module: some read standard input or print to standard output.
 fn isolate() -> io::Result<(File, File)> {
-    set_parent_process_death_signal(Some(Signal::KILL))?;
-    // The parent may have died before that.
     let parent = std::env::var(PARENT).ok();
     let is = getppid().map(|pid| pid.as_raw_nonzero().to_string());
     if parent.is_none() || parent != is {
@@ -48,7 +46,25 @@ fn isolate() -> io::Result<(File, File)> {
     let to = fcntl_dupfd_cloexec(stdout(), 3)?;
     dup2_stdin(File::open("/dev/null")?)?;
     dup2_stdout(stderr())?;
-    Ok((from.into(), to.into()))
+    let from: File = from.into();
+    watch(from.try_clone()?)?;
+    Ok((from, to.into()))
+}
+
+/// Ends this process some time after its parent has closed the pipe, whatever the module does. A
+/// signal at the parent's death would cut off calls that write: SoftHSM loses a token by that.
+fn watch(pipe: File) -> io::Result<()> {
+    let watching = move || {
+        let mut closed = [PollFd::new(&pipe, PollFlags::empty())];
+        while !closed.iter().any(|fd| fd.revents().intersects(PollFlags::HUP | PollFlags::ERR)) {
+            if poll(&mut closed, None).is_err_and(|e| e != rustix::io::Errno::INTR) {
+                break;
+            }
+        }
+        std::thread::sleep(LAST_CALL);
+        std::process::exit(2);
+    };
+    std::thread::Builder::new().name("pkcs11-parent".to_owned()).spawn(watching).map(drop)
 }
 
 fn serve(from: &mut File, to: &mut File) -> io::Result<()> {
