@@ -20,6 +20,8 @@ mod fields;
 mod go_batch;
 mod go_lifecycle;
 mod go_node;
+#[cfg(feature = "aws")]
+mod hardened;
 mod limits;
 mod lock;
 mod rights;

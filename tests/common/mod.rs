@@ -3,6 +3,7 @@
 #[cfg(feature = "aws")]
 pub(crate) mod aws;
 pub(crate) mod client;
+pub(crate) mod wire;
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
