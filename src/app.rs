@@ -45,7 +45,7 @@ use crate::authn::session::{Authenticator, Settings};
 use crate::authz::Authorizer;
 use crate::config::Config;
 use crate::custody::signing::{self, Purpose, SigningKey};
-use crate::custody::{self, Custody, MASTER_KEY, NamedWrapper, Pace, Unusable};
+use crate::custody::{self, Backends, Custody, MASTER_KEY, NamedWrapper, Pace, Unusable};
 use crate::directory::{Directory, SecurityCaches};
 use crate::error::Error;
 use crate::health::grpc::HealthService;
@@ -139,6 +139,8 @@ pub struct App {
     pub trail: Arc<Trail>,
     /// The keys.
     pub keyring: Arc<Keyring>,
+    /// What hardened keys lie under.
+    pub backends: Arc<Backends>,
     /// The schedule.
     pub jobs: Arc<Runner>,
     /// Certificates.
@@ -333,17 +335,20 @@ impl App {
         let authenticator =
             Arc::new(Authenticator::new(Arc::clone(&directory), refusals, settings(&config)));
         let forge = Forge::new(config.limits.key_generations, config.limits.key_generation_queue);
-        let keyring = Arc::new(Keyring::new(
+        let backends =
+            Arc::new(Backends::new(config.hardened.as_ref(), &wrappers, vault.node_id()));
+        let keyring = Keyring::new(
             Arc::clone(&vault),
             keys,
             Arc::clone(&authorizer),
             Arc::clone(&trail),
             forge,
-        ));
+        );
+        let keyring = Arc::new(keyring.with_backends(Arc::clone(&backends)));
         let jobs = Runner::new(Arc::clone(&vault), alarm, handler(&keyring, &directory, &clock));
         jobs.resume().await?;
         let stopping = Arc::new(AtomicBool::new(false));
-        let health = Health::new(report::checks(&vault, &trail, &tls, &jobs, &stopping));
+        let health = Health::new(report::checks(&vault, &trail, &tls, &jobs, &backends, &stopping));
         Ok(Self {
             config: Arc::new(config),
             started_at: now,
@@ -355,6 +360,7 @@ impl App {
             authorizer,
             trail,
             keyring,
+            backends,
             jobs,
             tls,
             authority,

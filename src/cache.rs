@@ -105,6 +105,29 @@ impl<K: Hash + Eq + Clone, V: Clone, L: Locks> Cache<K, V, L> {
         })
     }
 
+    /// What is known of `key`, and what `make` gives where nothing is: for values that begin empty
+    /// and so cannot be of yesterday.
+    pub fn get_or_insert(&self, key: &K, make: impl FnOnce() -> V) -> V {
+        match self.shards.get(self.index(key)) {
+            Some(shard) => L::with(shard, |shard| shard.map.get_or_insert_ref(key, make).clone()),
+            None => make(),
+        }
+    }
+
+    /// Keeps only what `keep` wants kept.
+    pub fn retain(&self, mut keep: impl FnMut(&V) -> bool) {
+        for shard in &self.shards {
+            L::with(shard, |shard| shard.map.retain(|_, value| keep(value)));
+        }
+    }
+
+    /// Shows each value, in no order.
+    pub fn each(&self, mut look: impl FnMut(&V)) {
+        for shard in &self.shards {
+            L::with(shard, |shard| shard.map.iter().for_each(|(_, value)| look(value)));
+        }
+    }
+
     /// Forgets `key`, and voids every ticket of its shard.
     pub fn invalidate(&self, key: &K) {
         if let Some(shard) = self.shards.get(self.index(key)) {

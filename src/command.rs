@@ -68,8 +68,8 @@ pub struct CreateKey {
     pub read_after_expiry: bool,
     /// Seconds between rotations.
     pub rotation_period: Option<i64>,
-    /// What wraps it.
-    pub profile: Profile,
+    /// What wraps it; none = what the client's tier gives.
+    pub profile: Option<Profile>,
     /// The prefix of a generated API key.
     pub prefix: Option<String>,
 }
@@ -79,6 +79,12 @@ impl CreateKey {
     #[must_use]
     pub fn comes_from_outside(&self) -> bool {
         self.value.is_some() || self.import.is_some()
+    }
+
+    /// The right that asking for a hardened key takes.
+    fn harden(&self) -> ActionSet {
+        let set = ActionSet::EMPTY;
+        if self.profile == Some(Profile::Hardened) { set.with(Action::HardenKey) } else { set }
     }
 }
 
@@ -443,6 +449,9 @@ pub mod part {
     /// Creation from a supplied value.
     #[derive(Debug)]
     pub struct Import<'a>(pub &'a super::CreateKey);
+    /// Creation of a key that lies under a hardware or cloud wrapper.
+    #[derive(Debug)]
+    pub struct Harden<'a>(pub &'a super::CreateKey);
     /// A change of nothing but who may use a key.
     #[derive(Debug)]
     pub struct Share<'a>(pub &'a super::UpdateKey);
@@ -476,11 +485,19 @@ impl Command for part::Import<'_> {
     const ACTION: Action = Action::ImportKey;
 
     fn also(&self) -> ActionSet {
-        let set = ActionSet::EMPTY;
+        let set = self.0.harden();
         match self.0.import {
             Some(crypto::Import::Plain(_)) => set.with(Action::ImportPlaintext),
             Some(crypto::Import::Wrapped { .. }) | None => set,
         }
+    }
+}
+
+impl Command for part::Generate<'_> {
+    const ACTION: Action = Action::CreateKey;
+
+    fn also(&self) -> ActionSet {
+        self.0.harden()
     }
 }
 
@@ -529,7 +546,7 @@ macro_rules! parts {
 }
 
 parts! {
-    Generate => CreateKey,
+    Harden => HardenKey,
     Share => ShareKey,
     Enable => EnableKey,
     Disable => DisableKey,

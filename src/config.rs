@@ -50,6 +50,8 @@ pub struct Config {
     pub master_key: Wrapper,
     /// `[wrappers.NAME]`: what else may open the root key, by its name.
     pub wrappers: BTreeMap<String, Wrapper>,
+    /// `[hardened]`
+    pub hardened: Option<Hardened>,
     /// `[bootstrap]`
     pub bootstrap: Bootstrap,
     /// `[unlock]`
@@ -120,6 +122,15 @@ pub struct Bootstrap {
     pub aws: AwsConnection,
     /// For all references together.
     pub deadline: Duration,
+}
+
+/// `[hardened]`: keys that lie under a hardware or cloud wrapper as well.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hardened {
+    /// The NAME of a `[wrappers.NAME]` that new ones lie under, or `master_key`.
+    pub wrapper: String,
+    /// How long one that was opened is remembered; zero: not at all.
+    pub cache: Duration,
 }
 
 /// `[node]`

@@ -9,7 +9,11 @@
 //!
 //! The root is opened once and kept for the life of the process, because wrapping it anew needs it.
 
+pub mod backends;
+pub mod breaker;
 mod change;
+#[cfg(test)]
+pub(crate) mod device;
 mod error;
 mod reseal;
 pub mod signing;
@@ -28,6 +32,7 @@ use polykey_storage::{Revision, Store};
 use prost::Message;
 use tokio::sync::{Mutex, Notify};
 
+pub use backends::{BackendError, Backends};
 pub use change::{Removal, Rewrap, Terms};
 pub use error::{ChangeError, InitError, OpenError, Trial, TrialOutcome};
 pub use reseal::Pace;

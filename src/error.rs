@@ -56,6 +56,8 @@ pub enum Reason {
     NotExportable,
     /// The node has no backend for this storage profile.
     ProfileUnavailable,
+    /// The backend that a hardened key lies under answers, and refuses.
+    BackendRefused,
     /// The bounds asked for contradict each other or the versions there are.
     BoundsInvalid,
     /// Something of the same name exists.
@@ -93,6 +95,7 @@ impl Reason {
             Self::VersionTrimmed => "VERSION_TRIMMED",
             Self::NotExportable => "NOT_EXPORTABLE",
             Self::ProfileUnavailable => "PROFILE_UNAVAILABLE",
+            Self::BackendRefused => "BACKEND_REFUSED",
             Self::BoundsInvalid => "BOUNDS_INVALID",
             Self::AlreadyExists => "ALREADY_EXISTS",
             Self::ClientState => "CLIENT_STATE",
@@ -124,6 +127,10 @@ impl Reason {
             Self::VersionTrimmed => "the version has been trimmed",
             Self::NotExportable => "the key was created not to be exported",
             Self::ProfileUnavailable => "this node has no backend for that storage profile",
+            Self::BackendRefused => {
+                "the hardware or cloud service that protects the key refuses; an operator finds the \
+                 reason in the node's log"
+            }
             Self::BoundsInvalid => "the version bounds are out of order",
             Self::AlreadyExists => "the name is taken",
             Self::ClientState => "the client is not in a state that allows this",

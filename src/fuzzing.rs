@@ -211,6 +211,7 @@ pub fn blob(data: &[u8]) {
         let _ = MaterialState::decode(bytes);
         let opens = ring().unwrap_material(&context, bytes).is_ok();
         assert_eq!(opens, bytes == genuine.stored.as_slice(), "material that was not wrapped");
+        assert!(ring().hardened_material(&context, bytes).is_err(), "material that no device has");
         let exportable = MaterialContext { exportable: true, ..context };
         assert!(ring().unwrap_material(&exportable, bytes).is_err(), "exportable switched on");
     }

@@ -6,6 +6,7 @@
 pub mod grpc;
 pub mod plain;
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use tokio::sync::watch;
@@ -19,7 +20,7 @@ pub enum State {
     /// Everything.
     Serving,
     /// Everything now, and somebody should look.
-    Degraded(&'static str),
+    Degraded(Cow<'static, str>),
     /// Not what it is there for.
     NotServing(&'static str),
 }
@@ -33,10 +34,11 @@ impl State {
 
     /// What is wrong, in words for operators.
     #[must_use]
-    pub fn reason(&self) -> Option<&'static str> {
+    pub fn reason(&self) -> Option<&str> {
         match self {
             Self::Serving => None,
-            Self::Degraded(reason) | Self::NotServing(reason) => Some(reason),
+            Self::Degraded(reason) => Some(reason),
+            Self::NotServing(reason) => Some(reason),
         }
     }
 
@@ -91,7 +93,7 @@ impl Health {
             }
             match &state {
                 State::Serving => tracing::info!("the node serves"),
-                State::Degraded(reason) => tracing::warn!(reason, "the node serves, degraded"),
+                State::Degraded(reason) => tracing::warn!(%reason, "the node serves, degraded"),
                 State::NotServing(reason) if *reason == STOPPING => {
                     tracing::info!("the node stops serving");
                 }
@@ -123,8 +125,9 @@ mod tests {
             |states: &[State]| Health::new(states.iter().cloned().map(fixed).collect()).state();
         use State::{Degraded, NotServing, Serving};
         assert_eq!(of(&[]), Serving);
-        assert_eq!(of(&[Serving, Degraded("a"), Degraded("b"), Serving]), Degraded("a"));
-        assert_eq!(of(&[Degraded("a"), NotServing("b"), NotServing("c")]), NotServing("b"));
+        let degraded = |text: &'static str| Degraded(text.into());
+        assert_eq!(of(&[Serving, degraded("a"), degraded("b"), Serving]), degraded("a"));
+        assert_eq!(of(&[degraded("a"), NotServing("b"), NotServing("c")]), NotServing("b"));
     }
 
     #[tokio::test]

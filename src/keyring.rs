@@ -7,6 +7,7 @@
 mod create;
 mod due;
 mod forge;
+mod hardened;
 mod idempotency;
 pub(crate) mod list;
 mod plan;
@@ -38,6 +39,7 @@ use crate::authz::{
 };
 use crate::cache::Cache;
 use crate::context::Context;
+use crate::custody::Backends;
 use crate::error::{Error, Reason};
 use crate::key::{self, KeyId, KeyName, KeyState, Version, VersionState, version_row};
 use crate::time::Time;
@@ -140,6 +142,8 @@ pub struct KeyCaches {
     versions: Cache<(KeyId, u32), Arc<KeyVersion>>,
     /// Parsed private keys: few, because each is a secret in memory.
     parsed: Cache<KeyId, Arc<work::Parsed>>,
+    /// What backends opened of hardened keys: secrets in memory too, for a while.
+    opened: Cache<KeyId, Arc<hardened::Opened>>,
     /// Compiled policies. They hold for as long as the texts are the same, whatever else changes.
     policies: Cache<KeyId, Arc<KeyPolicies>>,
     epoch: AtomicU64,
@@ -153,6 +157,7 @@ impl KeyCaches {
             keys: Cache::new(capacity),
             versions: Cache::new(capacity),
             parsed: Cache::new(capacity.min(PARSED)),
+            opened: Cache::new(capacity.min(PARSED)),
             policies: Cache::new(capacity.min(PARSED)),
             epoch: AtomicU64::new(0),
         }
@@ -179,6 +184,7 @@ impl Invalidate for KeyCaches {
                 if let Some(id) = KeyId::from_slice(&row.key) {
                     self.keys.invalidate(&id);
                     self.parsed.invalidate(&id);
+                    self.opened.invalidate(&id);
                     any = true;
                 }
             } else if row.space == space::VERSIONS
@@ -187,6 +193,7 @@ impl Invalidate for KeyCaches {
             {
                 self.versions.invalidate(&(id, u32::from_be_bytes(number)));
                 self.parsed.invalidate(&id);
+                self.opened.invalidate(&id);
                 any = true;
             }
         }
@@ -199,6 +206,7 @@ impl Invalidate for KeyCaches {
         self.keys.clear();
         self.versions.clear();
         self.parsed.clear();
+        self.opened.clear();
         self.policies.clear();
         self.epoch.fetch_add(1, Ordering::SeqCst);
     }
@@ -215,6 +223,8 @@ pub struct Keyring {
     slow: Forge,
     uses: uses::Uses,
     turns: plan::Turns,
+    /// What hardened keys lie under.
+    backends: Option<Arc<Backends>>,
 }
 
 impl std::fmt::Debug for Keyring {
@@ -236,7 +246,7 @@ impl Keyring {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let slow = Forge::new(cores, work::SLOW_QUEUE);
         let (uses, turns) = (uses::Uses::default(), plan::Turns::default());
-        Self { vault, caches, authorizer, trail, forge, slow, uses, turns }
+        Self { vault, caches, authorizer, trail, forge, slow, uses, turns, backends: None }
     }
 
     /// The vault underneath.
@@ -441,8 +451,7 @@ impl Keyring {
         let row = version_row(key.id, version);
         let loaded = Box::pin(self.vault.get::<VersionRecord>(&row)).await?;
         let loaded = loaded.ok_or(Error::State(Reason::VersionNotFound))?;
-        let opened = self.open_material(key, &loaded.record)?;
-        let blob = wrapped_blob(key, version.get(), (&opened.material, &opened.blob_key))?;
+        let blob = self.blob(key, &loaded.record)?;
         let found = Arc::new(KeyVersion { record: loaded.record, blob: blob.into() });
         self.caches.versions.insert(ticket, name, Arc::clone(&found));
         Ok(found)
@@ -470,7 +479,17 @@ impl Keyring {
         }
     }
 
-    /// Unwraps a version's material, for this use only.
+    /// The wrapped form of a version that clients hold. That of a hardened one is stored, so that no
+    /// backend is asked for what is not secret.
+    pub(crate) fn blob(&self, key: &Key, version: &VersionRecord) -> Result<Vec<u8>, Error> {
+        if hardened::is_hardened(&key.record) {
+            return Ok(self.hardened_material(key, version)?.blob);
+        }
+        let opened = self.open_material(key, version)?;
+        wrapped_blob(key, version.version, (&opened.material, &opened.blob_key))
+    }
+
+    /// Unwraps the material of a version that is not hardened, for this use only.
     pub(crate) fn open_material(
         &self,
         key: &Key,

@@ -6,7 +6,8 @@
 //! From the outside in: a [`KeyWrapper`] (a master key, a passphrase, a device) wraps the
 //! [`RootKey`] in a slot; the root seals one [`Ring`] of storage keys; the ring seals records
 //! ([`Sealer`]), keys MACs ([`MacPurpose`]) and wraps the material of key versions
-//! ([`MaterialContext`]); a version's [`BlobKey`] seals what a client holds ([`WrappedBlob`]).
+//! ([`MaterialContext`]); a version's [`BlobKey`] seals what a client holds ([`WrappedBlob`]). The
+//! blob key of a hardened version lies under a wrapper of its own as well ([`HardenedBlobKey`]).
 //!
 //! Memory is not locked here: locking one value needs `unsafe`, while `mlockall` at the start of a
 //! process is safe and covers the copies that no type knows of. What is secret is erased on drop.
@@ -30,6 +31,7 @@ mod codec;
 #[doc(hidden)]
 pub mod conformance;
 mod export;
+mod hardened;
 pub mod import;
 mod local;
 mod mac;
@@ -51,6 +53,7 @@ pub use export::{
     ExportError, ExportInfo, HpkeExport, RecipientPrivateKey, export_hpke,
     generate_recipient_keypair, open_hpke_export, recipient_key_sha256,
 };
+pub use hardened::{HardenedBlobKey, HardenedMaterial};
 pub use local::{
     LocalError, LocalWrapper, MasterKeySource, PassphraseParams, SecretSource, decode_key,
     generate_master_key,
@@ -123,6 +126,12 @@ impl WrapContext {
     #[must_use]
     pub const fn root_slot(node_id: [u8; 16], slot_id: [u8; 16]) -> Self {
         Self { node_id, purpose: "root", slot_id }
+    }
+
+    /// The context of what a hardened key's versions lie under: the slot is the key.
+    #[must_use]
+    pub const fn hardened_key(node_id: [u8; 16], key_id: [u8; 16]) -> Self {
+        Self { node_id, purpose: "hardened-key", slot_id: key_id }
     }
 }
 

@@ -1,5 +1,5 @@
-//! What the record of a key version holds: its material under the ring, or where the material
-//! resides.
+//! What the record of a key version holds: its material under the ring, its material under a
+//! wrapper as well, or where the material resides.
 
 use std::fmt;
 
@@ -7,11 +7,17 @@ use zeroize::Zeroizing;
 
 use crate::cipher;
 use crate::codec::Reader;
-use crate::{Algorithm, BlobKey, CryptoFailure, KeyMaterial, OpenError, Ring, WrapperId};
+use crate::hardened::{HardenedBlobKey, HardenedMaterial};
+use crate::ring::Epoch;
+use crate::{
+    Algorithm, BlobHeader, BlobKey, CryptoFailure, KeyMaterial, OpenError, Ring, WrappedBlob,
+    WrappedKey, WrapperId,
+};
 
 const FORMAT: u8 = 1;
 const WRAPPED: u8 = 1;
 const RESIDENT: u8 = 2;
+const HARDENED: u8 = 3;
 const LABEL: &str = "polykey/material/v1";
 
 /// What a version's material is bound to. It opens for exactly this and nothing else.
@@ -29,12 +35,22 @@ pub struct MaterialContext {
     pub exportable: bool,
 }
 
+impl MaterialContext {
+    /// What the version's wrapped blob says of itself.
+    pub(crate) fn blob(&self) -> BlobHeader {
+        let Self { node: _, key_id, version, algorithm, exportable: _ } = *self;
+        BlobHeader { key_id, version, algorithm }
+    }
+}
+
 /// Where a version's material is, as its stored bytes say without being opened.
 ///
 /// Bytes: format 1 ‖ state u8 ‖ epoch u32 ‖ …; after the epoch, `Wrapped` (1) has salt 32 ‖
 /// commitment 32 ‖ ciphertext of (blob key 32 ‖ material) ‖ tag 16, and `Resident` (2) has id
 /// length u8 ‖ wrapper id ‖ object length u16 ‖ object, then the same envelope around the blob key
-/// alone. Integers are big-endian.
+/// alone. `Hardened` (3) has the envelope around length u32 ‖ [`WrappedKey`] of the blob key ‖
+/// wrapped blob: the blob holds the material, and the wrapper alone gives the key of the blob.
+/// Integers are big-endian.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MaterialState {
     /// Here, wrapped under a storage-key epoch.
@@ -51,6 +67,11 @@ pub enum MaterialState {
         /// The device's handle of the key, opaque.
         object: Vec<u8>,
     },
+    /// Here, wrapped under a storage-key epoch, and inside that by a hardware or cloud wrapper.
+    Hardened {
+        /// The epoch.
+        epoch: u32,
+    },
 }
 
 impl MaterialState {
@@ -66,7 +87,9 @@ impl MaterialState {
     #[must_use]
     pub fn epoch(&self) -> u32 {
         match self {
-            Self::Wrapped { epoch } | Self::Resident { epoch, .. } => *epoch,
+            Self::Wrapped { epoch } | Self::Resident { epoch, .. } | Self::Hardened { epoch } => {
+                *epoch
+            }
         }
     }
 }
@@ -90,6 +113,7 @@ fn split(stored: &[u8]) -> Result<(MaterialState, &[u8], &[u8]), OpenError> {
 fn read_state(r: &mut Reader<'_>) -> Option<MaterialState> {
     match (r.u8()?, r.u32()?) {
         (WRAPPED, epoch) => Some(MaterialState::Wrapped { epoch }),
+        (HARDENED, epoch) => Some(MaterialState::Hardened { epoch }),
         (RESIDENT, epoch) => {
             let len = usize::from(r.u8()?);
             let wrapper = WrapperId::new(std::str::from_utf8(r.take(len)?).ok()?)?;
@@ -125,6 +149,9 @@ pub enum UnwrapMaterialError {
     /// It resides in a device: ask that.
     #[error("the material resides in a device")]
     Resident,
+    /// The ring alone does not give it, or the ring alone does: the other call is for it.
+    #[error("the material is wrapped in another way than its key says")]
+    OtherState,
 }
 
 fn bind<T>(cx: &MaterialContext, header: &[u8], f: impl FnOnce(&[&[u8]]) -> T) -> T {
@@ -139,6 +166,15 @@ fn bind<T>(cx: &MaterialContext, header: &[u8], f: impl FnOnce(&[&[u8]]) -> T) -
     ])
 }
 
+/// The plaintext of a hardened version's envelope.
+fn read_hardened(contents: &[u8]) -> Option<HardenedMaterial> {
+    let mut r = Reader::new(contents);
+    let len = usize::try_from(r.u32()?).ok()?;
+    let wrapped = WrappedKey::decode(r.take(len)?).ok()?;
+    let blob = r.rest().to_vec();
+    (!blob.is_empty()).then_some(HardenedMaterial { wrapped, blob })
+}
+
 impl Ring {
     /// Wraps a version's material, with its blob key, under the primary epoch.
     ///
@@ -150,18 +186,34 @@ impl Ring {
         material: &KeyMaterial,
         blob_key: &BlobKey,
     ) -> Result<Vec<u8>, CryptoFailure> {
-        let epoch = self.primary();
         let mut secret = Zeroizing::new(Vec::with_capacity(32 + material.len()));
         secret.extend_from_slice(blob_key.bytes());
         secret.extend_from_slice(material.bytes());
-        let mut out = Vec::with_capacity(6 + cipher::COMMITTED_OVERHEAD + secret.len());
-        out.extend_from_slice(&[FORMAT, WRAPPED]);
-        out.extend_from_slice(&epoch.number.to_be_bytes());
-        let sealed = bind(cx, &out, |context| {
-            cipher::seal_committed(epoch.material.as_slice(), LABEL, context, &secret)
-        })?;
-        out.extend_from_slice(&sealed);
-        Ok(out)
+        envelope(self.primary(), WRAPPED, cx, &secret)
+    }
+
+    /// Puts a version's material under a blob key that a wrapper has wrapped, and both under the
+    /// primary epoch. Gives what is stored, and the wrapped blob in it.
+    ///
+    /// # Errors
+    /// When the cryptographic library fails, or the blob key was wrapped for another key.
+    pub fn harden_material(
+        &self,
+        cx: &MaterialContext,
+        material: &KeyMaterial,
+        key: &HardenedBlobKey,
+    ) -> Result<(Vec<u8>, Vec<u8>), CryptoFailure> {
+        if !key.is_of(cx) {
+            return Err(CryptoFailure("a blob key that was wrapped for another key"));
+        }
+        let blob = WrappedBlob::seal(&key.blob_key, &cx.blob(), material)?;
+        let wrapped = key.wrapped.encode();
+        let len = u32::try_from(wrapped.len()).map_err(|_| CryptoFailure("a wrapped key"))?;
+        let mut contents = Vec::with_capacity(4 + wrapped.len() + blob.len());
+        contents.extend_from_slice(&len.to_be_bytes());
+        contents.extend_from_slice(&wrapped);
+        contents.extend_from_slice(&blob);
+        Ok((envelope(self.primary(), HARDENED, cx, &contents)?, blob))
     }
 
     /// Opens a version's material, under whichever epoch it names.
@@ -173,16 +225,10 @@ impl Ring {
         cx: &MaterialContext,
         stored: &[u8],
     ) -> Result<UnwrappedMaterial, UnwrapMaterialError> {
-        let (state, header, sealed) = split(stored)?;
-        let number = match state {
-            MaterialState::Wrapped { epoch } => epoch,
-            MaterialState::Resident { .. } => return Err(UnwrapMaterialError::Resident),
-        };
-        let epoch = self.epoch(number).ok_or(OpenError::UnknownEpoch(number))?;
-        let secret = bind(cx, header, |context| {
-            cipher::open_committed(epoch.material.as_slice(), LABEL, context, sealed)
-        })
-        .map_err(|_| OpenError::Broken)?;
+        let (state, secret) = self.opened(cx, stored)?;
+        if !matches!(state, MaterialState::Wrapped { .. }) {
+            return Err(UnwrapMaterialError::OtherState);
+        }
         let (blob_key, material) = secret.split_first_chunk::<32>().ok_or(OpenError::Malformed)?;
         Ok(UnwrappedMaterial {
             material: KeyMaterial::from_secret(material.to_vec())
@@ -191,7 +237,48 @@ impl Ring {
         })
     }
 
-    /// Moves a version's material to the primary epoch; blobs that clients hold stay valid.
+    /// What is stored of a hardened version's material: the wrapped blob, and the wrapped key that
+    /// opens it. Nothing of it is secret, and no wrapper is asked.
+    ///
+    /// # Errors
+    /// See [`UnwrapMaterialError`].
+    pub fn hardened_material(
+        &self,
+        cx: &MaterialContext,
+        stored: &[u8],
+    ) -> Result<HardenedMaterial, UnwrapMaterialError> {
+        let (state, contents) = self.opened(cx, stored)?;
+        if !matches!(state, MaterialState::Hardened { .. }) {
+            return Err(UnwrapMaterialError::OtherState);
+        }
+        let hardened = read_hardened(&contents).ok_or(OpenError::Malformed)?;
+        match WrappedBlob::header(&hardened.blob) {
+            Ok(header) if header == cx.blob() => Ok(hardened),
+            _ => Err(OpenError::Malformed.into()),
+        }
+    }
+
+    /// The plaintext of the envelope.
+    fn opened(
+        &self,
+        cx: &MaterialContext,
+        stored: &[u8],
+    ) -> Result<(MaterialState, Zeroizing<Vec<u8>>), UnwrapMaterialError> {
+        let (state, header, sealed) = split(stored)?;
+        let number = match state {
+            MaterialState::Wrapped { epoch } | MaterialState::Hardened { epoch } => epoch,
+            MaterialState::Resident { .. } => return Err(UnwrapMaterialError::Resident),
+        };
+        let epoch = self.epoch(number).ok_or(OpenError::UnknownEpoch(number))?;
+        let plaintext = bind(cx, header, |context| {
+            cipher::open_committed(epoch.material.as_slice(), LABEL, context, sealed)
+        })
+        .map_err(|_| OpenError::Broken)?;
+        Ok((state, plaintext))
+    }
+
+    /// Moves a version's material to the primary epoch; blobs that clients hold stay valid. No
+    /// wrapper is asked: what one has wrapped stays as it is.
     ///
     /// # Errors
     /// See [`UnwrapMaterialError`]; a failure of the library counts as
@@ -201,7 +288,29 @@ impl Ring {
         cx: &MaterialContext,
         stored: &[u8],
     ) -> Result<Vec<u8>, UnwrapMaterialError> {
-        let UnwrappedMaterial { material, blob_key } = self.unwrap_material(cx, stored)?;
-        Ok(self.wrap_material(cx, &material, &blob_key).map_err(|_| OpenError::Broken)?)
+        let (state, plaintext) = self.opened(cx, stored)?;
+        let state = match state {
+            MaterialState::Wrapped { .. } => WRAPPED,
+            MaterialState::Hardened { .. } => HARDENED,
+            MaterialState::Resident { .. } => return Err(UnwrapMaterialError::Resident),
+        };
+        Ok(envelope(self.primary(), state, cx, &plaintext).map_err(|_| OpenError::Broken)?)
     }
+}
+
+/// Format, state and epoch, and the plaintext sealed under them.
+fn envelope(
+    epoch: &Epoch,
+    state: u8,
+    cx: &MaterialContext,
+    plaintext: &[u8],
+) -> Result<Vec<u8>, CryptoFailure> {
+    let mut out = Vec::with_capacity(6 + cipher::COMMITTED_OVERHEAD + plaintext.len());
+    out.extend_from_slice(&[FORMAT, state]);
+    out.extend_from_slice(&epoch.number.to_be_bytes());
+    let sealed = bind(cx, &out, |context| {
+        cipher::seal_committed(epoch.material.as_slice(), LABEL, context, plaintext)
+    })?;
+    out.extend_from_slice(&sealed);
+    Ok(out)
 }

@@ -215,7 +215,7 @@ fn resident_material_is_told_from_wrapped() {
     assert_eq!(state.epoch(), 9);
     let refused = ring().unwrap_material(&CONTEXT, &stored).unwrap_err();
     assert_eq!(refused, UnwrapMaterialError::Resident);
-    stored[1] = 3;
+    stored[1] = 4;
     assert_eq!(MaterialState::decode(&stored).unwrap_err(), OpenError::Malformed);
 }
 

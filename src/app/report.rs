@@ -8,6 +8,7 @@ use prost_types::Timestamp;
 
 use super::App;
 use crate::audit::Trail;
+use crate::custody::backends::{self, Backends};
 use crate::health::{Check, Health, STOPPING, State};
 use crate::jobs::{Doubt, Runner};
 use crate::metrics::RequestMetrics;
@@ -25,11 +26,12 @@ pub(super) fn checks(
     trail: &Arc<Trail>,
     tls: &Arc<TlsState>,
     jobs: &Arc<Runner>,
+    backends: &Arc<Backends>,
     stopping: &Arc<AtomicBool>,
 ) -> Vec<Check> {
     let stopping = Arc::clone(stopping);
     let (store, written) = (Arc::clone(vault), Arc::clone(trail));
-    let (tls, jobs) = (Arc::clone(tls), Arc::clone(jobs));
+    let (tls, jobs, behind) = (Arc::clone(tls), Arc::clone(jobs), Arc::clone(backends));
     vec![
         Box::new(move || {
             if stopping.load(Ordering::SeqCst) {
@@ -44,11 +46,14 @@ pub(super) fn checks(
             } else if !store.writable() {
                 State::NotServing("the store takes no commits")
             } else if store.unread() {
-                State::Degraded("the store could not be read to the end by its last verification")
+                State::Degraded(
+                    "the store could not be read to the end by its last verification".into(),
+                )
             } else if store.damaged() > 0 {
                 State::Degraded(
                     "stored rows are damaged and left out: `polykey store verify` counts them and \
-                     names the first 100",
+                     names the first 100"
+                        .into(),
                 )
             } else {
                 State::Serving
@@ -59,20 +64,35 @@ pub(super) fn checks(
             if status.failing {
                 State::NotServing("the audit trail cannot be written")
             } else if status.queued.saturating_mul(10) >= status.capacity.saturating_mul(9) {
-                State::Degraded("the audit queue is nearly full")
+                State::Degraded("the audit queue is nearly full".into())
             } else {
                 State::Serving
             }
         }),
         Box::new(move || certificates(&tls)),
+        Box::new(move || {
+            match behind.away() {
+            None => State::Serving,
+            Some(name) => State::Degraded(
+                format!(
+                    "{} does not answer: hardened keys under it that are not open already cannot be \
+                     used, and no new ones made",
+                    backends::section(&name)
+                )
+                .into(),
+            ),
+        }
+        }),
         Box::new(move || match jobs.clock_doubt() {
             None => State::Serving,
             Some(Doubt::Jumped) => State::Degraded(
-                "the clock has jumped: destruction and the end of grace wait for an operator",
+                "the clock has jumped: destruction and the end of grace wait for an operator"
+                    .into(),
             ),
             Some(Doubt::Settling) => State::Degraded(
                 "the clock is far ahead after a start of the machine: destruction and the end of \
-                     grace wait until it has stood for an hour",
+                     grace wait until it has stood for an hour"
+                    .into(),
             ),
         }),
     ]
@@ -90,7 +110,7 @@ fn certificates(tls: &TlsState) -> State {
         );
     }
     if expires < now.saturating_add(EXPIRES_SOON) {
-        return State::Degraded("the server's certificate expires within 7 days");
+        return State::Degraded("the server's certificate expires within 7 days".into());
     }
     State::Serving
 }

@@ -8,6 +8,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::{App, event, pace, reload};
+use crate::custody::NamedWrapper;
+use crate::custody::breaker::Terms;
 use crate::custody::signing::{self, Purpose};
 use crate::directory::Directory;
 use crate::error::Error;
@@ -33,6 +35,7 @@ pub(super) fn start(app: &Arc<App>, tasks: &TaskTracker, stop: &CancellationToke
     tasks.spawn(until(stop.clone(), watch(Arc::clone(app))));
     tasks.spawn(until(stop.clone(), sweep(Arc::clone(app))));
     tasks.spawn(until(stop.clone(), verify(Arc::clone(app))));
+    tasks.spawn(until(stop.clone(), ask_backends(Arc::clone(app))));
 }
 
 async fn until(stop: CancellationToken, work: impl Future<Output = ()>) {
@@ -48,7 +51,27 @@ async fn tick(app: Arc<App>) {
     loop {
         ticks.tick().await;
         app.metrics.sample();
+        app.keyring.forget_expired();
         app.health.refresh();
+    }
+}
+
+/// Health tells from the start whether the backends of hardened keys are there; one that could not be
+/// opened then is tried again.
+async fn ask_backends(app: Arc<App>) {
+    app.backends.look().await;
+    app.health.refresh();
+    let mut tries = tokio::time::interval_at(Instant::now() + LOOK, LOOK);
+    tries.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while let Some(name) = app.backends.missing() {
+        tries.tick().await;
+        match Box::pin(NamedWrapper::open_one(&app.config, name)).await {
+            Some(Ok(named)) => app.backends.add(name, named.wrapper, Terms::default()),
+            Some(Err(error)) => {
+                tracing::debug!(%error, "the wrapper of hardened keys is not open yet");
+            }
+            None => return,
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::fmt;
 use cedar_policy::{Effect, ResourceConstraint};
 use serde::Serialize;
 
-use super::action::{Action, Target};
+use super::action::{Action, Class, Target};
 use super::facts::{KeyFacts, visible};
 use super::inspect::Reads;
 use super::keypolicies::KeyPolicies;
@@ -194,7 +194,9 @@ impl Authorizer {
                     kind.to_string() == Target::Key.entity() && *named == uid
                 }
             };
-            resource && known.actions.iter().any(|a| a.target() == Target::Key)
+            // What is there is not created again.
+            let acts = |a: Action| a.target() == Target::Key && a.class() != Class::Create;
+            resource && known.actions.iter().any(acts)
         };
         self.node
             .known

@@ -106,6 +106,24 @@ pub enum Strategy {
     Scheduled,
 }
 
+/// What the material of a key lies under.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Storage {
+    /// The root key of the node.
+    Standard,
+    /// The node's hardware or cloud wrapper too.
+    Hardened,
+}
+
+impl From<Storage> for pb::StorageProfile {
+    fn from(storage: Storage) -> Self {
+        match storage {
+            Storage::Standard => Self::Standard,
+            Storage::Hardened => Self::Hardened,
+        }
+    }
+}
+
 /// How confidential what a key protects is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Classification {
@@ -252,6 +270,10 @@ pub struct CreateArgs {
     /// Rotate the key by itself each time so long has passed, such as 90d.
     #[arg(long, value_name = "DURATION", value_parser = value::seconds)]
     pub rotation_period: Option<i64>,
+    /// What its material lies under; what the node gives to clients of one's tier if not given. It
+    /// cannot be changed later.
+    #[arg(long, value_enum, value_name = "PROFILE")]
+    pub storage: Option<Storage>,
 }
 
 /// Arguments of `key get`.

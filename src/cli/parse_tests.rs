@@ -29,7 +29,7 @@ key create --type api-key --value-file -
 key create --type rsa-4096 --alias orders --tag a=b --tag c= --description x --expires 90d
 key create --type ecdsa-p384 --expires 2030-01-01T00:00:00Z --exportable --read-after-expiry
 key create --type aes-256 --exportable=false --context alice --context bob --policy night=f.cedar
-key create --type aes-256 --classification secret --rotation-period 90d
+key create --type aes-256 --classification secret --rotation-period 90d --storage hardened
 key get ID
 key get alias/orders --version 3
 key get ID --public-key

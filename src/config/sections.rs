@@ -1,5 +1,6 @@
 //! What each section of the configuration may say, in which range, and what holds when it is silent.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -10,8 +11,8 @@ use tracing::level_filters::LevelFilter;
 
 use super::read::{ConfigErrors, Document, Refused, Section, path, refuse, string};
 use super::{
-    Audit, Bootstrap, Ca, Config, DataPlane, Limits, Listen, Log, LogFormat, Login, Node, Runtime,
-    Storage, TlsReferences, Tokens, Unlock, Wrapper, wrapper,
+    Audit, Bootstrap, Ca, Config, DataPlane, Hardened, Limits, Listen, Log, LogFormat, Login, Node,
+    Runtime, Storage, TlsReferences, Tokens, Unlock, Wrapper, wrapper,
 };
 use crate::custody::MASTER_KEY;
 use crate::net::NetConfig;
@@ -44,6 +45,7 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
         wrapper::check_quorums(&others, quorum, known);
     }
     let unlock = unlock(root.section("unlock"), node.as_ref());
+    let hardened = hardened(root.section("hardened"), master_key.as_ref(), &wrappers);
     let bootstrap = bootstrap(root.section("bootstrap"));
     let tokens = tokens(root.section("tokens"));
     let login = login(root.section("login"));
@@ -70,6 +72,7 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
         storage,
         master_key,
         wrappers,
+        hardened,
         bootstrap,
         unlock,
         tokens,
@@ -229,6 +232,32 @@ fn bootstrap(section: Section<'_, '_>) -> Bootstrap {
     let deadline = section.duration("deadline", ("100ms", "5m"), Duration::from_secs(15));
     section.finish();
     Bootstrap { aws, deadline }
+}
+
+fn hardened(
+    section: Section<'_, '_>,
+    master_key: Option<&Wrapper>,
+    wrappers: &BTreeMap<String, Wrapper>,
+) -> Option<Hardened> {
+    if !section.present() {
+        return None;
+    }
+    let wrapper = section.need("wrapper", "\"NAME\"", |value| {
+        let name = string(value)?;
+        let remedy = "name the [wrappers.NAME] of a hardware module or cloud service";
+        let named = if name == MASTER_KEY { master_key } else { wrappers.get(name) };
+        match named {
+            Some(Wrapper::Local(_)) => {
+                refuse("a key file or passphrase, which protects nothing more", remedy)
+            }
+            Some(Wrapper::Quorum(_)) => refuse("a quorum, which wraps the root key alone", remedy),
+            Some(Wrapper::Aws(_) | Wrapper::Pkcs11(_)) => Ok(name.to_owned()),
+            None => refuse("there is no wrapper of this name", remedy),
+        }
+    });
+    let cache = section.duration("cache", ("0s", "24h"), 5 * MINUTE);
+    section.finish();
+    wrapper.map(|wrapper| Hardened { wrapper, cache })
 }
 
 fn unlock(section: Section<'_, '_>, node: Option<&Node>) -> Option<Unlock> {

@@ -126,6 +126,11 @@ const BROKEN: &[Case] = &[
     (9, "[storage]\nkind = \"postgres\"", "10:8", "no PostgreSQL backend", "feature `postgres`"),
     (9, "[storage]\nkind = \"sqlite\"", "10:8", "not a kind of store", "write \"redb\""),
     (9, "kind = \"tpm\"", "9:8", "not a kind of wrapper", "write \"local\""),
+    (9, "[hardened]", "9:2", "[hardened] wrapper: missing", "add `wrapper = "),
+    (9, "[hardened]\nwrapper = \"cloud\"", "10:11", "there is no wrapper of this name", "hardware module"),
+    (9, "[hardened]\nwrapper = \"master_key\"", "10:11", "which protects nothing more", "hardware module"),
+    (9, "[hardened]\nwrapper = \"w\"\n[wrappers.w]\nsource = { env = \"K\" }", "10:11", "which protects nothing more", "hardware module"),
+    (9, "[hardened]\ncache = \"25h\"", "10:9", "[hardened] cache: out of range", "from 0s to 24h"),
     (9, "kind = \"aws-kms\"", "9:8", "not a kind of wrapper", "write \"aws\""),
     // Secrets and references to them.
     (8, "source = \"CANARY-hunter2-Zm9vYmFy\"", "8:10", "[master_key] source: a string where a reference", "{ env = \"…\" }"),
@@ -224,6 +229,24 @@ fn paths_are_relative_to_the_file() {
 }
 
 /// What a build with AWS says to the same text, and one without.
+#[test]
+#[cfg(feature = "aws")]
+fn hardened_keys_lie_under_a_wrapper_that_is_not_of_this_machine() {
+    let cloud = "kind = \"aws\"\nkey = \"alias/polykey\"\nregion = \"eu-west-1\"\n";
+    let with = |hardened: &str| {
+        let text = format!("{BASE}\n[wrappers.cloud]\n{cloud}\n[hardened]\n{hardened}");
+        parse(&text).unwrap().hardened.unwrap()
+    };
+    let found = with("wrapper = \"cloud\"");
+    assert_eq!((found.wrapper.as_str(), found.cache), ("cloud", Duration::from_secs(300)));
+    assert_eq!(with("wrapper = \"cloud\"\ncache = \"0s\"").cache, Duration::ZERO);
+    assert_eq!(parse(BASE).unwrap().hardened, None);
+    // That of the root key will do.
+    let text = BASE.replace("source = { file = \"m.key\" }", cloud);
+    let text = format!("{text}\n[hardened]\nwrapper = \"master_key\"\n");
+    assert_eq!(parse(&text).unwrap().hardened.unwrap().wrapper, "master_key");
+}
+
 #[test]
 fn aws_is_a_kind_of_wrapper_where_the_build_has_it() {
     let spare = format!(
@@ -402,7 +425,7 @@ fn the_example_documents_every_option() {
     // The options themselves tell their names when one is unknown.
     let mut text = String::new();
     let sections =
-        "node listen storage master_key tokens login audit policies limits log ca runtime";
+        "node listen storage master_key hardened tokens login audit policies limits log ca runtime";
     for section in sections.split(' ') {
         text.push_str(&format!("[{section}]\nxxxxxxxxxxxxxxxx = 1\n"));
     }

@@ -2,19 +2,22 @@
 
 use std::sync::Arc;
 
-use polykey_hsm::{Algorithm, BlobKey, Generated, GenerationParams, KeyMaterial, key_checksum};
+use polykey_hsm::{
+    Algorithm, BlobKey, Generated, GenerationParams, HardenedBlobKey, KeyMaterial, key_checksum,
+};
 use polykey_proto::polykey::record::v1::{
     KeyRecord, VersionRecord, job_record::Kind, key_record::State,
 };
 use zeroize::Zeroize;
 
+use super::hardened::{HARDENED, STANDARD, is_hardened};
 use super::plan::{Done, Planned, Prepared, next_rotation};
 use super::rows::{claim_alias, schedule, write_list_rows};
 use super::{Key, KeyVersion, Keyring, wrapped_blob};
 use crate::authz::{PolicyErrors, Resource};
-use crate::command::{CreateKey, Profile, Value, part};
+use crate::command::{CreateKey, Value, part};
 use crate::context::Context;
-use crate::error::{Error, FieldViolation, Reason};
+use crate::error::{Error, FieldViolation};
 use crate::key::{KeyId, Version, version_row};
 use crate::time::Time;
 use crate::vault::Tx;
@@ -40,8 +43,35 @@ pub(super) fn supplied(value: &Value) -> Result<KeyMaterial, Error> {
     })
 }
 
+/// Material that was made, and what it lies under if its key is hardened.
+pub(super) struct Made {
+    generated: Generated,
+    hardened: Option<HardenedBlobKey>,
+}
+
+impl Made {
+    /// Of a key that is not hardened.
+    pub(super) fn standard(generated: Generated) -> Self {
+        Self { generated, hardened: None }
+    }
+}
+
 impl Keyring {
-    fn draft(cx: &Context, command: &CreateKey, id: KeyId) -> KeyRecord {
+    /// Material with what it lies under, if its key is hardened.
+    pub(super) async fn made(
+        &self,
+        client: Option<&str>,
+        key: &Key,
+        generated: Generated,
+    ) -> Result<Made, Error> {
+        if !is_hardened(&key.record) {
+            return Ok(Made::standard(generated));
+        }
+        let hardened = Box::pin(self.harden(client, key.id)).await?;
+        Ok(Made { generated, hardened: Some(hardened) })
+    }
+
+    fn draft(cx: &Context, command: &CreateKey, id: KeyId, hardened: bool) -> KeyRecord {
         let CreateKey {
             algorithm,
             purpose,
@@ -77,7 +107,7 @@ impl Keyring {
             data_classification: classification.clone(),
             exportable: exportable.unwrap_or(*algorithm == Algorithm::ApiKey),
             read_after_expiry: *read_after_expiry,
-            storage_profile: 1,
+            storage_profile: if hardened { HARDENED } else { STANDARD },
             origin: if command.comes_from_outside() { IMPORTED } else { GENERATED },
             aliases: alias.iter().cloned().collect(),
             primary_version: 1,
@@ -107,23 +137,25 @@ impl Keyring {
         command: &CreateKey,
     ) -> Result<Prepared, Error> {
         let id = KeyId::mint(cx.now);
-        let draft = Self::draft(cx, command, id);
+        let draft = Self::draft(cx, command, id, false);
         self.authorize_create(cx, command, &draft).await?;
-        if command.profile == Profile::Hardened {
-            return Err(Error::State(Reason::ProfileUnavailable));
-        }
+        let facts = super::facts(&draft, id, command.algorithm);
+        let hardens = self.hardens(cx, command, Resource::NewKey(&facts))?;
         let client = Some(cx.caller.client_id());
         self.compiled(client, id, &command.policies)
             .await?
             .map_err(|e| policy_violations("access_policies", &e))?;
-        if let Some(import) = &command.import {
-            return Ok(Prepared::Key(id, self.imported(cx, command.algorithm, import).await?));
-        }
-        let params = GenerationParams {
-            supplied: command.value.as_ref().map(supplied).transpose()?,
-            prefix: command.prefix.clone(),
+        let generated = if let Some(import) = &command.import {
+            self.imported(cx, command.algorithm, import).await?
+        } else {
+            let params = GenerationParams {
+                supplied: command.value.as_ref().map(supplied).transpose()?,
+                prefix: command.prefix.clone(),
+            };
+            self.forge.make(client, command.algorithm, params).await?
         };
-        Ok(Prepared::Key(id, self.forge.make(client, command.algorithm, params).await?))
+        let hardened = if hardens { Some(Box::pin(self.harden(client, id)).await?) } else { None };
+        Ok(Prepared::Key(id, Made { generated, hardened }))
     }
 
     async fn authorize_create(
@@ -155,7 +187,7 @@ impl Keyring {
             return Err(Error::internal("no material was made"));
         };
         let id = *id;
-        let mut record = Self::draft(cx, command, id);
+        let mut record = Self::draft(cx, command, id, made.hardened.is_some());
         let (decision, action) = self.authorize_create(cx, command, &record).await?;
         if let Some(import) = &command.import {
             self.use_up(tx, cx, import).await?;
@@ -198,14 +230,29 @@ impl Keyring {
         tx: &mut Tx<'_>,
         key: &Key,
         version: Version,
-        (made, origin): (&Generated, u32),
+        (made, origin): (&Made, u32),
         now: Time,
     ) -> Result<KeyVersion, Error> {
         let failed = |e: polykey_hsm::CryptoFailure| Error::internal(e.to_string());
-        let blob_key = BlobKey::generate().map_err(failed)?;
+        let Made { generated: made, hardened } = made;
         let context = self.material_context(key, version.get());
-        let material =
-            self.vault.ring().wrap_material(&context, &made.material, &blob_key).map_err(failed)?;
+        let (material, blob, checksum) = if is_hardened(&key.record) {
+            // An alias that has moved since it was made names another key.
+            let blob_key = hardened.as_ref().filter(|blob_key| blob_key.is_of(&context));
+            let blob_key = blob_key.ok_or(Error::Conflict)?;
+            let checksum = blob_key.checksum(&made.material).map_err(failed)?;
+            let ring = self.vault.ring();
+            let hardened = ring.harden_material(&context, &made.material, blob_key);
+            let (material, blob) = hardened.map_err(failed)?;
+            (material, blob, checksum)
+        } else {
+            let blob_key = BlobKey::generate().map_err(failed)?;
+            let checksum = key_checksum(&blob_key, &made.material).map_err(failed)?;
+            let ring = self.vault.ring();
+            let material = ring.wrap_material(&context, &made.material, &blob_key);
+            let blob = wrapped_blob(key, version.get(), (&made.material, &blob_key))?;
+            (material.map_err(failed)?, blob, checksum)
+        };
         let record = VersionRecord {
             key_id: key.id.bytes().to_vec().into(),
             version: version.get(),
@@ -213,12 +260,11 @@ impl Keyring {
             material: material.into(),
             public_key: made.public.as_ref().map(|p| p.spki_der.clone().into()).unwrap_or_default(),
             algorithm: u32::from(key.algorithm.code()),
-            checksum: key_checksum(&blob_key, &made.material).map_err(failed)?,
+            checksum,
             origin,
             ..VersionRecord::default()
         };
         tx.insert(&version_row(key.id, version), &record)?;
-        let blob = wrapped_blob(key, version.get(), (&made.material, &blob_key))?;
         Ok(KeyVersion { record, blob: blob.into() })
     }
 }

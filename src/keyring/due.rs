@@ -8,7 +8,8 @@ use polykey_proto::polykey::record::v1::{
 };
 use polykey_storage::Direction;
 
-use super::create::GENERATED;
+use super::create::{GENERATED, Made};
+use super::hardened::is_hardened;
 use super::rows::{release_alias, unschedule, write_list_rows};
 use super::{Key, Keyring};
 use crate::error::Error;
@@ -18,6 +19,21 @@ use crate::vault::Tx;
 
 /// Versions erased in one transaction.
 const ERASE: usize = 256;
+
+/// Whether a rotation on the schedule is still meant.
+fn rotates(record: &KeyRecord, job: &JobRecord) -> bool {
+    // A job that names a version is there because that one has been used so often.
+    match job.version {
+        0 => record.next_rotation_at == job.due,
+        version => version == record.primary_version,
+    }
+}
+
+/// How a key's material is made once more.
+fn again(record: &KeyRecord) -> GenerationParams {
+    let prefix = record.generation_params.get("prefix").cloned();
+    GenerationParams { supplied: None, prefix }
+}
 
 impl Keyring {
     /// Does what a job of the schedule says, and removes its row, in one transaction (erasing many
@@ -33,12 +49,13 @@ impl Keyring {
 
     /// One transaction of a job; whether it leaves more of it to do.
     async fn job_step(&self, job: &JobRecord, row: &[u8], now: Time) -> Result<bool, Error> {
+        let id = KeyId::from_slice(&job.key_id)
+            .ok_or_else(|| Error::data_loss("a job without a key"))?;
+        let prepared = self.due_material(id, job, now).await?;
         let mut tx = self.vault.begin().await?;
         if tx.get::<JobRecord>(row).await?.is_none() {
             return Ok(false);
         }
-        let id = KeyId::from_slice(&job.key_id)
-            .ok_or_else(|| Error::data_loss("a job without a key"))?;
         let loaded = tx.get::<KeyRecord>(&id.bytes()).await?;
         let key = match loaded {
             None => None,
@@ -47,7 +64,7 @@ impl Keyring {
         let mut more = false;
         if let Some(key) = key {
             let effect = match job.kind() {
-                Kind::Rotate => self.due_rotation(&mut tx, &key, job, now).await?,
+                Kind::Rotate => self.due_rotation(&mut tx, &key, prepared, job, now).await?,
                 Kind::Promote => self.due_promotion(&mut tx, &key, job, now).await?,
                 Kind::EndGrace => self.due_end_of_grace(&mut tx, &key, job).await?,
                 Kind::Revoke => self.due_revocation(&mut tx, &key, job, now)?,
@@ -99,18 +116,42 @@ impl Keyring {
         Ok(())
     }
 
+    /// The material of a hardened key that is to rotate: its backend is asked before there is a
+    /// transaction.
+    async fn due_material(
+        &self,
+        id: KeyId,
+        job: &JobRecord,
+        now: Time,
+    ) -> Result<Option<Made>, Error> {
+        if job.kind() != Kind::Rotate {
+            return Ok(None);
+        }
+        let key = match self.load(id).await {
+            Err(Error::NotFound) => return Ok(None),
+            key => key?,
+        };
+        let due = is_hardened(&key.record) && rotates(&key.record, job);
+        if !due || key::may_seal(&key.record, now).is_err() {
+            return Ok(None);
+        }
+        self.backends()?.check()?;
+        let generated = self.forge.make(None, key.algorithm, again(&key.record)).await?;
+        self.made(None, &key, generated).await.map(Some)
+    }
+
     async fn due_rotation(
         &self,
         tx: &mut Tx<'_>,
         key: &Key,
+        prepared: Option<Made>,
         job: &JobRecord,
         now: Time,
     ) -> Result<Option<(&'static str, KeyRecord)>, Error> {
-        // A job that names a version is there because that one has been used so often.
-        let used_up = job.version != 0 && job.version == key.record.primary_version;
-        if !used_up && (job.version != 0 || key.record.next_rotation_at != job.due) {
+        if !rotates(&key.record, job) {
             return Ok(None);
         }
+        let used_up = job.version != 0;
         let mut after = key.record.clone();
         if key::may_seal(&key.record, now).is_err() {
             // A disabled key is not rotated; enabling it starts the schedule again.
@@ -120,11 +161,14 @@ impl Keyring {
             after.next_rotation_at = 0;
             return Ok(Some(("SkipRotation", after)));
         }
-        let params = GenerationParams {
-            supplied: None,
-            prefix: key.record.generation_params.get("prefix").cloned(),
+        let made = match prepared {
+            Some(made) => made,
+            None if is_hardened(&key.record) => return Err(Error::Conflict),
+            None => {
+                let params = again(&key.record);
+                Made::standard(self.forge.make(None, key.algorithm, params).await?)
+            }
         };
-        let made = self.forge.make(None, key.algorithm, params).await?;
         let version = Version::new(key.record.latest_version.saturating_add(1))
             .ok_or_else(|| Error::internal("out of versions"))?;
         self.new_version_at(tx, key, version, (&made, GENERATED), now)?;

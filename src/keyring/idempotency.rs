@@ -5,7 +5,7 @@ use polykey_proto::polykey::record::v1::IdempotencyRecord;
 use subtle::ConstantTimeEq;
 
 use super::plan::Done;
-use super::{KeyVersion, Keyring, wrapped_blob};
+use super::{KeyVersion, Keyring};
 use crate::authz::Command;
 use crate::command::{Mutation, part};
 use crate::context::Context;
@@ -174,10 +174,7 @@ impl Keyring {
                     .and_then(|()| key::version_opens(&found.record, &loaded.record, cx.now));
                 let blob = match opens {
                     Err(_) => Vec::new(),
-                    Ok(()) => {
-                        let opened = self.open_material(&found, &loaded.record)?;
-                        wrapped_blob(&found, record.version, (&opened.material, &opened.blob_key))?
-                    }
+                    Ok(()) => self.blob(&found, &loaded.record)?,
                 };
                 Some(Arc::new(KeyVersion { record: loaded.record, blob: blob.into() }))
             }

@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
-use polykey_hsm::Generated;
 use polykey_proto::polykey::record::v1::audit_event::Outcome;
 use polykey_proto::polykey::record::v1::{
     AliasRecord, AuditEvent, KeyRecord, UseCountRecord, VersionRecord, job_record::Kind,
@@ -13,6 +12,7 @@ use polykey_proto::polykey::record::v1::{
 };
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
+use super::create::Made;
 use super::idempotency::Idempotency;
 use super::rows::{claim_alias, release_alias, schedule, unschedule, write_list_rows};
 use super::{Key, KeyVersion, Keyring};
@@ -52,9 +52,9 @@ pub struct Done {
 /// What is made once and used by every attempt.
 pub(super) enum Prepared {
     Nothing,
-    Material(Generated),
+    Material(Made),
     /// The id and the material of a new key.
-    Key(KeyId, Generated),
+    Key(KeyId, Made),
 }
 
 /// One planned change, before its commit.

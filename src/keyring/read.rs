@@ -158,21 +158,21 @@ impl Keyring {
     async fn export(
         &self,
         cx: &Context,
-        key: &Key,
-        version: &KeyVersion,
+        key: &Arc<Key>,
+        version: &Arc<KeyVersion>,
         permit: &Authorized<part::ExportKey<'_>>,
     ) -> Result<(KeyMaterialView, Option<u64>), Error> {
         let number = version.record.version;
         if !key.record.exportable {
             return Err(Error::State(Reason::NotExportable));
         }
-        let opened = self.open_material(key, &version.record)?;
+        let exported = self.material(cx.caller.client_id(), key, version).await?;
         let mut event = self.read_event(cx, key, number, permit);
         let material = match &permit.command().0.export {
             Export::None => return Err(Error::internal("an export of nothing")),
             Export::Plain => {
                 event.details.insert("export".into(), "plain".into());
-                KeyMaterialView::Plain(opened.material.expose_for_export())
+                KeyMaterialView::Plain(exported.expose_for_export())
             }
             Export::Hpke(recipient) => {
                 let info = ExportInfo {
@@ -181,7 +181,7 @@ impl Keyring {
                     version: number,
                     principal: cx.caller.client_id().to_owned(),
                 };
-                let sealed = export_hpke(recipient, &info, &opened.material)
+                let sealed = export_hpke(recipient, &info, &exported)
                     .map_err(|e| Error::invalid("recipient_public_key", e.to_string()))?;
                 let hash = data_encoding::HEXLOWER.encode(&sealed.recipient_key_sha256);
                 event.details.insert("export".into(), "hpke".into());

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use polykey_hsm::GenerationParams;
 use polykey_proto::polykey::record::v1::{KeyRecord, VersionRecord, job_record::Kind};
 
-use super::create::{GENERATED, IMPORTED, supplied};
+use super::create::{GENERATED, IMPORTED, Made, supplied};
+use super::hardened::is_hardened;
 use super::plan::{Done, Planned, Prepared};
 use super::rows::{schedule, unschedule};
 use super::{Key, Keyring};
@@ -79,7 +80,13 @@ impl Keyring {
         if !makes_version(&key.record, command.strategy) {
             return Ok(Prepared::Nothing);
         }
-        Ok(Prepared::Material(self.material_for(cx, &key, command).await?))
+        if is_hardened(&key.record) {
+            // Before anything is generated for nothing.
+            self.backends()?.check()?;
+        }
+        let generated = self.material_for(cx, &key, command).await?;
+        let client = Some(cx.caller.client_id());
+        Ok(Prepared::Material(self.made(client, &key, generated).await?))
     }
 
     async fn material_for(
@@ -115,9 +122,13 @@ impl Keyring {
         let new = if makes_version(&key.record, command.strategy) {
             let made = match prepared {
                 Prepared::Material(made) => made,
-                // The staged version that was to be promoted is gone: somebody was faster.
+                // The staged version that was to be promoted is gone: somebody was faster. No
+                // backend is asked from within a change.
+                Prepared::Nothing | Prepared::Key(..) if is_hardened(&key.record) => {
+                    return Err(Error::Conflict);
+                }
                 Prepared::Nothing | Prepared::Key(..) => {
-                    made = self.material_for(cx, &key, command).await?;
+                    made = Made::standard(self.material_for(cx, &key, command).await?);
                     &made
                 }
             };
@@ -182,8 +193,7 @@ impl Keyring {
     ) -> Result<Arc<super::KeyVersion>, Error> {
         let version = Version::new(number).ok_or(Error::State(Reason::VersionNotFound))?;
         let record = self.version_in(tx, key.id, version).await?;
-        let opened = self.open_material(key, &record)?;
-        let blob = super::wrapped_blob(key, number, (&opened.material, &opened.blob_key))?;
+        let blob = self.blob(key, &record)?;
         Ok(Arc::new(super::KeyVersion { record, blob: blob.into() }))
     }
 

@@ -24,6 +24,7 @@ use crate::context::Caller;
 use crate::time::Clock;
 
 mod edges;
+mod hardened;
 mod hostile;
 
 const START: Time = Time::from_seconds(1_800_000_000);
@@ -36,6 +37,11 @@ struct Node {
 
 impl Node {
     async fn new() -> Self {
+        Self::over(|keyring| keyring).await
+    }
+
+    /// Over a store in memory, with a keyring as `finish` wants it.
+    async fn over(finish: impl FnOnce(Keyring) -> Keyring) -> Self {
         let clock = Clock::manual(START);
         let caches = Arc::new(KeyCaches::new(1024));
         let vault = Vault::create(
@@ -46,7 +52,15 @@ impl Node {
             Arc::clone(&caches) as _,
             clock.clone(),
         );
-        let vault = Arc::new(vault.await.unwrap());
+        Self::of(Arc::new(vault.await.unwrap()), caches, clock, finish).await
+    }
+
+    async fn of(
+        vault: Arc<Vault>,
+        caches: Arc<KeyCaches>,
+        clock: Clock,
+        finish: impl FnOnce(Keyring) -> Keyring,
+    ) -> Self {
         let trail = Trail::start(Arc::clone(&vault), Options::default(), None).await.unwrap();
         let authorizer = Authorizer::default_only().unwrap();
         let keyring = Keyring::new(
@@ -63,7 +77,7 @@ impl Node {
             .unwrap();
         let der = CertificateDer::from(certificate.der().to_vec());
         let certificate = Arc::new(PeerCertificate::parse(&[der]).unwrap());
-        Self { keyring: Arc::new(keyring), clock, certificate }
+        Self { keyring: Arc::new(finish(keyring)), clock, certificate }
     }
 
     fn cx(&self, client: &str, role: &str) -> Context {
@@ -146,7 +160,7 @@ fn creation() -> CreateKey {
         alias: None,
         read_after_expiry: false,
         rotation_period: None,
-        profile: Profile::Standard,
+        profile: Some(Profile::Standard),
         prefix: None,
     }
 }

@@ -20,6 +20,7 @@ use polykey_hsm::work::{WorkError, WorkingKey, canonical_context};
 use polykey_hsm::{Algorithm, Purpose};
 use polykey_proto::polykey::record::v1::{KeyRecord, audit_event::Outcome};
 
+use super::hardened::is_hardened;
 use super::{Key, KeyVersion, Keyring};
 use crate::audit::Draft;
 use crate::authz::{Action, Authorized, Command, DecisionId, Resource};
@@ -85,7 +86,7 @@ pub(crate) fn purpose(record: &KeyRecord, algorithm: Algorithm) -> Purpose {
 }
 
 /// A failure of the algorithms as the caller hears it.
-fn failed(error: WorkError) -> Error {
+pub(super) fn failed(error: WorkError) -> Error {
     match error {
         WorkError::Failed => Error::Crypto,
         WorkError::Input { field, problem } => Error::invalid(field, problem),
@@ -162,6 +163,9 @@ impl Keyring {
         bytes: usize,
         f: impl FnOnce(&WorkingKey) -> Result<T, WorkError> + Send + 'static,
     ) -> Result<T, Error> {
+        if is_hardened(&ready.key.record) {
+            return Box::pin(self.work_hardened(ready, bytes, f)).await;
+        }
         if !ready.key.algorithm.is_asymmetric() {
             let working = self.unwrapped(ready)?;
             if bytes <= LARGE {
@@ -197,6 +201,21 @@ impl Keyring {
         } else {
             f(&working).map_err(failed)
         }
+    }
+
+    /// As [`Self::work`], by what the key's backend gave or gives.
+    async fn work_hardened<T: Send + 'static>(
+        &self,
+        ready: &Ready,
+        bytes: usize,
+        f: impl FnOnce(&WorkingKey) -> Result<T, WorkError> + Send + 'static,
+    ) -> Result<T, Error> {
+        let Ready { key, version, client, .. } = ready;
+        let working = self.working(client, key, version).await?;
+        if key.algorithm.is_slow() || bytes > LARGE {
+            return self.slow.run(Some(client), move || f(&working)).await?.map_err(failed);
+        }
+        f(&working).map_err(failed)
     }
 
     /// Whether what was decided still holds, so that its result may be released.

@@ -314,11 +314,12 @@ pub(crate) fn create(request: pb::CreateKeyRequest, now: Time) -> Result<CreateK
         limits::alias(&mut v, "alias", &alias);
     }
     let profile = match pb::StorageProfile::try_from(storage_profile) {
-        Ok(pb::StorageProfile::Unspecified | pb::StorageProfile::Standard) => Profile::Standard,
-        Ok(pb::StorageProfile::Hardened) => Profile::Hardened,
+        Ok(pb::StorageProfile::Unspecified) => None,
+        Ok(pb::StorageProfile::Standard) => Some(Profile::Standard),
+        Ok(pb::StorageProfile::Hardened) => Some(Profile::Hardened),
         Err(_) => {
             v.add("storage_profile", "must be STORAGE_PROFILE_STANDARD or HARDENED");
-            Profile::Standard
+            None
         }
     };
     v.finish()?;

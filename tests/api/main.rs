@@ -21,6 +21,8 @@ mod go_batch;
 mod go_lifecycle;
 mod go_node;
 #[cfg(feature = "aws")]
+mod hardened;
+#[cfg(feature = "aws")]
 mod hsm;
 mod limits;
 mod lock;

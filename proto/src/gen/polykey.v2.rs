@@ -961,11 +961,14 @@ impl RotationStrategy {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum StorageProfile {
-    /// The same as STANDARD.
+    /// The node decides: HARDENED for clients of the tiers PRO and ENTERPRISE where it has a hardware
+    /// or cloud wrapper for hardened keys, STANDARD for all others.
     Unspecified = 0,
     /// The root key of the node.
     Standard = 1,
-    /// A hardware security module or a cloud key management service.
+    /// A hardware security module or a cloud key management service too: neither the store nor the
+    /// root key gives the material without it. Uses are UNAVAILABLE while it is away, except of keys
+    /// that were used shortly before.
     Hardened = 2,
 }
 impl StorageProfile {
@@ -5234,7 +5237,10 @@ pub struct CreateKeyRequest {
     /// years). 0: never.
     #[prost(int64, tag = "104")]
     pub rotation_period_seconds: i64,
-    /// What wraps the material at rest. Absent: STANDARD.
+    /// What wraps the material at rest. Absent: what the client's tier gives on this node. HARDENED
+    /// takes the tier PRO or ENTERPRISE in the node's own record of the client or `keys:harden`, and
+    /// is FAILED_PRECONDITION where the node has no hardware or cloud wrapper for it. It cannot be
+    /// changed later.
     #[prost(enumeration = "StorageProfile", tag = "105")]
     pub storage_profile: i32,
     /// What the key is for. Unspecified: the first purpose of its type.
@@ -5608,7 +5614,10 @@ pub struct CreateKeyItem {
     /// years). 0: never.
     #[prost(int64, tag = "104")]
     pub rotation_period_seconds: i64,
-    /// What wraps the material at rest. Absent: STANDARD.
+    /// What wraps the material at rest. Absent: what the client's tier gives on this node. HARDENED
+    /// takes the tier PRO or ENTERPRISE in the node's own record of the client or `keys:harden`, and
+    /// is FAILED_PRECONDITION where the node has no hardware or cloud wrapper for it. It cannot be
+    /// changed later.
     #[prost(enumeration = "StorageProfile", tag = "105")]
     pub storage_profile: i32,
     /// What the key is for. Unspecified: the first purpose of its type.

@@ -49,6 +49,7 @@ const NODE: &[(&str, &str)] = &[
     ("CreateKey", "+++--"),
     ("ImportKey", "+++--"),
     ("ImportPlaintext", "+----"),
+    ("HardenKey", "+++++"),
     ("ListKeys", "++++-"),
     ("GenerateRandom", "+-+--"),
     ("GetImportParameters", "+++--"),
@@ -234,7 +235,9 @@ fn a_literal_permission_grants_its_actions_and_no_more() {
                 let holds = principal.permissions.contains(action.permission());
                 let everywhere = principal.permissions.contains(Permission::KeysAll);
                 let readable = matches!(action.class(), Class::Read | Class::Use);
-                let inherent = readable || action.class() == Class::Govern;
+                // The tier of these clients gives hardened keys.
+                let given = action.class() == Class::Govern || *action == Action::HardenKey;
+                let inherent = readable || given;
                 let cases = [
                     (&mine, holds || inherent),
                     (&shared, (holds && everywhere) || readable),

@@ -167,7 +167,7 @@ impl Keyring {
         if !key.record.exportable {
             return Err(Error::State(Reason::NotExportable));
         }
-        let material = self.open_material(&key, &version.record)?.material;
+        let material = self.material(cx.caller.client_id(), &key, &version).await?;
         Ok((material, (key, version, permit.decision_id().to_string())))
     }
 
