@@ -330,14 +330,14 @@ async fn hardened_keys_lie_under_a_token_too() {
     });
     let admin = server.admin().await;
     // The token has no key yet, and nothing makes one.
-    let fail = create(&admin, json!({"storage_type": HARDENED})).await.unwrap_err();
+    let fail = create(&admin, json!({"storage_profile": HARDENED})).await.unwrap_err();
     assert_eq!((fail.code, fail.reason.as_str()), (Code::FailedPrecondition, "BACKEND_REFUSED"));
     token.create_kek(&server.state.join("polykey.toml"), "hsm");
     let key = hardened(&admin).await;
     let sealed = seal(&admin, &key).await.unwrap();
     open(&admin, &sealed).await.unwrap();
     // Nothing is remembered, so that pulling the token out is felt at once, by hardened keys alone.
-    let (standard, _) = create(&admin, json!({"storage_type": STANDARD})).await.unwrap();
+    let (standard, _) = create(&admin, json!({"storage_profile": STANDARD})).await.unwrap();
     token.pull();
     let fail = open(&admin, &sealed).await.unwrap_err();
     assert!(fail.code == Code::Unavailable && fail.retry, "{fail:?}");
