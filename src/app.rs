@@ -45,7 +45,7 @@ use crate::authn::session::{Authenticator, Settings};
 use crate::authz::Authorizer;
 use crate::config::Config;
 use crate::custody::signing::{self, Purpose, SigningKey};
-use crate::custody::{self, Backends, Custody, MASTER_KEY, NamedWrapper, Pace, Unusable};
+use crate::custody::{self, Backends, Custody, MASTER_KEY, NamedWrapper, Pace, Tokens, Unusable};
 use crate::directory::{Directory, SecurityCaches};
 use crate::error::Error;
 use crate::health::grpc::HealthService;
@@ -344,7 +344,9 @@ impl App {
             Arc::clone(&trail),
             forge,
         );
-        let keyring = Arc::new(keyring.with_backends(Arc::clone(&backends)));
+        let tokens = Tokens::new(config.hardened.as_ref(), &wrappers);
+        let keyring = keyring.with_backends(Arc::clone(&backends)).with_tokens(tokens);
+        let keyring = Arc::new(keyring);
         let jobs = Runner::new(Arc::clone(&vault), alarm, handler(&keyring, &directory, &clock));
         jobs.resume().await?;
         let stopping = Arc::new(AtomicBool::new(false));

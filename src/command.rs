@@ -70,6 +70,8 @@ pub struct CreateKey {
     pub rotation_period: Option<i64>,
     /// What wraps it; none = what the client's tier gives.
     pub profile: Option<Profile>,
+    /// Whether it is made in a token and never leaves it.
+    pub in_token: bool,
     /// The prefix of a generated API key.
     pub prefix: Option<String>,
 }
@@ -84,7 +86,8 @@ impl CreateKey {
     /// The right that asking for a hardened key takes.
     fn harden(&self) -> ActionSet {
         let set = ActionSet::EMPTY;
-        if self.profile == Some(Profile::Hardened) { set.with(Action::HardenKey) } else { set }
+        let asked = self.in_token || self.profile == Some(Profile::Hardened);
+        if asked { set.with(Action::HardenKey) } else { set }
     }
 }
 

@@ -20,6 +20,7 @@ pub mod signing;
 mod slots;
 #[cfg(test)]
 mod tests;
+mod tokens;
 mod wrappers;
 
 use std::sync::Arc;
@@ -37,6 +38,7 @@ pub use change::{Removal, Rewrap, Terms};
 pub use error::{ChangeError, InitError, OpenError, Trial, TrialOutcome};
 pub use reseal::Pace;
 pub use slots::{RECOVERY, SlotSpec};
+pub use tokens::Tokens;
 pub use wrappers::{MASTER_KEY, NamedWrapper, Unusable, WrapperError, open_token};
 
 use crate::error::Error;

@@ -12,6 +12,7 @@ mod idempotency;
 pub(crate) mod list;
 mod plan;
 mod read;
+mod resident;
 mod rotate;
 mod rows;
 #[cfg(test)]
@@ -39,7 +40,7 @@ use crate::authz::{
 };
 use crate::cache::Cache;
 use crate::context::Context;
-use crate::custody::Backends;
+use crate::custody::{Backends, Tokens};
 use crate::error::{Error, Reason};
 use crate::key::{self, KeyId, KeyName, KeyState, Version, VersionState, version_row};
 use crate::time::Time;
@@ -50,6 +51,7 @@ pub use idempotency::{Idempotency, Remember};
 pub use list::Page;
 pub use plan::Done;
 pub use read::{Got, KeyMaterialView, MetadataView, PolicyView};
+pub(crate) use resident::is_resident;
 
 /// A key as loaded: its record and its own policies, compiled.
 #[derive(Debug)]
@@ -225,6 +227,7 @@ pub struct Keyring {
     turns: plan::Turns,
     /// What hardened keys lie under.
     backends: Option<Arc<Backends>>,
+    tokens: Tokens,
 }
 
 impl std::fmt::Debug for Keyring {
@@ -246,7 +249,18 @@ impl Keyring {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let slow = Forge::new(cores, work::SLOW_QUEUE);
         let (uses, turns) = (uses::Uses::default(), plan::Turns::default());
-        Self { vault, caches, authorizer, trail, forge, slow, uses, turns, backends: None }
+        Self {
+            vault,
+            caches,
+            authorizer,
+            trail,
+            forge,
+            slow,
+            uses,
+            turns,
+            backends: None,
+            tokens: Tokens::default(),
+        }
     }
 
     /// The vault underneath.
@@ -484,6 +498,13 @@ impl Keyring {
     pub(crate) fn blob(&self, key: &Key, version: &VersionRecord) -> Result<Vec<u8>, Error> {
         if hardened::is_hardened(&key.record) {
             return Ok(self.hardened_material(key, version)?.blob);
+        }
+        if is_resident(&key.record) {
+            let resident = self.resident_material(key, version)?;
+            // Where the material is stands for it: a client opens neither.
+            let object = KeyMaterial::from_secret(resident.object);
+            let object = object.map_err(|e| Error::data_loss(e.to_string()))?;
+            return wrapped_blob(key, version.version, (&object, &resident.blob_key));
         }
         let opened = self.open_material(key, version)?;
         wrapped_blob(key, version.version, (&opened.material, &opened.blob_key))

@@ -65,7 +65,7 @@ pub use ring::{Ring, RingError};
 pub use root::{RootError, RootKey};
 pub use sealer::{OpenError, OpenedRecord, RecordBinding, RecordHeader, Sealer, header};
 pub use version_material::{
-    MaterialContext, MaterialState, UnwrapMaterialError, UnwrappedMaterial,
+    MaterialContext, MaterialState, ResidentMaterial, UnwrapMaterialError, UnwrappedMaterial,
 };
 pub use work::WorkingKey;
 pub use wrapped::{DecodeError, SlotKind, WrappedKey, WrapperId};

@@ -140,6 +140,17 @@ impl fmt::Debug for UnwrappedMaterial {
     }
 }
 
+/// Where a version's material resides, and the key of the blobs made for it.
+#[derive(Debug)]
+pub struct ResidentMaterial {
+    /// The device's wrapper.
+    pub wrapper: WrapperId,
+    /// The device's handle of the key.
+    pub object: Vec<u8>,
+    /// The key under which clients hold the handle wrapped.
+    pub blob_key: BlobKey,
+}
+
 /// Why stored material gives no key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum UnwrapMaterialError {
@@ -216,6 +227,38 @@ impl Ring {
         Ok((envelope(self.primary(), HARDENED, cx, &contents)?, blob))
     }
 
+    /// Records where a version's material resides, with its blob key, under the primary epoch.
+    ///
+    /// # Errors
+    /// When the cryptographic library fails, or the handle has more than 65,535 bytes.
+    pub fn place_material(
+        &self,
+        cx: &MaterialContext,
+        wrapper: &WrapperId,
+        object: &[u8],
+        blob_key: &BlobKey,
+    ) -> Result<Vec<u8>, CryptoFailure> {
+        let place = place(wrapper, object).ok_or(CryptoFailure("a long handle"))?;
+        envelope_with(self.primary(), RESIDENT, &place, cx, blob_key.bytes())
+    }
+
+    /// Where a version's material resides.
+    ///
+    /// # Errors
+    /// See [`UnwrapMaterialError`].
+    pub fn resident_material(
+        &self,
+        cx: &MaterialContext,
+        stored: &[u8],
+    ) -> Result<ResidentMaterial, UnwrapMaterialError> {
+        let (state, secret) = self.opened(cx, stored)?;
+        let MaterialState::Resident { wrapper, object, .. } = state else {
+            return Err(UnwrapMaterialError::OtherState);
+        };
+        let blob_key: &[u8; 32] = secret.as_slice().try_into().map_err(|_| OpenError::Malformed)?;
+        Ok(ResidentMaterial { wrapper, object, blob_key: BlobKey::from_opened(blob_key) })
+    }
+
     /// Opens a version's material, under whichever epoch it names.
     ///
     /// # Errors
@@ -226,8 +269,10 @@ impl Ring {
         stored: &[u8],
     ) -> Result<UnwrappedMaterial, UnwrapMaterialError> {
         let (state, secret) = self.opened(cx, stored)?;
-        if !matches!(state, MaterialState::Wrapped { .. }) {
-            return Err(UnwrapMaterialError::OtherState);
+        match state {
+            MaterialState::Wrapped { .. } => {}
+            MaterialState::Resident { .. } => return Err(UnwrapMaterialError::Resident),
+            MaterialState::Hardened { .. } => return Err(UnwrapMaterialError::OtherState),
         }
         let (blob_key, material) = secret.split_first_chunk::<32>().ok_or(OpenError::Malformed)?;
         Ok(UnwrappedMaterial {
@@ -265,10 +310,7 @@ impl Ring {
         stored: &[u8],
     ) -> Result<(MaterialState, Zeroizing<Vec<u8>>), UnwrapMaterialError> {
         let (state, header, sealed) = split(stored)?;
-        let number = match state {
-            MaterialState::Wrapped { epoch } | MaterialState::Hardened { epoch } => epoch,
-            MaterialState::Resident { .. } => return Err(UnwrapMaterialError::Resident),
-        };
+        let number = state.epoch();
         let epoch = self.epoch(number).ok_or(OpenError::UnknownEpoch(number))?;
         let plaintext = bind(cx, header, |context| {
             cipher::open_committed(epoch.material.as_slice(), LABEL, context, sealed)
@@ -289,13 +331,26 @@ impl Ring {
         stored: &[u8],
     ) -> Result<Vec<u8>, UnwrapMaterialError> {
         let (state, plaintext) = self.opened(cx, stored)?;
-        let state = match state {
-            MaterialState::Wrapped { .. } => WRAPPED,
-            MaterialState::Hardened { .. } => HARDENED,
-            MaterialState::Resident { .. } => return Err(UnwrapMaterialError::Resident),
+        let (state, place) = match &state {
+            MaterialState::Wrapped { .. } => (WRAPPED, Vec::new()),
+            MaterialState::Hardened { .. } => (HARDENED, Vec::new()),
+            MaterialState::Resident { wrapper, object, .. } => {
+                (RESIDENT, place(wrapper, object).ok_or(OpenError::Malformed)?)
+            }
         };
-        Ok(envelope(self.primary(), state, cx, &plaintext).map_err(|_| OpenError::Broken)?)
+        let sealed = envelope_with(self.primary(), state, &place, cx, &plaintext);
+        Ok(sealed.map_err(|_| OpenError::Broken)?)
     }
+}
+
+/// Which device, and which of its keys, as the header has it.
+fn place(wrapper: &WrapperId, object: &[u8]) -> Option<Vec<u8>> {
+    let id = wrapper.as_str().as_bytes();
+    let mut out = vec![u8::try_from(id.len()).ok()?];
+    out.extend_from_slice(id);
+    out.extend_from_slice(&u16::try_from(object.len()).ok()?.to_be_bytes());
+    out.extend_from_slice(object);
+    Some(out)
 }
 
 /// Format, state and epoch, and the plaintext sealed under them.
@@ -305,9 +360,22 @@ fn envelope(
     cx: &MaterialContext,
     plaintext: &[u8],
 ) -> Result<Vec<u8>, CryptoFailure> {
-    let mut out = Vec::with_capacity(6 + cipher::COMMITTED_OVERHEAD + plaintext.len());
+    envelope_with(epoch, state, &[], cx, plaintext)
+}
+
+/// The same, with the place of a resident key behind the epoch.
+fn envelope_with(
+    epoch: &Epoch,
+    state: u8,
+    place: &[u8],
+    cx: &MaterialContext,
+    plaintext: &[u8],
+) -> Result<Vec<u8>, CryptoFailure> {
+    let len = 6 + place.len() + cipher::COMMITTED_OVERHEAD + plaintext.len();
+    let mut out = Vec::with_capacity(len);
     out.extend_from_slice(&[FORMAT, state]);
     out.extend_from_slice(&epoch.number.to_be_bytes());
+    out.extend_from_slice(place);
     let sealed = bind(cx, &out, |context| {
         cipher::seal_committed(epoch.material.as_slice(), LABEL, context, plaintext)
     })?;

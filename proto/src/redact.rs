@@ -48,13 +48,14 @@ redact! {
         key_type, requester_context, description, tags, expires_at, initial_authorized_contexts,
         access_policies, data_classification, generation_params, exportable, alias,
         read_after_expiry, rotation_period_seconds, storage_profile, purpose, convergent,
-        rotate_after_uses, max_uses;
+        rotate_after_uses, max_uses, in_token;
         secret value
     }
     CreateKeyItem {
         key_type, description, tags, expires_at, initial_authorized_contexts, access_policies,
         data_classification, generation_params, exportable, alias, read_after_expiry,
-        rotation_period_seconds, storage_profile, purpose, convergent, rotate_after_uses, max_uses;
+        rotation_period_seconds, storage_profile, purpose, convergent, rotate_after_uses,
+        max_uses, in_token;
         secret value
     }
     RotateKeyRequest {

@@ -42,6 +42,7 @@ fn metadata() -> pb::KeyMetadata {
         metadata_checksum: "00ff".into(),
         access_count: 7,
         storage_type: pb::StorageProfile::Standard.into(),
+        in_token: false,
         key_state: pb::KeyState::PendingDestruction.into(),
         revision: 9,
         exportable: true,

@@ -113,13 +113,15 @@ pub enum Storage {
     Standard,
     /// The node's hardware or cloud wrapper too.
     Hardened,
+    /// Nothing: it is made in the node's token and never leaves it.
+    Token,
 }
 
 impl From<Storage> for pb::StorageProfile {
     fn from(storage: Storage) -> Self {
         match storage {
             Storage::Standard => Self::Standard,
-            Storage::Hardened => Self::Hardened,
+            Storage::Hardened | Storage::Token => Self::Hardened,
         }
     }
 }

@@ -86,6 +86,7 @@ fn create_request(args: CreateArgs) -> Result<pb::CreateKeyRequest, CliError> {
         convergent: args.convergent,
         rotate_after_uses: args.rotate_after_uses.unwrap_or(0),
         max_uses: args.max_uses.unwrap_or(0),
+        in_token: args.storage == Some(super::key::Storage::Token),
         storage_profile: args.storage.map_or(0, |s| pb::StorageProfile::from(s).into()),
         ..Default::default()
     })

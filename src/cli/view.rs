@@ -144,7 +144,10 @@ impl From<pb::KeyMetadata> for KeyView {
             exportable: m.exportable,
             read_after_expiry: m.read_after_expiry,
             origin: enum_word!(KeyOrigin, "KEY_ORIGIN_", m.origin),
-            storage: enum_word!(StorageProfile, "STORAGE_PROFILE_", m.storage_type),
+            storage: match m.in_token {
+                true => "token".to_owned(),
+                false => enum_word!(StorageProfile, "STORAGE_PROFILE_", m.storage_type),
+            },
             created_at: t(&m.created_at),
             updated_at: t(&m.updated_at),
             expires_at: t(&m.expires_at),

@@ -26,6 +26,8 @@ pub struct NamedWrapper {
     pub config: Option<Wrapper>,
     /// It.
     pub wrapper: Arc<dyn KeyWrapper>,
+    /// The token that it is of, in which keys may live.
+    pub token: Option<Pkcs11Token>,
 }
 
 /// Why a wrapper cannot be used. No secrets.
@@ -69,16 +71,23 @@ impl NamedWrapper {
         config: &Wrapper,
         bootstrap: &Bootstrap,
     ) -> Result<Self, Unusable> {
+        let mut token = None;
         let opened = match config {
             Wrapper::Local(source) => local(source, bootstrap).await,
-            Wrapper::Pkcs11(settings) => pkcs11(settings, bootstrap).await,
+            Wrapper::Pkcs11(settings) => match pkcs11(settings, bootstrap).await {
+                Ok((wrapper, of)) => {
+                    token = Some(of);
+                    Ok(wrapper)
+                }
+                Err(error) => Err(error),
+            },
             Wrapper::Aws(settings) => aws(settings, Deadline::after(bootstrap.deadline)).await,
             Wrapper::Quorum(_) => {
                 Err(WrapError::Config("a quorum opens with its members".to_owned()).into())
             }
         };
         let wrapper = opened.map_err(|error| Unusable { name: name.to_owned(), error })?;
-        Ok(Self { name: name.to_owned(), config: Some(config.clone()), wrapper })
+        Ok(Self { name: name.to_owned(), config: Some(config.clone()), wrapper, token })
     }
 
     /// Opens one of a configuration, if it names it; of a quorum, the members first.
@@ -132,13 +141,13 @@ impl NamedWrapper {
             Err(error) => return Err(Unusable { name: name.to_owned(), error: error.into() }),
         };
         let wrapper = Arc::new(wrapper);
-        Ok(Self { name: name.to_owned(), config: Some(config.clone()), wrapper })
+        Ok(Self { name: name.to_owned(), config: Some(config.clone()), wrapper, token: None })
     }
 
     /// One that an operator gave.
     #[must_use]
     pub fn given(wrapper: Arc<dyn KeyWrapper>) -> Self {
-        Self { name: String::new(), config: None, wrapper }
+        Self { name: String::new(), config: None, wrapper, token: None }
     }
 
     /// Opens all that a configuration names, at once; gives [`MASTER_KEY`] first, and tells what it
@@ -210,10 +219,10 @@ async fn resolved(
 async fn pkcs11(
     settings: &Pkcs11,
     bootstrap: &Bootstrap,
-) -> Result<Arc<dyn KeyWrapper>, WrapperError> {
+) -> Result<(Arc<dyn KeyWrapper>, Pkcs11Token), WrapperError> {
     let token = open_token(settings, bootstrap).await?;
     let wrapper = token.wrapper(settings.key.clone()).map_err(WrapError::from)?;
-    Ok(Arc::new(wrapper))
+    Ok((Arc::new(wrapper), token))
 }
 
 /// The token of a wrapper.

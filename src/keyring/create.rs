@@ -12,6 +12,7 @@ use zeroize::Zeroize;
 
 use super::hardened::{HARDENED, STANDARD, is_hardened};
 use super::plan::{Done, Planned, Prepared, next_rotation};
+use super::resident::{RESIDENT, is_resident, token_id};
 use super::rows::{claim_alias, schedule, write_list_rows};
 use super::{Key, KeyVersion, Keyring, wrapped_blob};
 use crate::authz::{PolicyErrors, Resource};
@@ -47,12 +48,19 @@ pub(super) fn supplied(value: &Value) -> Result<KeyMaterial, Error> {
 pub(super) struct Made {
     generated: Generated,
     hardened: Option<HardenedBlobKey>,
+    /// The token's handle of the key.
+    object: Option<Vec<u8>>,
 }
 
 impl Made {
     /// Of a key that is not hardened.
     pub(super) fn standard(generated: Generated) -> Self {
-        Self { generated, hardened: None }
+        Self { generated, hardened: None, object: None }
+    }
+
+    /// Of a key in a token.
+    pub(super) fn in_token(generated: Generated, object: Vec<u8>) -> Self {
+        Self { generated, hardened: None, object: Some(object) }
     }
 }
 
@@ -68,10 +76,10 @@ impl Keyring {
             return Ok(Made::standard(generated));
         }
         let hardened = Box::pin(self.harden(client, key.id)).await?;
-        Ok(Made { generated, hardened: Some(hardened) })
+        Ok(Made { generated, hardened: Some(hardened), object: None })
     }
 
-    fn draft(cx: &Context, command: &CreateKey, id: KeyId, hardened: bool) -> KeyRecord {
+    fn draft(cx: &Context, command: &CreateKey, id: KeyId, profile: u32) -> KeyRecord {
         let CreateKey {
             algorithm,
             purpose,
@@ -91,6 +99,7 @@ impl Keyring {
             read_after_expiry,
             rotation_period,
             profile: _,
+            in_token: _,
             prefix,
         } = command;
         let mut record = KeyRecord {
@@ -107,7 +116,7 @@ impl Keyring {
             data_classification: classification.clone(),
             exportable: exportable.unwrap_or(*algorithm == Algorithm::ApiKey),
             read_after_expiry: *read_after_expiry,
-            storage_profile: if hardened { HARDENED } else { STANDARD },
+            storage_profile: profile,
             origin: if command.comes_from_outside() { IMPORTED } else { GENERATED },
             aliases: alias.iter().cloned().collect(),
             primary_version: 1,
@@ -137,14 +146,22 @@ impl Keyring {
         command: &CreateKey,
     ) -> Result<Prepared, Error> {
         let id = KeyId::mint(cx.now);
-        let draft = Self::draft(cx, command, id, false);
+        let profile = if command.in_token { RESIDENT } else { STANDARD };
+        let draft = Self::draft(cx, command, id, profile);
         self.authorize_create(cx, command, &draft).await?;
         let facts = super::facts(&draft, id, command.algorithm);
         let hardens = self.hardens(cx, command, Resource::NewKey(&facts))?;
+        if command.in_token {
+            self.check_resident(command)?;
+        }
         let client = Some(cx.caller.client_id());
         self.compiled(client, id, &command.policies)
             .await?
             .map_err(|e| policy_violations("access_policies", &e))?;
+        if command.in_token {
+            let kind = (command.algorithm, command.purpose);
+            return Ok(Prepared::Key(id, self.make_resident(id, kind).await?));
+        }
         let generated = if let Some(import) = &command.import {
             self.imported(cx, command.algorithm, import).await?
         } else {
@@ -155,7 +172,7 @@ impl Keyring {
             self.forge.make(client, command.algorithm, params).await?
         };
         let hardened = if hardens { Some(Box::pin(self.harden(client, id)).await?) } else { None };
-        Ok(Prepared::Key(id, Made { generated, hardened }))
+        Ok(Prepared::Key(id, Made { generated, hardened, object: None }))
     }
 
     async fn authorize_create(
@@ -187,7 +204,12 @@ impl Keyring {
             return Err(Error::internal("no material was made"));
         };
         let id = *id;
-        let mut record = Self::draft(cx, command, id, made.hardened.is_some());
+        let profile = match (&made.hardened, command.in_token) {
+            (Some(_), _) => HARDENED,
+            (None, true) => RESIDENT,
+            (None, false) => STANDARD,
+        };
+        let mut record = Self::draft(cx, command, id, profile);
         let (decision, action) = self.authorize_create(cx, command, &record).await?;
         if let Some(import) = &command.import {
             self.use_up(tx, cx, import).await?;
@@ -234,7 +256,7 @@ impl Keyring {
         now: Time,
     ) -> Result<KeyVersion, Error> {
         let failed = |e: polykey_hsm::CryptoFailure| Error::internal(e.to_string());
-        let Made { generated: made, hardened } = made;
+        let Made { generated: made, hardened, object } = made;
         let context = self.material_context(key, version.get());
         let (material, blob, checksum) = if is_hardened(&key.record) {
             // An alias that has moved since it was made names another key.
@@ -245,6 +267,14 @@ impl Keyring {
             let hardened = ring.harden_material(&context, &made.material, blob_key);
             let (material, blob) = hardened.map_err(failed)?;
             (material, blob, checksum)
+        } else if is_resident(&key.record) {
+            let blob_key = BlobKey::generate().map_err(failed)?;
+            let checksum = key_checksum(&blob_key, &made.material).map_err(failed)?;
+            let blob = wrapped_blob(key, version.get(), (&made.material, &blob_key))?;
+            let object = object.as_deref().ok_or(Error::Conflict)?;
+            let ring = self.vault.ring();
+            let material = ring.place_material(&context, &token_id()?, object, &blob_key);
+            (material.map_err(failed)?, blob, checksum)
         } else {
             let blob_key = BlobKey::generate().map_err(failed)?;
             let checksum = key_checksum(&blob_key, &made.material).map_err(failed)?;

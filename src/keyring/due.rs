@@ -10,7 +10,9 @@ use polykey_storage::Direction;
 
 use super::create::{GENERATED, Made};
 use super::hardened::is_hardened;
+use super::resident::is_resident;
 use super::rows::{release_alias, unschedule, write_list_rows};
+use super::work::purpose;
 use super::{Key, Keyring};
 use crate::error::Error;
 use crate::key::{self, KeyId, Version, version_row};
@@ -52,6 +54,7 @@ impl Keyring {
         let id = KeyId::from_slice(&job.key_id)
             .ok_or_else(|| Error::data_loss("a job without a key"))?;
         let prepared = self.due_material(id, job, now).await?;
+        let emptied = self.empty_token(id, job).await?;
         let mut tx = self.vault.begin().await?;
         if tx.get::<JobRecord>(row).await?.is_none() {
             return Ok(false);
@@ -69,7 +72,8 @@ impl Keyring {
                 Kind::EndGrace => self.due_end_of_grace(&mut tx, &key, job).await?,
                 Kind::Revoke => self.due_revocation(&mut tx, &key, job, now)?,
                 Kind::Destroy => {
-                    let (effect, left) = self.due_destruction(&mut tx, &key, job, now).await?;
+                    let (effect, left) =
+                        self.due_destruction(&mut tx, &key, job, emptied, now).await?;
                     more = left;
                     effect
                 }
@@ -131,9 +135,14 @@ impl Keyring {
             Err(Error::NotFound) => return Ok(None),
             key => key?,
         };
-        let due = is_hardened(&key.record) && rotates(&key.record, job);
+        let outside = is_hardened(&key.record) || is_resident(&key.record);
+        let due = outside && rotates(&key.record, job);
         if !due || key::may_seal(&key.record, now).is_err() {
             return Ok(None);
+        }
+        if is_resident(&key.record) {
+            let kind = (key.algorithm, purpose(&key.record, key.algorithm));
+            return self.make_resident(key.id, kind).await.map(Some);
         }
         self.backends()?.check()?;
         let generated = self.forge.make(None, key.algorithm, again(&key.record)).await?;
@@ -163,7 +172,9 @@ impl Keyring {
         }
         let made = match prepared {
             Some(made) => made,
-            None if is_hardened(&key.record) => return Err(Error::Conflict),
+            None if is_hardened(&key.record) || is_resident(&key.record) => {
+                return Err(Error::Conflict);
+            }
             None => {
                 let params = again(&key.record);
                 Made::standard(self.forge.make(None, key.algorithm, params).await?)
@@ -245,13 +256,20 @@ impl Keyring {
         tx: &mut Tx<'_>,
         key: &Key,
         job: &JobRecord,
+        emptied: bool,
         now: Time,
     ) -> Result<(Option<(&'static str, KeyRecord)>, bool), Error> {
-        if key.record.destroy_at != job.due || key.record.state() != State::PendingDestruction {
+        let resident = is_resident(&key.record);
+        let destroyed = resident && emptied && key.record.state() == State::Destroyed;
+        let pending = key.record.state() == State::PendingDestruction;
+        if key.record.destroy_at != job.due || !(pending || destroyed) {
             return Ok((None, false));
         }
         let range = polykey_storage::prefix(key.id.bytes());
         let rows = tx.scan::<VersionRecord>(range, Direction::Forward, ERASE).await?;
+        // Of a key in a token the rows say what is to be destroyed there, which nobody may cancel
+        // any more: they go in a next step.
+        let rows = if resident && pending { Vec::new() } else { rows };
         let more = rows.len() == ERASE;
         for (row, loaded) in &rows {
             let version = loaded.record.version;
@@ -259,8 +277,8 @@ impl Keyring {
             tx.delete::<VersionRecord>(row);
             tx.delete::<UseCountRecord>(row);
         }
-        if more {
-            return Ok((None, true));
+        if more || destroyed {
+            return Ok((None, more));
         }
         let mut after = key.record.clone();
         for alias in std::mem::take(&mut after.aliases) {
@@ -270,6 +288,28 @@ impl Keyring {
         after.destroyed_at = now.micros();
         after.access_policies.clear();
         after.staged_version = 0;
-        Ok((Some(("DestroyKey", after)), false))
+        Ok((Some(("DestroyKey", after)), resident))
+    }
+
+    /// Destroys in their token some of the versions of a key that is destroyed; whether that is done.
+    async fn empty_token(&self, id: KeyId, job: &JobRecord) -> Result<bool, Error> {
+        if job.kind() != Kind::Destroy {
+            return Ok(false);
+        }
+        let key = match self.load(id).await {
+            Err(Error::NotFound) => return Ok(false),
+            key => key?,
+        };
+        let due = key.record.destroy_at == job.due && key.record.state() == State::Destroyed;
+        if !due || !is_resident(&key.record) {
+            return Ok(false);
+        }
+        let range = polykey_storage::prefix(id.bytes());
+        for (_, loaded) in
+            self.vault.scan::<VersionRecord>(range, Direction::Forward, ERASE).await?
+        {
+            self.destroy_resident(&key, &loaded.record).await?;
+        }
+        Ok(true)
     }
 }

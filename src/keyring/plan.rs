@@ -14,6 +14,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::create::Made;
 use super::idempotency::Idempotency;
+use super::resident::is_resident;
 use super::rows::{claim_alias, release_alias, schedule, unschedule, write_list_rows};
 use super::{Key, KeyVersion, Keyring};
 use crate::authz::{Action, Authorized, Command};
@@ -486,6 +487,10 @@ impl Keyring {
         key::may_change(&key.record, cx.now).map_err(Error::State)?;
         let to = permit.command().min_available;
         key::check_trim(&key.record, to).map_err(Error::State)?;
+        if is_resident(&key.record) {
+            let text = "is a key in a token: its versions are destroyed with it, not before";
+            return Err(Error::invalid("key_id", text));
+        }
         let mut after = key.record.clone();
         let mut erased = 0;
         for number in key.record.min_available_version..to {

@@ -8,7 +8,9 @@ use polykey_proto::polykey::record::v1::{KeyRecord, VersionRecord, job_record::K
 use super::create::{GENERATED, IMPORTED, Made, supplied};
 use super::hardened::is_hardened;
 use super::plan::{Done, Planned, Prepared};
+use super::resident::is_resident;
 use super::rows::{schedule, unschedule};
+use super::work::purpose;
 use super::{Key, Keyring};
 use crate::authz::{Action, Authorized};
 use crate::command::{RotateKey, Strategy};
@@ -84,6 +86,10 @@ impl Keyring {
             // Before anything is generated for nothing.
             self.backends()?.check()?;
         }
+        if is_resident(&key.record) {
+            let kind = (key.algorithm, purpose(&key.record, key.algorithm));
+            return Ok(Prepared::Material(self.make_resident(key.id, kind).await?));
+        }
         let generated = self.material_for(cx, &key, command).await?;
         let client = Some(cx.caller.client_id());
         Ok(Prepared::Material(self.made(client, &key, generated).await?))
@@ -124,7 +130,9 @@ impl Keyring {
                 Prepared::Material(made) => made,
                 // The staged version that was to be promoted is gone: somebody was faster. No
                 // backend is asked from within a change.
-                Prepared::Nothing | Prepared::Key(..) if is_hardened(&key.record) => {
+                Prepared::Nothing | Prepared::Key(..)
+                    if is_hardened(&key.record) || is_resident(&key.record) =>
+                {
                     return Err(Error::Conflict);
                 }
                 Prepared::Nothing | Prepared::Key(..) => {

@@ -160,6 +160,7 @@ fn creation() -> CreateKey {
         alias: None,
         read_after_expiry: false,
         rotation_period: None,
+        in_token: false,
         profile: Some(Profile::Standard),
         prefix: None,
     }

@@ -21,6 +21,7 @@ use polykey_hsm::{Algorithm, Purpose};
 use polykey_proto::polykey::record::v1::{KeyRecord, audit_event::Outcome};
 
 use super::hardened::is_hardened;
+use super::resident::is_resident;
 use super::{Key, KeyVersion, Keyring};
 use crate::audit::Draft;
 use crate::authz::{Action, Authorized, Command, DecisionId, Resource};
@@ -165,6 +166,9 @@ impl Keyring {
     ) -> Result<T, Error> {
         if is_hardened(&ready.key.record) {
             return Box::pin(self.work_hardened(ready, bytes, f)).await;
+        }
+        if is_resident(&ready.key.record) {
+            return Err(Error::invalid("key_id", "is a key in a token, which does not do this"));
         }
         if !ready.key.algorithm.is_asymmetric() {
             let working = self.unwrapped(ready)?;

@@ -500,6 +500,7 @@ fn unary_create(item: pb::CreateKeyItem) -> pb::CreateKeyRequest {
         convergent,
         rotate_after_uses,
         max_uses,
+        in_token,
     } = item;
     pb::CreateKeyRequest {
         key_type,
@@ -521,6 +522,7 @@ fn unary_create(item: pb::CreateKeyItem) -> pb::CreateKeyRequest {
         convergent,
         rotate_after_uses,
         max_uses,
+        in_token,
     }
 }
 

@@ -156,7 +156,9 @@ pub(crate) fn metadata(view: &MetadataView) -> pb::KeyMetadata {
         data_classification: k.data_classification.clone(),
         metadata_checksum: checksum.clone(),
         access_count: i64::try_from(usage.count).unwrap_or(i64::MAX),
-        storage_type: i32::try_from(k.storage_profile).unwrap_or(0),
+        // A key in a token is under the hardware module more than any other.
+        storage_type: i32::try_from(k.storage_profile.min(2)).unwrap_or(0),
+        in_token: crate::keyring::is_resident(k),
         key_state: key_state(shown.key).into(),
         revision: k.revision,
         exportable: k.exportable,

@@ -256,6 +256,7 @@ pub(crate) fn create(request: pb::CreateKeyRequest, now: Time) -> Result<CreateK
         convergent,
         rotate_after_uses,
         max_uses,
+        in_token,
     } = request;
     let mut v = Violations::new();
     let algorithm = algorithm(&mut v, "key_type", key_type);
@@ -322,6 +323,10 @@ pub(crate) fn create(request: pb::CreateKeyRequest, now: Time) -> Result<CreateK
             None
         }
     };
+    let generated = value.is_none() && exportable != Some(true);
+    v.check(!in_token || generated, "in_token", "is for keys that are made there and stay there");
+    let hardened = profile != Some(Profile::Standard);
+    v.check(!in_token || hardened, "in_token", "does not go with STORAGE_PROFILE_STANDARD");
     v.finish()?;
     Ok(CreateKey {
         algorithm,
@@ -342,6 +347,7 @@ pub(crate) fn create(request: pb::CreateKeyRequest, now: Time) -> Result<CreateK
         read_after_expiry,
         rotation_period,
         profile,
+        in_token,
         prefix,
     })
 }

@@ -7,9 +7,10 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tonic::Code;
 
 use crate::common::aws::Moto;
-use crate::common::client::Client;
+use crate::common::client::{Client, refused};
 use crate::common::softhsm::{PIN, SoftHsm};
 use crate::common::{Ended, Options, PATIENCE, POLYKEY, Server};
 
@@ -175,4 +176,78 @@ async fn a_token_that_is_pulled_out_and_put_back_needs_no_restart() {
     }
     cli(&server, &["root", "rotate"]);
     opens(&admin, &sealed).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_live_in_the_token_and_die_there() {
+    let token = SoftHsm::new();
+    let server = Server::dev_configured(|text| {
+        format!("{text}{}\n[hardened]\nwrapper = \"hsm\"\n", token.section("wrappers.hsm"))
+    });
+    let admin = server.admin().await;
+    let in_token = |kind: &str| json!({"key_type": kind, "in_token": true});
+    let made = admin.call("CreateKey", in_token("KEY_TYPE_ECDSA_P256")).await.unwrap();
+    assert_eq!(made["metadata"]["in_token"], true, "{made}");
+    assert_eq!(made["metadata"]["storage_type"], "STORAGE_PROFILE_HARDENED", "{made}");
+    let key = made["key_id"].as_str().unwrap().to_owned();
+    let sign = |version: u32| json!({"key_id": key, "message": TEXT, "version": version});
+    let first = admin.call("Sign", sign(0)).await.unwrap();
+    let verify = |signature: &Value, version: u32| json!({"key_id": key, "message": TEXT, "signature": signature, "version": version});
+    let told = admin.call("Verify", verify(&first["signature"], 1)).await.unwrap();
+    assert_eq!(told["valid"], true, "{told}");
+    // RSA, and what a token does not keep, and what must not be asked for.
+    let rsa = admin.call("CreateKey", in_token("KEY_TYPE_RSA_2048")).await.unwrap();
+    let body = json!({"key_id": rsa["key_id"], "message": TEXT});
+    admin.call("Sign", body).await.unwrap();
+    for (body, field) in [
+        (in_token("KEY_TYPE_ED25519"), "in_token"),
+        (in_token("KEY_TYPE_AES_256"), "in_token"),
+        (
+            json!({"key_type": "KEY_TYPE_ECDSA_P256", "in_token": true, "exportable": true}),
+            "in_token",
+        ),
+        (
+            json!({"key_type": "KEY_TYPE_ECDSA_P256", "in_token": true,
+                   "storage_profile": "STORAGE_PROFILE_STANDARD"}),
+            "in_token",
+        ),
+    ] {
+        let fail = refused(admin.call("CreateKey", body.clone()).await, Code::InvalidArgument);
+        assert!(fail.violations.iter().any(|(name, _)| name == field), "{body}: {fail:?}");
+    }
+    let export = json!({"key_id": key, "mode": "EXPORT_MODE_PLAIN"});
+    refused(admin.call("ExportKey", export).await, Code::FailedPrecondition);
+    // Only who may harden keys puts any there.
+    let user = server.client(&admin, "plain", &["user"]).await;
+    refused(user.call("CreateKey", in_token("KEY_TYPE_ECDSA_P256")).await, Code::PermissionDenied);
+
+    // A rotation makes another there, the root's touches none, and a restart finds all.
+    admin.call("RotateKey", json!({"key_id": key})).await.unwrap();
+    cli(&server, &["root", "rotate"]);
+    let server = server.restart(true, &Options::default());
+    let admin = server.admin().await;
+    let second = admin.call("Sign", sign(0)).await.unwrap();
+    for (signed, version) in [(&first, 1), (&second, 2)] {
+        let told = admin.call("Verify", verify(&signed["signature"], version)).await.unwrap();
+        assert_eq!(told["valid"], true, "{version}: {told}");
+    }
+    let told = admin.call("Verify", verify(&first["signature"], 2)).await.unwrap();
+    assert_ne!(told["valid"], json!(true), "{told}");
+    // Out of its slot, keys in it wait and others do not.
+    let other = admin.create(json!({"storage_profile": "STORAGE_PROFILE_STANDARD"})).await;
+    token.pull();
+    let fail = refused(admin.call("Sign", sign(0)).await, Code::Unavailable);
+    assert!(fail.retry, "{fail:?}");
+    let sealed = seal(&admin, &other).await;
+    opens(&admin, &sealed).await;
+    token.insert();
+    let until = Instant::now() + PATIENCE;
+    while let Err(fail) = admin.call("Sign", sign(0)).await {
+        assert_eq!(fail.code, Code::Unavailable, "{fail:?}");
+        assert!(Instant::now() < until, "not back");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let events =
+        admin.call("ListAuditEvents", json!({"filter": {"action": "Sign"}})).await.unwrap();
+    assert!(events["events"].as_array().unwrap().len() > 2, "{events}");
 }

@@ -1385,6 +1385,9 @@ pub struct KeyMetadata {
     /// The number of uses after which a version refuses to seal. 0: no limit beyond the algorithm's.
     #[prost(int64, tag = "126")]
     pub max_uses: i64,
+    /// Whether the key lives in a PKCS#11 token, which it never leaves. Its wrapped material is a reference.
+    #[prost(bool, tag = "127")]
+    pub in_token: bool,
 }
 /// Key material in the form that was asked for.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -5257,6 +5260,11 @@ pub struct CreateKeyRequest {
     /// A version refuses to seal once it has done so as many times. 0: no limit beyond the algorithm's.
     #[prost(int64, tag = "109")]
     pub max_uses: i64,
+    /// Makes the key in the PKCS#11 token of the node's `\[hardened\]`, which it never leaves: it signs there
+    /// (ECDSA P-256 and P-384, RSA) or decrypts (RSA, RAW ciphertexts), by a call of the token for each use.
+    /// Takes `keys:harden` or the tier PRO or ENTERPRISE. Not exportable, not imported.
+    #[prost(bool, tag = "110")]
+    pub in_token: bool,
 }
 /// A key that was created, durably.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -5634,6 +5642,9 @@ pub struct CreateKeyItem {
     /// A version refuses to seal once it has done so as many times. 0: no limit beyond the algorithm's.
     #[prost(int64, tag = "109")]
     pub max_uses: i64,
+    /// Makes the key in the node's PKCS#11 token, which it never leaves. As CreateKeyRequest.in_token.
+    #[prost(bool, tag = "110")]
+    pub in_token: bool,
 }
 /// Asks for several new keys.
 #[derive(Clone, PartialEq, ::prost::Message)]

@@ -5,6 +5,7 @@ use polykey_hsm::{Algorithm, GenerationParams, Purpose, algorithm, random};
 use zeroize::Zeroizing;
 
 use super::super::read::ATTEMPTS;
+use super::super::resident::is_resident;
 use super::{Keyring, Ready, Use, failed, settled};
 use crate::authz::Command;
 use crate::command::crypto::{
@@ -96,6 +97,9 @@ fn check(ready: &Ready, bound: &Bound, form: Form) -> Result<(), Error> {
     }
     if rsa && !bound.aad.0.is_empty() {
         return Err(Error::invalid("additional_data", "an RSA key binds no additional data"));
+    }
+    if is_resident(&ready.key.record) && form != Form::Raw {
+        return Err(Error::invalid("format", "a key in a token takes RAW ciphertexts"));
     }
     if !rsa && form == Form::Raw {
         let text = "RAW is for RSA keys: other ciphertexts name their key and version";
@@ -241,10 +245,19 @@ impl Keyring {
         raw: bool,
     ) -> Result<Zeroizing<Vec<u8>>, Error> {
         let (owned, bytes) = (Owned::of(ready, bound), ciphertext.len());
+        let resident = ciphertext.clone();
+        if is_resident(&ready.key.record) && !raw {
+            return Err(Error::invalid("format", "a key in a token takes RAW ciphertexts"));
+        }
         let open = move |key: &WorkingKey| {
             if raw { key.open_raw(&ciphertext) } else { key.open(&owned.binding(), &ciphertext) }
         };
-        let opened = self.work(ready, bytes, open).await;
+        let opened = if is_resident(&ready.key.record) {
+            let (key, version) = (&ready.key, &ready.version);
+            Box::pin(self.decrypt_resident(key, version, &resident)).await
+        } else {
+            self.work(ready, bytes, open).await
+        };
         self.unopened(cx, ready, opened).await
     }
 

@@ -6,6 +6,7 @@ use polykey_hsm::work::{self, SignatureScheme, WorkingKey};
 use polykey_hsm::{Algorithm, PublicKey, Purpose};
 
 use super::super::read::ATTEMPTS;
+use super::super::resident::is_resident;
 use super::{Keyring, Ready, Use, failed, settled};
 use crate::command::crypto::{GenerateMac, Sign, Verify, VerifyMac};
 use crate::context::Context;
@@ -83,8 +84,12 @@ impl Keyring {
             self.count_use(&ready.key, ready.number()).await?;
             let input = command.input.clone();
             let bytes = input.len();
-            let signature =
-                self.work(&ready, bytes, move |key| key.sign(scheme, input.input())).await?;
+            let signature = if is_resident(&ready.key.record) {
+                let (key, version) = (&ready.key, &ready.version);
+                Box::pin(self.sign_resident(key, version, scheme, &input)).await?
+            } else {
+                self.work(&ready, bytes, move |key| key.sign(scheme, input.input())).await?
+            };
             if self.still(&ready).await? {
                 self.used(cx, &ready, &BTreeMap::new()).await?;
                 let (key, version) = (ready.key.id, ready.number());
