@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use futures::executor::block_on;
 use polykey_hsm::{
-    Algorithm, BoxFuture, Deadline, HardenedBlobKey, KeyMaterial, KeyWrapper, LocalWrapper,
-    MasterKeySource, MaterialContext, MaterialState, OpenError, Ring, RootKey, SlotKind,
-    UnwrapMaterialError, WrapContext, WrapError, WrappedBlob, WrappedKey, WrapperId,
+    Algorithm, BlobKey, BoxFuture, Deadline, HardenedBlobKey, KeyMaterial, KeyWrapper,
+    LocalWrapper, MasterKeySource, MaterialContext, MaterialState, OpenError, Ring, RootKey,
+    SlotKind, UnwrapMaterialError, WrapContext, WrapError, WrappedBlob, WrappedKey, WrapperId,
     generate_master_key,
 };
 
@@ -258,4 +258,39 @@ fn write_the_files_of_a_new_format() {
     write("material", &stored);
     write("blob", &blob);
     write("ring", &ring.seal(&root).unwrap());
+}
+
+#[test]
+fn where_a_resident_key_is_stands_and_falls_with_its_record() {
+    let (old, blob_key) = (Ring::generate(NODE).unwrap(), BlobKey::generate().unwrap());
+    let wrapper = WrapperId::new("pkcs11").unwrap();
+    let stored = old.place_material(&VERSION, &wrapper, b"object", &blob_key).unwrap();
+    let mut ring = old.clone();
+    ring.add_epoch().unwrap();
+    let moved = ring.rewrap_material(&VERSION, &stored).unwrap();
+    assert_ne!(moved, stored);
+    for (ring, stored) in [(&old, &stored), (&ring, &moved)] {
+        let resident = ring.resident_material(&VERSION, stored).unwrap();
+        assert_eq!((resident.wrapper.as_str(), &resident.object[..]), ("pkcs11", &b"object"[..]));
+        // Nobody takes it for material.
+        let taken = ring.unwrap_material(&VERSION, stored).err();
+        assert_eq!(taken, Some(UnwrapMaterialError::Resident));
+        assert_eq!(
+            ring.hardened_material(&VERSION, stored).err(),
+            Some(UnwrapMaterialError::OtherState)
+        );
+        for at in 0..stored.len() {
+            let mut changed = stored.clone();
+            changed[at] ^= 1;
+            assert!(ring.resident_material(&VERSION, &changed).is_err(), "byte {at}");
+        }
+        let other = MaterialContext { version: 3, ..VERSION };
+        assert!(ring.resident_material(&other, stored).is_err());
+    }
+    assert!(matches!(
+        MaterialState::decode(&stored),
+        Ok(MaterialState::Resident { object, .. }) if object == b"object"
+    ));
+    let long = vec![0; 65_536];
+    assert!(old.place_material(&VERSION, &wrapper, &long, &blob_key).is_err());
 }

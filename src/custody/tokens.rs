@@ -37,6 +37,12 @@ impl Tokens {
         }
     }
 
+    /// One token, for new keys too.
+    #[cfg(test)]
+    pub(crate) fn of(name: &str, token: Pkcs11Token) -> Self {
+        Self { wanted: Some(name.to_owned()), known: vec![(name.to_owned(), token)] }
+    }
+
     /// Where new keys are made.
     ///
     /// # Errors

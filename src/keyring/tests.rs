@@ -26,6 +26,7 @@ use crate::time::Clock;
 mod edges;
 mod hardened;
 mod hostile;
+mod resident;
 
 const START: Time = Time::from_seconds(1_800_000_000);
 
