@@ -91,12 +91,22 @@ impl QuorumWrapper {
         let secret = random::secret::<SECRET_LEN>()?;
         let parameters = vec![PARAMETERS, self.threshold, count];
         let mut ciphertext = Vec::new();
+        let mut used: Vec<Option<(SlotKind, Vec<u8>)>> = Vec::new();
         let dealer = blahaj::Sharks(self.threshold);
         let shares = dealer.dealer(secret.as_slice());
         for (member, dealt) in self.members.iter().zip(shares) {
             let share = KeyMaterial::from_secret(Vec::from(&dealt));
             let share = share.map_err(|e| WrapError::Config(e.to_string()))?;
-            let wrapped = member.wrap_key(&share, &share_of(cx), deadline).await?.encode();
+            let wrapped = member.wrap_key(&share, &share_of(cx), deadline).await?;
+            // The same key by two names would open two shares alone.
+            let by = identity(&wrapped);
+            if by.is_some() && used.contains(&by) {
+                let text =
+                    format!("two members of the quorum are the same key: {}", wrapped.wrapper);
+                return Err(WrapError::Config(text));
+            }
+            used.push(by);
+            let wrapped = wrapped.encode();
             let len = u16::try_from(wrapped.len());
             let len = len.map_err(|_| WrapError::Config("a share is too long".to_owned()))?;
             ciphertext.extend_from_slice(&len.to_be_bytes());
@@ -237,6 +247,18 @@ impl<'a> Stored<'a> {
             sealed,
         })
     }
+}
+
+/// Which key wrapped a share, as far as what it wrapped tells: the ARN of a key of AWS KMS, or the
+/// wrapper's own name. A passphrase tells nothing.
+fn identity(wrapped: &WrappedKey) -> Option<(SlotKind, Vec<u8>)> {
+    let name = match wrapped.kind {
+        SlotKind::MasterKey | SlotKind::Pkcs11 => wrapped.wrapper.as_str().as_bytes(),
+        // Version 1 and a checksum of 32 bytes stand before it.
+        SlotKind::Aws => wrapped.parameters.get(33..)?,
+        SlotKind::Passphrase | SlotKind::Recovery | SlotKind::Quorum => return None,
+    };
+    Some((wrapped.kind, name.to_vec()))
 }
 
 fn share_of(cx: &WrapContext) -> WrapContext {
@@ -420,6 +442,51 @@ mod tests {
         assert!(block_on(lacking.unwrap(&wrapped, &cx, soon())).is_ok());
         let refused = block_on(lacking.wrap(&secret, &cx, soon())).err();
         assert!(matches!(refused, Some(WrapError::Refused(_))), "{refused:?}");
+    }
+
+    /// The same key under another name.
+    struct Renamed(LocalWrapper, WrapperId);
+
+    impl KeyWrapper for Renamed {
+        fn id(&self) -> &WrapperId {
+            &self.1
+        }
+        fn kind(&self) -> SlotKind {
+            self.0.kind()
+        }
+        fn wrap_key<'a>(
+            &'a self,
+            key: &'a KeyMaterial,
+            cx: &'a WrapContext,
+            deadline: Deadline,
+        ) -> BoxFuture<'a, Result<WrappedKey, WrapError>> {
+            self.0.wrap_key(key, cx, deadline)
+        }
+        fn unwrap_key<'a>(
+            &'a self,
+            wrapped: &'a WrappedKey,
+            cx: &'a WrapContext,
+            deadline: Deadline,
+        ) -> BoxFuture<'a, Result<KeyMaterial, WrapError>> {
+            self.0.unwrap_key(wrapped, cx, deadline)
+        }
+    }
+
+    #[test]
+    fn one_key_by_two_names_is_no_quorum() {
+        let cx = WrapContext::root_slot([1; 16], [2; 16]);
+        let secret = KeyMaterial::random(32).unwrap();
+        let mut key = [1; 32];
+        key[0] = 2;
+        let source = MasterKeySource::from(SecretSource::Env("TEST".into()));
+        let same = LocalWrapper::of(&source, &key).unwrap();
+        let renamed: Member = Arc::new(Renamed(same, WrapperId::new("another").unwrap()));
+        let quorum = QuorumWrapper::new(2, vec![member(1), renamed]).unwrap();
+        let refused = block_on(quorum.wrap(&secret, &cx, soon())).err();
+        assert!(
+            matches!(&refused, Some(WrapError::Config(text)) if text.contains("the same key")),
+            "{refused:?}"
+        );
     }
 
     #[test]

@@ -236,13 +236,22 @@ async fn hear(mut stream: UnixStream) -> Option<Request> {
     Some(Request { ask, uid, stream })
 }
 
-/// Asks the node behind a socket.
+/// Asks the node behind a socket, which is root's or this user's; for root, if somebody has `named` the
+/// socket, anybody's.
 ///
 /// # Errors
-/// What the system says; [`io::ErrorKind::InvalidData`] if what answers is no node of this version.
-pub fn ask(path: &Path, ask: &Ask) -> io::Result<(Answer, String)> {
+/// What the system says; [`io::ErrorKind::PermissionDenied`] if somebody else listens there; [`io::ErrorKind::InvalidData`] if what answers is no node of this version.
+pub fn ask(path: &Path, ask: &Ask, named: bool) -> io::Result<(Answer, String)> {
     let wrong = || io::Error::new(io::ErrorKind::InvalidData, "this is no answer of a node");
     let mut stream = Blocking::connect(path)?;
+    // What is sent may be the recovery key: not to whoever has put a socket there.
+    let (peer, us) =
+        (rustix::net::sockopt::socket_peercred(&stream)?.uid, rustix::process::geteuid());
+    let trusted = peer.is_root() || peer == us || (us.is_root() && named);
+    if !trusted {
+        let text = format!("user {} listens there, not the node's own user", peer.as_raw());
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+    }
     stream.set_write_timeout(Some(HEARING))?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let (code, body) = ask.parts();
@@ -269,7 +278,7 @@ mod tests {
 
     async fn asked(path: &Path, what: Ask) -> io::Result<(Answer, String)> {
         let path = path.to_owned();
-        tokio::task::spawn_blocking(move || ask(&path, &what)).await.unwrap()
+        tokio::task::spawn_blocking(move || ask(&path, &what, false)).await.unwrap()
     }
 
     #[tokio::test(flavor = "multi_thread")]

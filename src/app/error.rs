@@ -138,6 +138,8 @@ pub enum Fault {
     Damaged,
     /// The machine did not do its part.
     Machine,
+    /// A device or service does not answer; another start may find it.
+    Away,
 }
 
 impl AppError {
@@ -145,6 +147,9 @@ impl AppError {
     #[must_use]
     pub fn fault(&self) -> Fault {
         use polykey_storage::{OpenError as Store, StoreError};
+        if self.is_away() {
+            return Fault::Away;
+        }
         match self {
             Self::Config(_)
             | Self::Telemetry(_)
@@ -184,6 +189,20 @@ impl AppError {
                 SetupError::Foreign(_) | SetupError::Owner { .. } | SetupError::Config(_),
             ) => Fault::Given,
             _ => Fault::Machine,
+        }
+    }
+
+    /// Whether what would open the root key does not answer, so that another start may find it.
+    #[must_use]
+    pub fn is_away(&self) -> bool {
+        let unusable = |all: &[custody::Unusable]| all.iter().any(|one| one.error.is_away());
+        let trials = |all: &[custody::Trial]| all.iter().any(custody::Trial::is_away);
+        match self {
+            Self::MasterKey(error) => error.is_away(),
+            Self::NoWrapper(all) => unusable(all),
+            Self::Locked { trials: tried, unusable: all } => trials(tried) || unusable(all),
+            Self::Custody(custody::OpenError::NoSlotOpened(all)) => trials(all),
+            _ => false,
         }
     }
 

@@ -25,6 +25,7 @@ pub enum StillLocked {
 pub struct Locked {
     config: Config,
     why: String,
+    away: bool,
     shares: Vec<Share>,
 }
 
@@ -38,7 +39,24 @@ impl Locked {
     /// One that is locked for this reason.
     #[must_use]
     pub fn new(config: Config, why: impl Into<String>) -> Self {
-        Self { config, why: why.into(), shares: Vec::new() }
+        Self { config, why: why.into(), away: false, shares: Vec::new() }
+    }
+
+    /// One that a start has found locked.
+    #[must_use]
+    pub fn found(config: Config, error: &AppError) -> Self {
+        Self { config, why: error.to_string(), away: error.is_away(), shares: Vec::new() }
+    }
+
+    /// Forgets the shares that were given.
+    pub fn forget(&mut self) {
+        self.shares.clear();
+    }
+
+    /// Whether it waits for something that does not answer, and not because somebody has locked it.
+    #[must_use]
+    pub fn waits(&self) -> bool {
+        self.away
     }
 
     /// What there is to know.
@@ -58,6 +76,12 @@ impl Locked {
     /// [`StillLocked`]: what was given opens nothing, or is not all yet, or something else is wrong.
     pub async fn unlock(&mut self, with: With, uid: u32) -> Result<Running, StillLocked> {
         let how = with.name();
+        // It may have been mended since the start.
+        if let Ok(now) = Config::load(&self.config.file) {
+            let address = self.config.listen.address;
+            self.config = now;
+            self.config.listen.address = address;
+        }
         let given = self.given(with).await?;
         let opened = App::open_given(self.config.clone(), Clock::System, given).await;
         let app = match opened {
@@ -78,10 +102,7 @@ impl Locked {
             }
         };
         match serving {
-            Ok(running) => {
-                self.shares.clear();
-                Ok(running)
-            }
+            Ok(running) => Ok(running),
             Err(error) => {
                 self.why = error.to_string();
                 Err(StillLocked::No(self.why.clone()))
@@ -118,7 +139,11 @@ impl Locked {
     fn share(&mut self, share: Share) -> Result<RecoveryKey, StillLocked> {
         self.shares.push(share);
         match recovery::combine(&self.shares) {
-            Ok(key) => Ok(key),
+            Ok(key) => {
+                // Whatever becomes of it: they are the key, and not to be kept.
+                self.shares.clear();
+                Ok(key)
+            }
             Err(ShareError::TooFew { needed, found }) => {
                 // One given twice counts once.
                 let mut numbers = Vec::new();

@@ -43,6 +43,7 @@ impl From<AppError> for CliError {
             Fault::Conflict => Exit::Conflict,
             Fault::Damaged => Exit::DataLoss,
             Fault::Machine => Exit::Other,
+            Fault::Away => Exit::Unavailable,
         };
         let text = error.to_string();
         let mut lines = text.lines();

@@ -27,6 +27,19 @@ pub struct Trial {
     pub outcome: TrialOutcome,
 }
 
+impl Trial {
+    /// Whether its wrapper did not answer.
+    #[must_use]
+    pub fn is_away(&self) -> bool {
+        matches!(
+            self.outcome,
+            TrialOutcome::Failed(RootError::Wrap(
+                WrapError::Unavailable { .. } | WrapError::DeadlineExceeded
+            ))
+        )
+    }
+}
+
 impl std::fmt::Display for Trial {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}: ", self.slot)?;

@@ -173,7 +173,12 @@ async fn off_thread<T: Send + 'static>(
     work: impl Future<Output = Result<T, RootError>> + Send + 'static,
 ) -> Result<T, RootError> {
     let handle = Handle::current();
-    let result = tokio::task::spawn_blocking(move || handle.block_on(work)).await;
+    let running = tokio::task::spawn_blocking(move || handle.block_on(work));
+    // Whatever a wrapper does with its deadline, whoever asked hears of it.
+    let late = Duration::from_secs(2);
+    let Ok(result) = tokio::time::timeout(PATIENCE.saturating_add(late), running).await else {
+        return Err(WrapError::DeadlineExceeded.into());
+    };
     result.unwrap_or_else(|e| Err(WrapError::Config(format!("the wrapper failed: {e}")).into()))
 }
 

@@ -26,6 +26,8 @@ pub struct NamedWrapper {
     pub config: Option<Wrapper>,
     /// It.
     pub wrapper: Arc<dyn KeyWrapper>,
+    /// Whether no member is missing, if it is a quorum.
+    pub complete: bool,
     /// The token that it is of, in which keys may live.
     pub token: Option<Pkcs11Token>,
 }
@@ -42,6 +44,14 @@ pub enum WrapperError {
     /// Its settings are of no use.
     #[error(transparent)]
     Wrapper(#[from] WrapError),
+}
+
+impl WrapperError {
+    /// Whether something did not answer.
+    #[must_use]
+    pub fn is_away(&self) -> bool {
+        matches!(self, Self::Wrapper(WrapError::Unavailable { .. } | WrapError::DeadlineExceeded))
+    }
 }
 
 /// A wrapper that cannot be used, and why. No secrets.
@@ -87,7 +97,46 @@ impl NamedWrapper {
             }
         };
         let wrapper = opened.map_err(|error| Unusable { name: name.to_owned(), error })?;
-        Ok(Self { name: name.to_owned(), config: Some(config.clone()), wrapper, token })
+        Ok(Self {
+            name: name.to_owned(),
+            config: Some(config.clone()),
+            wrapper,
+            complete: true,
+            token,
+        })
+    }
+
+    /// What a configuration says of a wrapper of this name.
+    #[must_use]
+    pub fn wanted<'c>(config: &'c Config, name: &str) -> Option<&'c Wrapper> {
+        wrapper_of(config, name)
+    }
+
+    /// All names in a configuration, quorums last.
+    #[must_use]
+    pub fn names(config: &Config) -> Vec<String> {
+        let first = std::iter::once((MASTER_KEY, &config.master_key));
+        let others = config.wrappers.iter().map(|(name, wrapper)| (name.as_str(), wrapper));
+        let (quorums, single): (Vec<_>, Vec<_>) =
+            first.chain(others).partition(|(_, wrapper)| matches!(wrapper, Wrapper::Quorum(_)));
+        single.into_iter().chain(quorums).map(|(name, _)| name.to_owned()).collect()
+    }
+
+    /// Makes every quorum anew of the members that are known now.
+    pub fn rebuild_quorums(known: &mut Vec<Self>) {
+        let quorums: Vec<(String, Wrapper)> = known
+            .iter()
+            .filter_map(|named| match &named.config {
+                Some(config @ Wrapper::Quorum(_)) => Some((named.name.clone(), config.clone())),
+                _ => None,
+            })
+            .collect();
+        for (name, config) in quorums {
+            let Wrapper::Quorum(quorum) = &config else { continue };
+            let rebuilt = Self::quorum(&name, &config, quorum, known);
+            known.retain(|named| named.name != name);
+            known.extend(rebuilt);
+        }
     }
 
     /// Opens one of a configuration, if it names it; of a quorum, the members first.
@@ -141,13 +190,15 @@ impl NamedWrapper {
             Err(error) => return Err(Unusable { name: name.to_owned(), error: error.into() }),
         };
         let wrapper = Arc::new(wrapper);
-        Ok(Self { name: name.to_owned(), config: Some(config.clone()), wrapper, token: None })
+        let complete = found == wanted;
+        let config = Some(config.clone());
+        Ok(Self { name: name.to_owned(), config, wrapper, complete, token: None })
     }
 
     /// One that an operator gave.
     #[must_use]
     pub fn given(wrapper: Arc<dyn KeyWrapper>) -> Self {
-        Self { name: String::new(), config: None, wrapper, token: None }
+        Self { name: String::new(), config: None, wrapper, complete: true, token: None }
     }
 
     /// Opens all that a configuration names, at once; gives [`MASTER_KEY`] first, and tells what it

@@ -106,7 +106,8 @@ async fn passphrase_token_kms_and_shares_each_open_it_alone_and_without_any_it_s
     }
     alone("nothing");
     let ended = serve(&state, &options).err().unwrap();
-    assert_eq!(ended.status.code(), Some(7), "{}", ended.output);
+    // Another start may find what does not answer now.
+    assert_eq!(ended.status.code(), Some(6), "{}", ended.output);
     for part in ["`words`", "`token`", "`kms`", "polykey recover", "does not answer"] {
         assert!(ended.output.contains(part), "{part}: {}", ended.output);
     }

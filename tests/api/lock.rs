@@ -181,6 +181,19 @@ async fn people_unlock_with_a_passphrase_a_recovery_key_or_shares_one_by_one() {
     assert_eq!(code, 0, "{said}");
     opens(&profile.admin(&said).await, &kept).await;
 
+    // Shares are not kept beyond the try that they were given for, nor beyond a lock.
+    assert_eq!(door(&state, &["lock"]).0, 0);
+    assert_eq!(door(&state, &["unlock", "--share", &share(1)]).0, 6);
+    assert_eq!(door(&state, &["lock"]).0, 0);
+    let (code, said) = door(&state, &["unlock", "--share", &share(0)]);
+    assert_eq!((code, said.contains("1 of 2 shares")), (6, true), "{said}");
+    let (server_cert, away_cert) = (state.join("server.pem"), state.join("server.away"));
+    fs::rename(&server_cert, &away_cert).unwrap();
+    let (code, said) = door(&state, &["unlock", "--share", &share(1)]);
+    assert_eq!((code, said.contains("server.pem")), (6, true), "{said}");
+    fs::rename(&away_cert, &server_cert).unwrap();
+    let (code, said) = door(&state, &["unlock", "--share", &share(2)]);
+    assert_eq!((code, said.contains("1 of 2 shares")), (6, true), "{said}");
     assert_eq!(door(&state, &["lock"]).0, 0);
     let (code, said) = door(&state, &["unlock", "--share", &share(1), "--share", &share(0)]);
     assert_eq!(code, 0, "{said}");
@@ -253,6 +266,26 @@ async fn a_quorum_opens_with_any_two_of_three_and_not_with_one() {
         server.stop();
         fs::rename(&hidden, &path).unwrap();
     }
+    // A member whose secret was replaced is a member no more, and the node knows it at once.
+    let server = Server::serve(&state, &config, &Options::default()).unwrap();
+    let made = polykey_hsm::generate_master_key().unwrap();
+    secret(&state, "main.key", &made);
+    let text = fs::read_to_string(&config).unwrap();
+    let more = "\n[wrappers.other]\nsource = { file = \"main.key\" }\n";
+    fs::write(&config, text + more).unwrap();
+    cli(&server, &["root", "slot", "add", "other", "--wrapper", "other"]);
+    for name in &names[1..] {
+        fs::remove_file(state.join(name)).unwrap();
+        secret(&state, name, &polykey_hsm::generate_master_key().unwrap());
+        let source = format!("file:{}", state.join(name).display());
+        cli(&server, &["root", "slot", "rotate", "other", "--source", &source]);
+    }
+    let (code, said, _) = server.cli(&["root", "slot", "test", "two"]);
+    assert_eq!(code, 7, "{said}");
+    // What is left may not go.
+    let (code, _, said) = server.cli(&["root", "slot", "remove", "other"]);
+    assert_ne!(code, 0, "{said}");
+    server.stop();
     for missing in &names[1..] {
         fs::remove_file(state.join(missing)).unwrap();
     }

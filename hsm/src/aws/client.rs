@@ -8,6 +8,9 @@ use aws_config::sts::AssumeRoleProvider;
 use aws_config::timeout::TimeoutConfig;
 use aws_config::{AppName, BehaviorVersion, Region, SdkConfig};
 use aws_credential_types::provider::SharedCredentialsProvider;
+use aws_sdk_kms::config::interceptors::BeforeTransmitInterceptorContextRef;
+use aws_sdk_kms::config::{ConfigBag, Intercept, RuntimeComponents};
+use aws_sdk_kms::error::BoxError;
 
 use super::AwsConnection;
 use crate::{Deadline, WrapError};
@@ -63,7 +66,10 @@ impl AwsConnection {
             loader = loader.use_dual_stack(true);
         }
         let config = within(deadline, loader.load()).await?;
-        if let Some(url) = endpoint_url.as_deref().or(config.endpoint_url()) {
+        // A role is assumed with the credentials that are found, at an address of its own.
+        let role_at = std::env::var("AWS_ENDPOINT_URL_STS").ok().filter(|_| role_arn.is_some());
+        let urls = [endpoint_url.as_deref(), config.endpoint_url(), role_at.as_deref()];
+        for url in urls.into_iter().flatten() {
             check_endpoint(url)?;
         }
         if config.region().is_none() {
@@ -104,6 +110,32 @@ fn check_endpoint(url: &str) -> Result<(), WrapError> {
     Err(WrapError::Config(format!(
         "the AWS endpoint `{url}` must be https:// (http:// on this machine alone)"
     )))
+}
+
+/// Something was to be sent in the clear.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct InTheClear(String);
+
+/// Refuses to send anything in the clear to another machine, wherever the endpoint was found: the SDK
+/// also finds one for a single service, in its own variable or in the profile.
+#[derive(Debug)]
+pub(super) struct NothingInTheClear;
+
+impl Intercept for NothingInTheClear {
+    fn name(&self) -> &'static str {
+        "NothingInTheClear"
+    }
+
+    fn read_before_transmit(
+        &self,
+        context: &BeforeTransmitInterceptorContextRef<'_>,
+        _: &RuntimeComponents,
+        _: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        check_endpoint(context.request().uri())
+            .map_err(|error| InTheClear(error.to_string()).into())
+    }
 }
 
 /// The Region a loaded configuration asks in.

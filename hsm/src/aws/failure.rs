@@ -9,6 +9,7 @@ use aws_sdk_kms::error::{ConnectorError, ProvideErrorMetadata, SdkError};
 use aws_sdk_sts::operation::assume_role::AssumeRoleError;
 use aws_sdk_sts::operation::assume_role_with_web_identity::AssumeRoleWithWebIdentityError;
 
+use super::client::InTheClear;
 use crate::WrapError;
 
 /// What was asked of AWS.
@@ -54,6 +55,9 @@ pub(super) fn classify<E>(error: &SdkError<E, HttpResponse>, asked: &Asked<'_>) 
 where
     E: Error + ProvideErrorMetadata + 'static,
 {
+    if let Some(refused) = find::<InTheClear>(error) {
+        return Failure::Config(refused.to_string());
+    }
     match error {
         SdkError::ConstructionFailure(_) => Failure::Config(chain(error)),
         SdkError::DispatchFailure(_) => dispatch(error, asked),

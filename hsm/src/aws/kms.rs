@@ -89,7 +89,8 @@ impl AwsWrapper {
                  replica there"
             )));
         }
-        let mut config = aws_sdk_kms::config::Builder::from(&config);
+        let mut config =
+            aws_sdk_kms::config::Builder::from(&config).interceptor(client::NothingInTheClear);
         if let Some(url) = &connection.endpoint_url {
             config = config.endpoint_url(url);
         }

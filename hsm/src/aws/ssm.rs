@@ -31,7 +31,8 @@ pub(crate) async fn parameters<'n>(
         Err(e) => return distinct.into_iter().map(|name| (name, Err(words(&e)))).collect(),
     };
     let region = client::region(&config);
-    let mut config = aws_sdk_ssm::config::Builder::from(&config);
+    let mut config =
+        aws_sdk_ssm::config::Builder::from(&config).interceptor(client::NothingInTheClear);
     if let Some(url) = &connection.endpoint_url {
         config = config.endpoint_url(url);
     }

@@ -164,3 +164,23 @@ fn a_role_that_is_not_to_be_had_says_why() {
         }
     });
 }
+
+#[test]
+fn nothing_goes_to_another_machine_in_the_clear_wherever_its_address_was_found() {
+    let test =
+        "refusals::nothing_goes_to_another_machine_in_the_clear_wherever_its_address_was_found";
+    // 192.0.2.0/24 is nobody's (RFC 5737).
+    alone(test, &[("AWS_ENDPOINT_URL_KMS", "http://192.0.2.2:1")], async || {
+        let arn = "arn:aws:kms:eu-west-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab";
+        let mut settings = settings("", arn);
+        settings.connection.endpoint_url = None;
+        let wrapper = AwsWrapper::open(&settings, soon()).await.unwrap();
+        let sent = wrapper.wrap_key(&material(SECRET), &CONTEXT, soon()).await;
+        match sent {
+            Err(WrapError::Config(text) | WrapError::Refused(text)) => {
+                assert!(text.contains("must be https://"), "{text}");
+            }
+            other => panic!("{other:?}"),
+        }
+    });
+}

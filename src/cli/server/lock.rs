@@ -92,7 +92,7 @@ impl View for LockView {
 /// # Errors
 /// [`Exit::Unavailable`] if no node answers.
 pub(in crate::cli) fn lock(cli: &Cli, args: &LockArgs) -> Result<(), CliError> {
-    told(cli, asked(&args.node.socket()?, &Ask::Lock)?)
+    told(cli, asked(&args.node, &Ask::Lock)?)
 }
 
 /// Unlocks a node, or tells whether it is locked. Exits with 6 while it is.
@@ -101,7 +101,6 @@ pub(in crate::cli) fn lock(cli: &Cli, args: &LockArgs) -> Result<(), CliError> {
 /// [`Exit::Unavailable`] if no node answers, or it is locked still.
 pub(in crate::cli) fn unlock(cli: &Cli, args: &UnlockArgs) -> Result<(), CliError> {
     hardening::private_files();
-    let socket = args.node.socket()?;
     let asks: Vec<Ask> = match (&args.passphrase, &args.key) {
         _ if args.status => vec![Ask::Status],
         (Some(file), _) => {
@@ -123,7 +122,7 @@ pub(in crate::cli) fn unlock(cli: &Cli, args: &UnlockArgs) -> Result<(), CliErro
     };
     let mut last = (Answer::Refused, String::new());
     for ask in &asks {
-        last = asked(&socket, ask)?;
+        last = asked(&args.node, ask)?;
         if last.0 != Answer::Locked {
             break;
         }
@@ -144,8 +143,10 @@ fn told(cli: &Cli, (answer, text): (Answer, String)) -> Result<(), CliError> {
     }
 }
 
-fn asked(socket: &Path, ask: &Ask) -> Result<(Answer, String), CliError> {
-    door::ask(socket, ask).map_err(|error| {
+fn asked(node: &NodeArgs, ask: &Ask) -> Result<(Answer, String), CliError> {
+    let socket = node.socket()?;
+    let named = node.config.is_some() || node.socket.is_some();
+    door::ask(&socket, ask, named).map_err(|error| {
         let text = format!("{}: {error}", socket.display());
         let hint = match error.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {

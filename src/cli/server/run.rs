@@ -6,7 +6,7 @@ use clap::Args;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::super::error::{CliError, Exit};
-use crate::app::door::{Answer, Ask, Door, Request};
+use crate::app::door::{Answer, Ask, Door, Request, With};
 use crate::app::locked::{Locked, StillLocked};
 use crate::app::{App, AppError, Running};
 use crate::config::Config;
@@ -39,11 +39,15 @@ pub fn serve(args: ServeArgs) -> Result<(), CliError> {
     super::runtime()?.block_on(Box::pin(async {
         let mut signals = Signals::install()?;
         let door = door(&config)?;
-        let running = match App::open(config.clone(), Clock::System).await {
+        let opened = tokio::select! {
+            opened = App::open(config.clone(), Clock::System) => opened,
+            () = either(&mut signals.term, &mut signals.interrupt) => return Ok(()),
+        };
+        let running = match opened {
             Ok(app) => app.spawn().await?,
             Err(error) if config.unlock.wait && error.is_locked() => {
                 let Some(door) = &door else { return Err(error.into()) };
-                let locked = Locked::new(config.clone(), error.to_string());
+                let locked = Locked::found(config.clone(), &error);
                 match until_unlocked(locked, &mut signals, door).await {
                     Some(running) => running,
                     None => return Ok(()),
@@ -117,6 +121,9 @@ impl Signals {
     }
 }
 
+/// How long a node that waits for a device or service leaves it before it tries again.
+const AGAIN: std::time::Duration = std::time::Duration::from_secs(10);
+
 /// Why a node serves no more.
 enum End {
     Stop,
@@ -138,7 +145,7 @@ pub(super) async fn until_signalled(
                 tracing::warn!(uid = request.uid, "locking");
                 if let Err(error) = running.lock(request.uid).await {
                     let text = "the process ends, because something still holds the keys";
-                    request.answer(Answer::Locked, text).await;
+                    request.answer(Answer::Refused, text).await;
                     return Err(CliError::new(Exit::Other, text).detail(error.to_string()));
                 }
                 request.answer(Answer::Locked, "locked").await;
@@ -165,7 +172,9 @@ async fn until_ended(running: &Running, signals: &mut Signals, door: Option<&Doo
         };
         tokio::select! {
             _ = hangup.recv() => {
-                drop(running.app().reload().await);
+                // Not here: what it reads may not answer for long.
+                let app = std::sync::Arc::clone(running.app());
+                drop(tokio::spawn(async move { drop(app.reload().await) }));
             }
             () = either(term, interrupt) => return End::Stop,
             request = asked => match request.ask {
@@ -188,12 +197,29 @@ async fn until_unlocked(mut locked: Locked, signals: &mut Signals, door: &Door) 
         let mut request = tokio::select! {
             _ = hangup.recv() => continue,
             () = either(term, interrupt) => return None,
+            () = tokio::time::sleep(AGAIN), if locked.waits() => {
+                let us = rustix::process::geteuid().as_raw();
+                let opened = tokio::select! {
+                    opened = locked.unlock(With::Configured, us) => opened,
+                    () = either(term, interrupt) => return None,
+                };
+                if let Ok(running) = opened {
+                    return Some(running);
+                }
+                continue;
+            }
             request = door.next() => request,
         };
         match std::mem::replace(&mut request.ask, Ask::Status) {
             Ask::Status => request.answer(Answer::Locked, &locked.status()).await,
-            Ask::Lock => request.answer(Answer::Locked, "locked already").await,
-            Ask::Unlock(with) => match locked.unlock(with, request.uid).await {
+            Ask::Lock => {
+                locked.forget();
+                request.answer(Answer::Locked, "locked already").await;
+            }
+            Ask::Unlock(with) => match tokio::select! {
+                unlocked = locked.unlock(with, request.uid) => unlocked,
+                () = either(term, interrupt) => return None,
+            } {
                 Ok(running) => {
                     let text = format!("unlocked: it serves on {}", running.address());
                     request.answer(Answer::Serving, &text).await;

@@ -91,6 +91,7 @@ impl AdminService {
             return Ok(pb::RotateRootResponse { root_id, epoch, audit_index: 0 });
         }
         let event = event(&cx, Action::RotateRoot, decision, &[]);
+        self.reopen().await;
         let wrappers = self.wrappers();
         let remember = key.map(|key| key.noted(custody.vault(), &cx, "root"));
         let rotated = custody.rotate_root_from(expected, wrappers, event, remember).await;

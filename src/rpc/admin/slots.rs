@@ -89,6 +89,7 @@ impl AdminService {
             let generation = custody.status().await?.generation;
             return Ok(pb::RemoveSlotResponse { generation, audit_index: 0 });
         }
+        self.reopen().await;
         let event = event(&cx, Action::RewrapRoot, decision, &[("change", "remove")]);
         let remember = key.map(|key| key.noted(custody.vault(), &cx, &m.slot_id));
         let terms = Terms { expected: m.expected_generation, remember };
@@ -106,6 +107,7 @@ impl AdminService {
         named_slot(&m.slot_id)?;
         let decision = self.authorize(&cx, Resource::Node, commands::RewrapRoot).await?;
         let custody = &self.0.admin.custody;
+        self.reopen().await;
         let tested = custody.test_slot(&m.slot_id, &self.wrappers()).await;
         let problem = match tested {
             Ok(_) => String::new(),
@@ -128,15 +130,20 @@ impl AdminService {
     /// since.
     async fn wrapper_named(&self, name: String) -> Result<NamedWrapper, Error> {
         let known = self.0.wrappers.lock().iter().find(|known| known.name == name).cloned();
-        if let Some(known) = known {
-            return Ok(known);
-        }
         let file = self.0.admin.config.file.clone();
         let read = tokio::task::spawn_blocking(move || Config::load(&file)).await;
         let refused = |text: String| Error::invalid("wrapper", text);
         let config = read
             .map_err(|e| Error::internal(format!("reading the configuration: {e}")))?
             .map_err(|e| refused(e.to_string()))?;
+        // The section may say something else by now.
+        let wanted = NamedWrapper::wanted(&config, &name);
+        if let Some(known) = known
+            && known.complete
+            && (wanted.is_none() || known.config.as_ref() == wanted)
+        {
+            return Ok(known);
+        }
         match Box::pin(NamedWrapper::open_one(&config, &name)).await {
             Some(opened) => opened.map_err(|unusable| refused(unusable.to_string())),
             None => {
@@ -151,6 +158,24 @@ impl AdminService {
         let mut wrappers = self.0.wrappers.lock();
         wrappers.retain(|known| known.name != named.name);
         wrappers.push(named);
+        // A quorum holds its members: it must not go on with one that was replaced.
+        NamedWrapper::rebuild_quorums(&mut wrappers);
+    }
+
+    /// Opens what the configuration names and could not be opened before: a secret may be back.
+    pub(super) async fn reopen(&self) {
+        let file = self.0.admin.config.file.clone();
+        let read = tokio::task::spawn_blocking(move || Config::load(&file)).await;
+        let Ok(Ok(config)) = read else { return };
+        for name in NamedWrapper::names(&config) {
+            let known =
+                self.0.wrappers.lock().iter().any(|known| known.name == name && known.complete);
+            if !known
+                && let Some(Ok(named)) = Box::pin(NamedWrapper::open_one(&config, &name)).await
+            {
+                self.learn(named);
+            }
+        }
     }
 }
 
