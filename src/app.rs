@@ -287,6 +287,8 @@ impl App {
             tracing::warn!(%warning, "a policy is odd");
         }
         let authorizer = Arc::new(ArcSwap::from_pointee(policies));
+        // What an operator gave opens the store or nothing does, so that the audit log is right.
+        let only_given = given.clone();
         let (mut wrappers, unusable) = Box::pin(wrappers(&config, given)).await?;
         let (path, options) = (&config.storage.path, store_options(&config));
         let store = match found {
@@ -314,7 +316,8 @@ impl App {
             let event = event("InitialiseStore", clock.now());
             Custody::init(store, wrapper, slot, event, caches, clock.clone()).await?
         } else {
-            unlock(store, (&wrappers, unusable), caches, clock.clone()).await?
+            let by = if only_given.is_empty() { &wrappers } else { &only_given };
+            unlock(store, (by, unusable), caches, clock.clone()).await?
         };
         wrappers.retain(|named| named.wrapper.kind() != SlotKind::Recovery);
         let vault = Arc::clone(custody.vault());

@@ -266,7 +266,7 @@ impl AppError {
             }
             Self::NoIdentity => {
                 "Configure [ca], and a certificate is issued, or name one with --admin-identity \
-                 spiffe://… or --admin-identity dns:NAME."
+                 spiffe-uri:spiffe://… or --admin-identity dns:NAME."
                     .into()
             }
             Self::AlreadyInitialised(_) => {

@@ -220,6 +220,10 @@ impl KeyView {
             ("purpose", self.purpose.clone()),
             ("convergent", flag(self.convergent)),
             ("exportable", yes(self.exportable)),
+            (
+                "storage",
+                if self.storage == "standard" { String::new() } else { self.storage.clone() },
+            ),
             ("read after expiry", flag(self.read_after_expiry)),
             ("origin", self.origin.clone()),
             ("created", short(self.created_at.as_ref())),

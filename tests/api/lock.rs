@@ -110,6 +110,10 @@ async fn a_locked_node_serves_nobody_until_it_is_unlocked() {
     assert_eq!(code, 6, "{said}");
     assert!(said.contains("master.key") && said.contains("cannot be read"), "{said}");
     fs::rename(&away, &master).unwrap();
+    // Nor with a passphrase of no slot, whatever else could open it.
+    let words = secret(&state, "words", "correct horse battery stable").display().to_string();
+    let (code, said) = door(&state, &["unlock", "--passphrase", &words]);
+    assert_eq!((code, said.contains("locked still")), (6, true), "{said}");
     let (code, said) = door(&state, &["unlock"]);
     assert_eq!(code, 0, "{said}");
     let admin = admin_of(&server, &said).await;
