@@ -49,7 +49,7 @@ impl Tokens {
     /// [`Reason::ProfileUnavailable`] where that is no token.
     pub fn wanted(&self) -> Result<(&str, &Pkcs11Token), Error> {
         let wanted = self.known.iter().find(|(name, _)| Some(name) == self.wanted.as_ref());
-        wanted.map(|(name, token)| (name.as_str(), token)).ok_or_else(|| unavailable())
+        wanted.map(|(name, token)| (name.as_str(), token)).ok_or_else(unavailable)
     }
 
     /// Makes a key.
