@@ -250,7 +250,7 @@ impl App {
         Self::assemble(config, clock, false, Vec::new()).await
     }
 
-    /// As [`Self::open`], and also by what an operator gave. A recovery key is not kept.
+    /// As [`Self::open`], by what an operator gave alone, if that is anything. A recovery key is not kept.
     ///
     /// # Errors
     /// As [`Self::open`].

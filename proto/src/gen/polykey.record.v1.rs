@@ -126,7 +126,7 @@ pub struct KeyRecord {
     pub exportable: bool,
     #[prost(bool, tag = "14")]
     pub read_after_expiry: bool,
-    /// 1 = standard, 2 = hardened.
+    /// 1 = standard, 2 = hardened, 3 = in a token.
     #[prost(uint32, tag = "15")]
     pub storage_profile: u32,
     /// 1 = generated, 2 = imported.

@@ -1564,8 +1564,8 @@ pub struct RewrapSlotRequest {
     /// The slot, by id or label. May be empty when there is one.
     #[prost(string, tag = "1")]
     pub slot_id: ::prost::alloc::string::String,
-    /// Where the new master key is found ON THE SERVER: `file:PATH`, `env:POLYKEY_NAME` or
-    /// `credential:NAME`. Empty: as before, read again.
+    /// Where the new master key is found ON THE SERVER: `file:PATH`, `env:POLYKEY_NAME`,
+    /// `credential:NAME` or `ssm:/PATH/NAME`. Empty: as before, read again; a device or service wraps anew.
     #[prost(string, tag = "2")]
     pub source: ::prost::alloc::string::String,
     /// What shall wrap the root key. Empty: as before.
