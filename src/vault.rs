@@ -22,6 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
+use bytes::Bytes;
 use polykey_hsm::{MacPurpose, Ring, Sealer};
 use polykey_proto::polykey::record::v1::{AuditEvent, CanaryRecord, HeadRecord};
 use polykey_storage::{
@@ -540,20 +541,18 @@ impl Vault {
     /// # Errors
     /// As [`Tx::commit`].
     pub async fn record(&self, events: impl AsRef<[AuditEvent]> + Send) -> Result<Receipt, Error> {
-        let each = events.as_ref().chunks(1);
-        let events = each.map(|event| LeafEvents::new(false, event)).collect();
+        let each = events.as_ref().iter();
+        let events = each.map(|event| LeafEvents::one(event)).collect();
         self.submit(Commit::new(), events, 0, u32::MAX).await
     }
 
-    /// Makes one block of data-plane events durable, as one leaf.
+    /// Makes one block of data-plane events durable, as one leaf. They are encoded as they stand in
+    /// an [`AuditBody`](polykey_proto::polykey::record::v1::AuditBody).
     ///
     /// # Errors
     /// As [`Tx::commit`].
-    pub async fn record_block(
-        &self,
-        events: impl AsRef<[AuditEvent]> + Send,
-    ) -> Result<Receipt, Error> {
-        let events = vec![LeafEvents::new(true, events.as_ref())];
+    pub async fn record_block(&self, events: Bytes) -> Result<Receipt, Error> {
+        let events = vec![LeafEvents::block(events)];
         self.submit(Commit::new(), events, 0, u32::MAX).await
     }
 

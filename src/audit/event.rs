@@ -1,5 +1,6 @@
 //! Events: public facts about one thing that happened, each text bounded and printable.
 
+use std::borrow::Cow;
 use std::net::SocketAddr;
 
 use polykey_proto::polykey::record::v1::AuditEvent;
@@ -13,17 +14,17 @@ use crate::time::Time;
 pub const TEXT: usize = 256;
 /// Most details of one event.
 pub const DETAILS: usize = 16;
+const CUT: char = '…';
 /// The detail under which a client id stands that was claimed and not verified.
 pub const CLAIMED: &str = "claimed_client_id";
 
 /// Text as it may stand in an event: control characters and bidirectional overrides escaped, at
 /// most [`TEXT`] bytes, an ellipsis where it was cut.
 #[must_use]
-pub fn bounded(text: &str) -> String {
-    const CUT: char = '…';
+pub fn bounded(text: &str) -> Cow<'_, str> {
     // Nearly always.
-    if text.len() <= TEXT - CUT.len_utf8() && text.bytes().all(|b| matches!(b, b' '..=b'~')) {
-        return text.to_owned();
+    if is_plain(text) {
+        return Cow::Borrowed(text);
     }
     let mut out = String::with_capacity(text.len().min(TEXT));
     for c in text.chars() {
@@ -34,11 +35,16 @@ pub fn bounded(text: &str) -> String {
         if out.len() + size > TEXT - CUT.len_utf8() {
             // What is left may still fit without the ellipsis, but one rule is easier to rely on.
             out.push(CUT);
-            return out;
+            return Cow::Owned(out);
         }
         if hidden { out.extend(escaped) } else { out.push(c) }
     }
-    out
+    Cow::Owned(out)
+}
+
+/// Whether text stands in an event as it is.
+pub(crate) fn is_plain(text: &str) -> bool {
+    text.len() <= TEXT - CUT.len_utf8() && text.bytes().all(|b| matches!(b, b' '..=b'~'))
 }
 
 /// Where a request came from, as far as it is known. Texts are bounded when they enter an event.
@@ -71,8 +77,8 @@ impl Origin<'_> {
     ) -> Draft {
         Draft(AuditEvent {
             time: self.time.micros(),
-            request_id: bounded(self.request_id),
-            client_id: bounded(self.client_id),
+            request_id: bounded(self.request_id).into_owned(),
+            client_id: bounded(self.client_id).into_owned(),
             certificate_sha256: self
                 .certificate
                 .map(|hash| data_encoding::HEXLOWER.encode(hash))
@@ -81,14 +87,14 @@ impl Origin<'_> {
                 .peer
                 .map(|peer| peer.ip().to_canonical().to_string())
                 .unwrap_or_default(),
-            action: bounded(action),
+            action: bounded(action).into_owned(),
             outcome: outcome.into(),
             code,
             key_id: key.map(|(id, _)| id.bytes().to_vec().into()).unwrap_or_default(),
             version: key.and_then(|(_, version)| version).unwrap_or_default(),
-            decision_id: bounded(decision_id),
+            decision_id: bounded(decision_id).into_owned(),
             details: Default::default(),
-            correlation_id: bounded(self.correlation_id),
+            correlation_id: bounded(self.correlation_id).into_owned(),
             count: 0,
         })
     }
@@ -141,12 +147,16 @@ impl Draft {
     pub fn detail(mut self, name: &str, value: impl AsRef<str>) -> Self {
         let details = &mut self.0.details;
         if details.len() < DETAILS || details.contains_key(name) {
-            details.insert(bounded(name), bounded(value.as_ref()));
+            details.insert(bounded(name).into_owned(), bounded(value.as_ref()).into_owned());
         } else {
             let more = details.get("more").and_then(|n| n.parse::<u32>().ok()).unwrap_or(0);
             details.insert("more".into(), more.saturating_add(1).to_string());
         }
         self
+    }
+
+    pub(super) fn as_event(&self) -> &AuditEvent {
+        &self.0
     }
 
     /// The event.

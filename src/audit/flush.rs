@@ -4,14 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use polykey_proto::polykey::record::v1::AuditEvent;
+use bytes::Bytes;
+use polykey_proto::polykey::record::v1::{AuditBody, AuditEvent};
 
+use super::line::{Block, encode};
 use super::trail::{Inner, Queued, Waiter};
 use super::usage::read_bodies;
 use crate::error::Error;
 
-/// Most bytes of the events of one block, far below what a row takes.
-const BLOCK_BYTES: usize = 1024 * 1024;
 const PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
@@ -19,11 +19,11 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 pub(super) async fn blocks(inner: Arc<Inner>) {
     loop {
         let closing = inner.closing.is_cancelled();
-        let (queued, waited_for) = {
+        let ready = {
             let state = inner.state.lock();
-            (state.queue.len(), state.queue.iter().any(|q| q.waiter.is_some()))
+            state.queue.front().map(|q| !q.waiters.is_empty() || q.is_full(&inner.options))
         };
-        if queued == 0 {
+        let Some(ready) = ready else {
             if closing {
                 return;
             }
@@ -32,22 +32,22 @@ pub(super) async fn blocks(inner: Arc<Inner>) {
                 () = inner.closing.cancelled() => {}
             }
             continue;
-        }
-        if !closing && !waited_for && queued < inner.options.block {
+        };
+        if !closing && !ready {
             tokio::select! {
                 () = tokio::time::sleep(inner.options.linger) => {}
                 () = inner.urgent.notified() => {}
                 () = inner.closing.cancelled() => {}
             }
         }
-        let (events, waiters, bytes) = take(&inner);
-        let leaf = deliver(&inner, &events, true).await;
+        let (block, waiters) = take(&inner);
+        let leaf = deliver(&inner, Events::Block(block.encoded())).await;
         {
             let mut state = inner.state.lock();
-            state.usage.block(leaf, &events);
+            state.usage.block(leaf, &block);
             state.in_flight = Arc::default();
             state.floor = None;
-            state.bytes = state.bytes.saturating_sub(bytes);
+            state.bytes = state.bytes.saturating_sub(block.bytes());
         }
         for waiter in waiters {
             // Whoever has gone away has its event all the same.
@@ -56,37 +56,43 @@ pub(super) async fn blocks(inner: Arc<Inner>) {
     }
 }
 
-fn take(inner: &Inner) -> (Arc<Vec<AuditEvent>>, Vec<Waiter>, usize) {
+fn take(inner: &Inner) -> (Arc<Block>, Vec<Waiter>) {
     let mut state = inner.state.lock();
-    let mut events = Vec::new();
-    let mut waiters = Vec::new();
-    let mut bytes = 0;
-    while events.len() < inner.options.block {
-        let fits = |q: &Queued| events.is_empty() || bytes + q.bytes <= BLOCK_BYTES;
-        if !state.queue.front().is_some_and(fits) {
-            break;
-        }
-        let Some(queued) = state.queue.pop_front() else { break };
-        bytes += queued.bytes;
-        events.push(queued.event);
-        waiters.extend(queued.waiter);
-    }
-    let events = Arc::new(events);
-    state.in_flight = Arc::clone(&events);
+    let Queued { events, waiters } = state.queue.pop_front().unwrap_or_default();
+    let block = Arc::new(events.close());
+    state.in_flight = Arc::clone(&block);
     state.floor = Some(inner.vault.leaves());
-    (events, waiters, bytes)
+    (block, waiters)
+}
+
+/// What is to become durable.
+#[derive(Clone, Copy)]
+pub(super) enum Events<'a> {
+    /// A block in its encoding: one leaf.
+    Block(&'a Bytes),
+    /// A leaf each.
+    Each(&'a [AuditEvent]),
+}
+
+impl Events<'_> {
+    /// Whether the first leaf of these has that body.
+    fn are_in(&self, body: &AuditBody) -> bool {
+        match self {
+            Self::Block(encoded) => body.data_plane && encode(&body.events) == **encoded,
+            Self::Each(events) => !body.data_plane && body.events.first() == events.first(),
+        }
+    }
 }
 
 /// Commits events until they are durable, and returns the index of their first leaf. After an
 /// unknown outcome the log itself is asked whether they are there.
-async fn deliver(inner: &Inner, events: &[AuditEvent], block: bool) -> u64 {
+async fn deliver(inner: &Inner, events: Events<'_>) -> u64 {
     let floor = inner.vault.leaves();
     let mut pause = PAUSE;
     loop {
-        let result = if block {
-            inner.vault.record_block(events).await
-        } else {
-            inner.vault.record(events).await
+        let result = match events {
+            Events::Block(encoded) => inner.vault.record_block(encoded.clone()).await,
+            Events::Each(events) => inner.vault.record(events).await,
         };
         let error = match result {
             Ok(receipt) => {
@@ -98,7 +104,7 @@ async fn deliver(inner: &Inner, events: &[AuditEvent], block: bool) -> u64 {
             }
             Err(error @ Error::OutcomeUnknown { .. }) => {
                 inner.failing.store(true, Ordering::Relaxed);
-                match landed(inner, floor, events, block).await {
+                match landed(inner, floor, events).await {
                     Some(leaf) => {
                         inner.failing.store(false, Ordering::Relaxed);
                         return leaf;
@@ -119,11 +125,11 @@ async fn deliver(inner: &Inner, events: &[AuditEvent], block: bool) -> u64 {
 
 /// Waits until the store has been reopened, and looks for the events among the leaves from `floor`
 /// on. Their request ids are their own, so equal events are these events.
-async fn landed(inner: &Inner, floor: u64, events: &[AuditEvent], block: bool) -> Option<u64> {
+async fn landed(inner: &Inner, floor: u64, events: Events<'_>) -> Option<u64> {
     let mut pause = PAUSE;
     loop {
         if inner.vault.writable() {
-            match find(inner, floor, events, block).await {
+            match find(inner, floor, events).await {
                 Ok(found) => return found,
                 Err(error) => tracing::warn!(%error, "the audit log cannot be read yet"),
             }
@@ -136,8 +142,7 @@ async fn landed(inner: &Inner, floor: u64, events: &[AuditEvent], block: bool) -
 pub(super) async fn find(
     inner: &Inner,
     floor: u64,
-    events: &[AuditEvent],
-    block: bool,
+    events: Events<'_>,
 ) -> Result<Option<u64>, Error> {
     let to = inner.vault.leaves();
     let mut next = floor;
@@ -147,9 +152,7 @@ pub(super) async fn find(
             return Err(Error::data_loss(format!("audit leaf {next} is missing")));
         }
         for (leaf, body) in bodies {
-            let same =
-                if block { body.events == events } else { body.events.first() == events.first() };
-            if body.data_plane == block && same {
+            if events.are_in(&body) {
                 return Ok(Some(leaf));
             }
             next = leaf + 1;
@@ -167,7 +170,7 @@ pub(super) async fn denials(inner: Arc<Inner>) {
             (denials.due(closing, Instant::now()), denials.waiting())
         };
         for events in due.chunks(256) {
-            let first = deliver(&inner, events, false).await;
+            let first = deliver(&inner, Events::Each(events)).await;
             let mut state = inner.state.lock();
             for (leaf, event) in (first..).zip(events) {
                 state.usage.observed(leaf, event);

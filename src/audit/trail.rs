@@ -9,13 +9,13 @@ use parking_lot::Mutex;
 use polykey_hsm::Ring;
 use polykey_proto::polykey::record::v1::{AuditEvent, UsageRecord};
 use polykey_storage::Snapshot;
-use prost::Message;
 use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::checkpoint::Signer;
 use super::denials::{Denials, Verdict};
+use super::line::{self, Block, Entry, Filling};
 use super::usage::{self, Access, Held, Touch, Usage};
 use super::{checkpoint, flush};
 use crate::config;
@@ -24,7 +24,9 @@ use crate::error::Error;
 use crate::key::KeyId;
 use crate::vault::Vault;
 
-/// Most bytes of events that wait, beside their number.
+/// Bytes of events at which a block is full, far below what a row takes.
+pub(super) const BLOCK_BYTES: usize = 1024 * 1024;
+/// Bytes of events that wait at which no more are taken.
 const QUEUE_BYTES: usize = 64 * 1024 * 1024;
 
 /// How the trail works.
@@ -88,23 +90,50 @@ pub struct Status {
 
 pub(super) type Waiter = oneshot::Sender<Result<u64, Error>>;
 
+/// Events that wait to become one leaf, and whoever waits for that.
+#[derive(Default)]
 pub(super) struct Queued {
-    pub(super) event: AuditEvent,
-    pub(super) bytes: usize,
-    pub(super) waiter: Option<Waiter>,
+    pub(super) events: Filling,
+    pub(super) waiters: Vec<Waiter>,
 }
 
 pub(super) struct State {
+    /// Blocks in order; the last one takes what comes.
     pub(super) queue: VecDeque<Queued>,
     /// Bytes of queued events and of those in flight.
     pub(super) bytes: usize,
-    /// Events taken from the queue that are not known to be durable.
-    pub(super) in_flight: Arc<Vec<AuditEvent>>,
+    /// The events taken from the queue that are not known to be durable.
+    pub(super) in_flight: Arc<Block>,
     /// The block in flight can be no leaf before this one.
     pub(super) floor: Option<u64>,
     pub(super) closed: bool,
     pub(super) usage: Usage,
     pub(super) denials: Denials,
+}
+
+impl State {
+    /// Events that wait to become durable.
+    fn waiting(&self) -> usize {
+        self.queue.iter().map(|q| q.events.len()).sum::<usize>() + self.in_flight.len()
+    }
+
+    /// The block that takes the next event.
+    fn filling(&mut self, options: &Options) -> &mut Queued {
+        let open = self.queue.back().is_some_and(|last| !last.is_full(options));
+        if !open {
+            // Blocks that follow one another are of one size.
+            let events = Filling::with_capacity(self.in_flight.bytes());
+            self.queue.push_back(Queued { events, waiters: Vec::new() });
+        }
+        let last = self.queue.len() - 1;
+        &mut self.queue[last]
+    }
+}
+
+impl Queued {
+    pub(super) fn is_full(&self, options: &Options) -> bool {
+        self.events.len() >= options.block || self.events.bytes() >= BLOCK_BYTES
+    }
 }
 
 pub(super) struct Inner {
@@ -146,9 +175,10 @@ impl Held for Inner {
 
     fn unsettled(&self, key: &[u8; 16], out: &mut Vec<Touch>) {
         let state = self.state.lock();
-        let events = state.in_flight.iter().chain(state.queue.iter().map(|q| &q.event));
-        let of_key = events.filter(|event| event.key_id.as_ref() == key);
-        out.extend(of_key.filter_map(|event| usage::touch(event, u64::MAX)));
+        let queued = state.queue.iter().flat_map(|q| q.events.events());
+        let of_key = state.in_flight.events().chain(queued).filter(|(m, _)| m.is_about(key));
+        let events = of_key.filter_map(|(_, encoded)| line::decode(encoded));
+        out.extend(events.filter_map(|event| usage::touch(&event, u64::MAX)));
     }
 }
 
@@ -217,27 +247,28 @@ impl Trail {
         &self.inner.vault
     }
 
-    fn push(&self, event: AuditEvent, waiter: Option<Waiter>) -> Result<(), Error> {
+    fn push(&self, event: &impl Entry, waiter: Option<Waiter>) -> Result<(), Error> {
         let inner = &*self.inner;
-        let bytes = event.encoded_len();
-        let urgent = waiter.is_some();
+        let waits = waiter.is_some();
         let mut state = inner.state.lock();
         if state.closed {
             return Err(Error::unavailable("the audit trail is closed"));
         }
-        let waiting = state.queue.len() + state.in_flight.len();
-        if waiting >= inner.options.queue || state.bytes.saturating_add(bytes) > QUEUE_BYTES {
+        if state.waiting() >= inner.options.queue || state.bytes >= QUEUE_BYTES {
             return Err(Error::Exhausted { retry_after: Duration::from_millis(100) });
         }
-        state.usage.accepted(&event);
+        let idle = state.queue.is_empty();
+        let block = state.filling(&inner.options);
+        let (bytes, meaning) = block.events.push(event);
+        block.waiters.extend(waiter);
+        let full = block.is_full(&inner.options);
         state.bytes += bytes;
-        state.queue.push_back(Queued { event, bytes, waiter });
-        let queued = state.queue.len();
+        state.usage.accepted(&meaning);
         drop(state);
-        if queued == 1 {
+        if idle {
             inner.wake.notify_one();
         }
-        if urgent || queued == inner.options.block {
+        if waits || full {
             inner.urgent.notify_one();
         }
         Ok(())
@@ -249,17 +280,17 @@ impl Trail {
     /// # Errors
     /// [`Error::Exhausted`] if too many events wait already, [`Error::Unavailable`] after
     /// [`Self::shutdown`]: the use must be refused then.
-    pub fn data_plane(&self, event: impl Into<AuditEvent>) -> Result<(), Error> {
-        self.push(event.into(), None)
+    pub fn data_plane(&self, event: impl Entry) -> Result<(), Error> {
+        self.push(&event, None)
     }
 
     /// As [`Self::data_plane`], and waits until the event is durable. Returns the index of its leaf.
     ///
     /// # Errors
     /// As [`Self::data_plane`]; [`Error::OutcomeUnknown`] if the trail ended before it could tell.
-    pub async fn data_plane_durable(&self, event: impl Into<AuditEvent>) -> Result<u64, Error> {
+    pub async fn data_plane_durable(&self, event: impl Entry) -> Result<u64, Error> {
         let (waiter, durable) = oneshot::channel();
-        self.push(event.into(), Some(waiter))?;
+        self.push(&event, Some(waiter))?;
         durable.await.map_err(|_| Error::OutcomeUnknown {
             internal: "the audit trail ended before the event was known to be durable".into(),
         })?
@@ -269,7 +300,7 @@ impl Trail {
     ///
     /// # Errors
     /// As [`Self::data_plane_durable`].
-    pub async fn used(&self, event: impl Into<AuditEvent> + Send) -> Result<(), Error> {
+    pub async fn used(&self, event: impl Entry + Send) -> Result<(), Error> {
         match self.inner.options.data_plane {
             DataPlane::Buffered => self.data_plane(event),
             DataPlane::Durable => Box::pin(self.data_plane_durable(event)).await.map(drop),
@@ -356,7 +387,7 @@ impl Trail {
     pub fn status(&self) -> Status {
         let state = self.inner.state.lock();
         Status {
-            queued: state.queue.len() + state.in_flight.len(),
+            queued: state.waiting(),
             capacity: self.inner.options.queue,
             failing: self.inner.failing.load(Ordering::Relaxed),
             usage_backlog: state.usage.backlog(),

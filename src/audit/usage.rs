@@ -17,6 +17,7 @@ use polykey_storage::{Direction, Snapshot};
 use prost::Message;
 
 use super::event::Outcome;
+use super::line::{self, Block};
 use crate::authz::{Action, Class};
 use crate::error::Error;
 use crate::key::KeyId;
@@ -56,35 +57,62 @@ pub(crate) struct Touch {
     entry: Option<HistoryEntry>,
 }
 
-/// Whether an event is a use of its key: work with it or its material, and not a look at its metadata
-/// or a change of it.
-fn is_use(event: &AuditEvent) -> bool {
-    let using = match Action::parse(&event.action) {
-        Some(Action::GetKey | Action::ExportKey) => true,
-        Some(action) => action.class() == Class::Use,
-        None => false,
-    };
-    using && event.outcome() == Outcome::Success
+/// What an event means to its key, if it is about one.
+#[derive(Clone, Copy, Debug)]
+pub struct Meaning {
+    key: Option<Key>,
+    time: i64,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Work with the key or its material, and not a look at its metadata or a change of it.
+    Use,
+    /// The making of the key.
+    Making,
+    Other,
+}
+
+impl Meaning {
+    pub(super) fn new(key: Option<Key>, time: i64, action: Action, outcome: Outcome) -> Self {
+        let kind = match action {
+            _ if outcome != Outcome::Success => Kind::Other,
+            Action::CreateKey | Action::ImportKey => Kind::Making,
+            Action::GetKey | Action::ExportKey => Kind::Use,
+            action if action.class() == Class::Use => Kind::Use,
+            _ => Kind::Other,
+        };
+        Self { key, time, kind }
+    }
+
+    pub(super) fn of(event: &AuditEvent) -> Self {
+        let (key, time) = (event.key_id.as_ref().try_into().ok(), event.time);
+        match Action::parse(&event.action) {
+            Some(action) => Self::new(key, time, action, event.outcome()),
+            None => Self { key, time, kind: Kind::Other },
+        }
+    }
+
+    pub(super) fn is_about(&self, key: &Key) -> bool {
+        self.key.as_ref() == Some(key)
+    }
 }
 
 /// Whether an event is the making of its key.
 pub(crate) fn is_making(event: &AuditEvent) -> bool {
-    matches!(Action::parse(&event.action), Some(Action::CreateKey | Action::ImportKey))
-        && event.outcome() == Outcome::Success
-}
-
-fn key_of(event: &AuditEvent) -> Option<Key> {
-    event.key_id.as_ref().try_into().ok()
+    Meaning::of(event).kind == Kind::Making
 }
 
 pub(crate) fn touch(event: &AuditEvent, leaf: u64) -> Option<Touch> {
+    let meaning = Meaning::of(event);
     // A key that was made and never used has no row: creating keys must not cost two.
-    if is_making(event) {
+    if meaning.kind == Kind::Making {
         return None;
     }
-    let uses = u64::from(is_use(event));
+    let uses = u64::from(meaning.kind == Kind::Use);
     Some(Touch {
-        key: key_of(event)?,
+        key: meaning.key?,
         uses,
         last: if uses > 0 { event.time } else { 0 },
         entry: Some(HistoryEntry {
@@ -100,23 +128,23 @@ pub(crate) fn touch(event: &AuditEvent, leaf: u64) -> Option<Touch> {
 
 /// What the events of one leaf mean to their keys. A busy key has thousands of them in a block, of
 /// which its history keeps the newest.
-fn touches(leaf: u64, events: &[AuditEvent]) -> Vec<Touch> {
+fn touches(leaf: u64, block: &Block) -> Vec<Touch> {
     let mut kept: HashMap<Key, usize> = HashMap::new();
     let mut older: BTreeMap<Key, Touch> = BTreeMap::new();
     let mut newest = Vec::new();
-    for event in events.iter().rev() {
-        let Some(key) = key_of(event) else { continue };
+    for (meaning, encoded) in block.events().rev() {
+        let Some(key) = meaning.key else { continue };
         let kept = kept.entry(key).or_default();
         if *kept < RECENT {
-            if let Some(touch) = touch(event, leaf) {
+            if let Some(touch) = line::decode(encoded).and_then(|event| touch(&event, leaf)) {
                 *kept += 1;
                 newest.push(touch);
             }
-        } else if is_use(event) {
+        } else if meaning.kind == Kind::Use {
             let none = Touch { key, uses: 0, last: 0, entry: None };
             let touch = older.entry(key).or_insert(none);
             touch.uses += 1;
-            touch.last = touch.last.max(event.time);
+            touch.last = touch.last.max(meaning.time);
         }
     }
     older.into_values().chain(newest.into_iter().rev()).collect()
@@ -146,32 +174,29 @@ impl Usage {
         Self { mark, pending: BTreeMap::new(), deltas: HashMap::new(), base: LruCache::new(CACHED) }
     }
 
-    fn add(&mut self, event: &AuditEvent) {
-        if let Some(key) = key_of(event)
-            && is_use(event)
+    /// An event has been accepted; it may have no leaf yet.
+    pub(super) fn accepted(&mut self, meaning: &Meaning) {
+        if let Some(key) = meaning.key
+            && meaning.kind == Kind::Use
         {
             let delta = self.deltas.entry(key).or_default();
             delta.count += 1;
-            delta.last = delta.last.max(event.time);
+            delta.last = delta.last.max(meaning.time);
         }
     }
 
-    /// A data-plane event has been accepted; it has no leaf yet.
-    pub(crate) fn accepted(&mut self, event: &AuditEvent) {
-        self.add(event);
-    }
-
     /// A block of accepted events has become a leaf.
-    pub(crate) fn block(&mut self, leaf: u64, events: &[AuditEvent]) {
-        self.pending.insert(leaf, touches(leaf, events).into());
+    pub(super) fn block(&mut self, leaf: u64, block: &Block) {
+        self.pending.insert(leaf, touches(leaf, block).into());
     }
 
     /// A single event has become a leaf.
     pub(crate) fn observed(&mut self, leaf: u64, event: &AuditEvent) {
         // Before the mark it has been read from the log already.
         if leaf >= self.mark && !self.pending.contains_key(&leaf) {
-            self.add(event);
-            if let Some(key) = key_of(event).filter(|_| is_making(event)) {
+            let meaning = Meaning::of(event);
+            self.accepted(&meaning);
+            if let Some(key) = meaning.key.filter(|_| meaning.kind == Kind::Making) {
                 // Known without a look at the store, which has no row of it yet.
                 self.base.put(key, Access::default());
             }

@@ -24,6 +24,8 @@ use super::hardened::is_hardened;
 use super::resident::is_resident;
 use super::{Key, KeyVersion, Keyring};
 use crate::audit::Draft;
+use crate::audit::event::is_plain;
+use crate::audit::line::Line;
 use crate::authz::{Action, Authorized, Command, DecisionId, Resource};
 use crate::command::crypto::GenerateRandom;
 use crate::context::Context;
@@ -94,6 +96,37 @@ pub(super) fn failed(error: WorkError) -> Error {
         WorkError::WrongPurpose { .. } => Error::invalid("key_id", error.to_string()),
         WorkError::Material(_) => Error::data_loss(error.to_string()),
         WorkError::Crypto(_) => Error::internal(error.to_string()),
+    }
+}
+
+/// The code of an answer in the audit trail.
+fn code_of(outcome: Outcome) -> i32 {
+    if outcome == Outcome::Success { 0 } else { INVALID_ARGUMENT }
+}
+
+/// Whether an event shows a context whole, so that it needs no digest of it.
+fn stands_whole(context: &BTreeMap<String, String>) -> bool {
+    let short = |(n, v): (&String, &String)| n.len() + 8 <= CONTEXT_TEXT && v.len() <= CONTEXT_TEXT;
+    context.len() <= CONTEXT_PAIRS && context.iter().all(short)
+}
+
+/// What [`Keyring::work_event`] says, of a plain context.
+fn line<'a>(
+    cx: &'a Context,
+    ready: &Ready,
+    context: &'a BTreeMap<String, String>,
+    outcome: Outcome,
+) -> Line<'a> {
+    Line {
+        origin: cx.origin(),
+        action: ready.action,
+        key: ready.key.id,
+        version: ready.number(),
+        outcome,
+        code: code_of(outcome),
+        decision: ready.decision,
+        context,
+        detail: None,
     }
 }
 
@@ -260,16 +293,14 @@ impl Keyring {
         context: &BTreeMap<String, String>,
         outcome: Outcome,
     ) -> Draft {
-        let code = if outcome == Outcome::Success { 0 } else { INVALID_ARGUMENT };
         let about = Some((ready.key.id, Some(ready.number())));
         let decision = ready.decision.to_string();
+        let code = code_of(outcome);
         let mut event = cx.origin().event(ready.action.name(), about, outcome, code, &decision);
         for (name, value) in context.iter().take(CONTEXT_PAIRS) {
             event = event.detail(&format!("context.{name}"), value);
         }
-        let whole = context.len() <= CONTEXT_PAIRS
-            && context.iter().all(|(n, v)| n.len() + 8 <= CONTEXT_TEXT && v.len() <= CONTEXT_TEXT);
-        if !whole {
+        if !stands_whole(context) {
             let digest = digest::digest(&digest::SHA256, &canonical_context(context));
             let digest = data_encoding::HEXLOWER.encode(digest.as_ref());
             event = event.detail("context_sha256", digest);
@@ -284,13 +315,19 @@ impl Keyring {
         ready: &Ready,
         context: &BTreeMap<String, String>,
     ) -> Result<(), Error> {
-        self.trail.used(Self::work_event(cx, ready, context, Outcome::Success)).await
+        let plain = |(name, value): (&String, &String)| is_plain(name) && is_plain(value);
+        if stands_whole(context) && context.iter().all(plain) {
+            return self.trail.used(line(cx, ready, context, Outcome::Success)).await;
+        }
+        let event = Self::work_event(cx, ready, context, Outcome::Success);
+        Box::pin(self.trail.used(event)).await
     }
 
     /// Records that something was checked, and what came of it: guessing must be seen.
     async fn checked(&self, cx: &Context, ready: &Ready, valid: bool) -> Result<(), Error> {
-        let event = Self::work_event(cx, ready, &BTreeMap::new(), Outcome::Success);
-        self.trail.used(event.detail("valid", if valid { "yes" } else { "no" })).await
+        let none = BTreeMap::new();
+        let valid = Some(("valid", if valid { "yes" } else { "no" }));
+        self.trail.used(Line { detail: valid, ..line(cx, ready, &none, Outcome::Success) }).await
     }
 
     /// Records a use whose result is a secret that leaves the node: durable before it does.
@@ -311,8 +348,7 @@ impl Keyring {
         result: Result<T, Error>,
     ) -> Result<T, Error> {
         if matches!(result, Err(Error::Crypto)) {
-            let event = Self::work_event(cx, ready, &BTreeMap::new(), Outcome::Failed);
-            self.trail.used(event).await?;
+            self.trail.used(line(cx, ready, &BTreeMap::new(), Outcome::Failed)).await?;
         }
         result
     }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use bytes::Bytes;
 use polykey_hsm::{MacPurpose, Ring, Sealer};
 use polykey_proto::polykey::record::v1::{AuditEvent, AuditLeaf, HeadRecord};
 use polykey_storage::{Abort, Applied, Finish, RowKey, Write};
@@ -11,6 +12,7 @@ use prost::encoding;
 use super::seal::{self, counter_of};
 use super::space::{self, Record, meta};
 use super::tree::{Frontier, Hash, leaf_hash};
+use crate::audit::line;
 use crate::time::Time;
 
 /// The head as the sequencer carries it from group to group.
@@ -75,16 +77,19 @@ pub(crate) struct Leaves {
 /// whoever proposes it.
 pub(crate) struct LeafEvents {
     data_plane: bool,
-    encoded: Vec<u8>,
+    encoded: Bytes,
 }
 
 impl LeafEvents {
-    pub(crate) fn new(data_plane: bool, events: &[AuditEvent]) -> Self {
-        let mut encoded = Vec::new();
-        for event in events {
-            encoding::message::encode(3, event, &mut encoded);
-        }
-        Self { data_plane, encoded }
+    /// A leaf of one event.
+    pub(crate) fn one(event: &AuditEvent) -> Self {
+        let encoded = line::encode(std::slice::from_ref(event)).into();
+        Self { data_plane: false, encoded }
+    }
+
+    /// A leaf of many events of the data plane, encoded.
+    pub(crate) fn block(encoded: Bytes) -> Self {
+        Self { data_plane: true, encoded }
     }
 
     /// The encoded [`AuditBody`](polykey_proto::polykey::record::v1::AuditBody) at an index.
@@ -202,7 +207,8 @@ mod tests {
                     events: events.clone(),
                     data_plane,
                 };
-                let parts = LeafEvents::new(data_plane, &events).body(index, &node_id);
+                let encoded = line::encode(&events).into();
+                let parts = LeafEvents { data_plane, encoded }.body(index, &node_id);
                 assert_eq!(parts, whole.encode_to_vec());
             }
         }

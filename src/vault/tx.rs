@@ -217,7 +217,7 @@ impl<'v> Tx<'v> {
 
     /// As [`Self::event`].
     pub(crate) fn note(&mut self, event: &AuditEvent) {
-        self.events.push(LeafEvents::new(false, std::slice::from_ref(event)));
+        self.events.push(LeafEvents::one(event));
     }
 
     /// Counts keys that become enabled (positive) or stop being so (negative).

@@ -72,7 +72,7 @@ proptest! {
                     .collect();
                 all.extend(made.clone());
                 if block {
-                    vault.record_block(made).await.unwrap();
+                    vault.record_block(super::super::line::encode(&made).into()).await.unwrap();
                 } else {
                     vault.record(made).await.unwrap();
                 }
