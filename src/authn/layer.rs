@@ -27,6 +27,8 @@ use crate::limits::shown;
 use crate::net::{Connection, RequestId};
 use crate::time::{Clock, Time};
 
+const BEARER: &[u8] = b"Bearer ";
+
 /// Carries the request id, both ways.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("polykey-request-id");
 /// Also taken from callers.
@@ -196,11 +198,13 @@ pub(crate) fn take_bearer(headers: &mut HeaderMap) -> Option<String> {
 }
 
 fn bearer(value: &HeaderValue) -> Option<String> {
-    let (scheme, token) = value.to_str().ok()?.split_once(' ')?;
-    let ok = scheme.eq_ignore_ascii_case("bearer")
-        && !token.is_empty()
-        && token.bytes().all(|b| b.is_ascii_graphic());
-    ok.then(|| token.to_owned())
+    let (scheme, token) = value.as_bytes().split_at_checked(BEARER.len())?;
+    // Without a way out in the middle, so that many bytes are looked at together.
+    let visible = token.iter().fold(true, |ok, byte| ok & byte.is_ascii_graphic());
+    if !scheme.eq_ignore_ascii_case(BEARER) || token.is_empty() || !visible {
+        return None;
+    }
+    String::from_utf8(token.to_vec()).ok()
 }
 
 /// The id that the acceptor gave the request, unless the caller has named it by the other header.

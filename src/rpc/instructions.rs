@@ -131,6 +131,27 @@ impl Node {
         A::decode(body.to_bytes().slice(5..)).unwrap()
     }
 
+    async fn create(&self, calls: u64) -> String {
+        let path = "/polykey.v2.PolykeyService/CreateKey";
+        let key_type = pb::KeyType::Aes256.into();
+        let request = pb::CreateKeyRequest { key_type, ..Default::default() };
+        let mut key = String::new();
+        for _ in 0..calls {
+            let made: pb::CreateKeyResponse = self.call(&self.keys, path, &request).await;
+            key = made.key_id;
+        }
+        key
+    }
+
+    async fn get(&self, key: &str, calls: u64) {
+        let request = pb::GetKeyRequest { key_id: key.to_owned(), ..Default::default() };
+        for _ in 0..calls {
+            let path = "/polykey.v2.PolykeyService/GetKey";
+            let answer: pb::GetKeyResponse = self.call(&self.keys, path, &request).await;
+            assert!(answer.key_material.is_some());
+        }
+    }
+
     async fn encrypt(&self, key: &str, calls: u64) {
         let request = pb::EncryptRequest {
             key_id: key.to_owned(),
@@ -169,13 +190,18 @@ fn under_callgrind() {
     let node = runtime.block_on(Node::new());
     match case.as_str() {
         "encrypt-256" => {
-            let path = "/polykey.v2.PolykeyService/CreateKey";
-            let key_type = pb::KeyType::Aes256.into();
-            let request = pb::CreateKeyRequest { key_type, ..Default::default() };
-            let made = node.call::<_, pb::CreateKeyResponse>(&node.keys, path, &request);
-            let key = runtime.block_on(made).key_id;
+            let key = runtime.block_on(node.create(1));
             runtime.block_on(node.encrypt(&key, FIRST));
             counted(&runtime, Box::pin(node.encrypt(&key, CALLS)));
+        }
+        "get-key" => {
+            let key = runtime.block_on(node.create(1));
+            runtime.block_on(node.get(&key, FIRST));
+            counted(&runtime, Box::pin(node.get(&key, CALLS)));
+        }
+        "create-key" => {
+            runtime.block_on(node.create(FIRST));
+            counted(&runtime, Box::pin(async { drop(node.create(CALLS).await) }));
         }
         "remembered-token" => {
             runtime.block_on(node.authenticate(FIRST));
@@ -243,7 +269,7 @@ fn no_call_takes_a_tenth_more_instructions() {
     }
     let mut figures = recorded();
     let mut grown = Vec::new();
-    for case in ["encrypt-256", "remembered-token"] {
+    for case in ["encrypt-256", "get-key", "create-key", "remembered-token"] {
         let now = instructions(case);
         println!("{case}: {now} instructions, {BUILD}");
         if now == 0 {

@@ -4,9 +4,8 @@ use aws_lc_rs::aead::{
     AES_128_GCM, AES_128_GCM_SIV, AES_256_GCM, AES_256_GCM_SIV, Aad, CHACHA20_POLY1305,
     LessSafeKey, Nonce, UnboundKey,
 };
-use chacha20poly1305::aead::inout::InOutBuf;
-use chacha20poly1305::{AeadInOut, KeyInit, XChaCha20Poly1305};
-use zeroize::Zeroize;
+use chacha20::R20;
+use zeroize::{Zeroize, Zeroizing};
 
 use crate::{Algorithm, CryptoFailure};
 
@@ -23,7 +22,8 @@ pub(super) struct Broken;
 pub(super) enum Suite {
     /// Through aws-lc, with nonces of 12 bytes.
     Aws(&'static aws_lc_rs::aead::Algorithm),
-    /// Through RustCrypto, with nonces of 24 bytes; aws-lc does not have it.
+    /// With nonces of 24 bytes: aws-lc's ChaCha20-Poly1305 under a sub-key of HChaCha20, which aws-lc does
+    /// not have (draft-irtf-cfrg-xchacha-03, section 2.3).
     XChaCha,
 }
 
@@ -66,8 +66,10 @@ impl Suite {
                 Inner::Aws(LessSafeKey::new(key))
             }
             Self::XChaCha => {
-                let key = XChaCha20Poly1305::new_from_slice(key).map_err(|_| failure)?;
-                Inner::XChaCha(Box::new(key))
+                let mut copy = Box::new(Zeroizing::new([0; 32]));
+                let key: &[u8; 32] = key.try_into().map_err(|_| failure)?;
+                copy.copy_from_slice(key);
+                Inner::XChaCha(copy)
             }
         };
         Ok(AeadKey { inner, nonce_len: self.nonce_len() })
@@ -82,7 +84,18 @@ pub(super) struct AeadKey {
 
 enum Inner {
     Aws(LessSafeKey),
-    XChaCha(Box<XChaCha20Poly1305>),
+    XChaCha(Box<Zeroizing<[u8; 32]>>),
+}
+
+/// The key and nonce of ChaCha20-Poly1305 that stand for a key and a nonce of 24 bytes.
+fn xchacha(key: &[u8; 32], nonce: &[u8]) -> Option<(LessSafeKey, Nonce)> {
+    let (head, tail) = nonce.split_first_chunk::<16>()?;
+    let mut subkey = chacha20::hchacha::<R20>(key.into(), head.into());
+    let unbound = UnboundKey::new(&CHACHA20_POLY1305, &subkey);
+    subkey.zeroize();
+    let mut short = [0; 12];
+    short.get_mut(4..)?.copy_from_slice(<&[u8; 8]>::try_from(tail).ok()?);
+    Some((LessSafeKey::new(unbound.ok()?), Nonce::assume_unique_for_key(short)))
 }
 
 /// The nonce of a chunk of a stream, for each length of nonce: zeros ‖ counter u32 ‖ 1 for the last chunk, 0 for
@@ -136,9 +149,11 @@ impl AeadKey {
                 .and_then(|nonce| key.seal_in_place_separate_tag(nonce, Aad::from(aad), body))
                 .ok()
                 .and_then(|tag| tag.as_ref().try_into().ok()),
-            Inner::XChaCha(key) => nonce.try_into().ok().and_then(|nonce| {
-                key.encrypt_inout_detached(nonce, aad, (&mut *body).into()).ok().map(Into::into)
-            }),
+            Inner::XChaCha(key) => xchacha(key, nonce)
+                .and_then(|(key, nonce)| {
+                    key.seal_in_place_separate_tag(nonce, Aad::from(aad), body).ok()
+                })
+                .and_then(|tag| tag.as_ref().try_into().ok()),
         };
         tag.ok_or_else(|| {
             body.zeroize();
@@ -169,10 +184,46 @@ impl AeadKey {
                 key.open_separate_gather(nonce, Aad::from(aad), body, tag, out).ok()
             }
             Inner::XChaCha(key) => {
-                let nonce = nonce.try_into().ok()?;
-                let buffers = InOutBuf::new(body, out).ok()?;
-                key.decrypt_inout_detached(nonce, aad, buffers, tag.into()).ok()
+                let (key, nonce) = xchacha(key, nonce)?;
+                key.open_separate_gather(nonce, Aad::from(aad), body, tag, out).ok()
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use chacha20poly1305::{AeadInOut, KeyInit, XChaCha20Poly1305};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn xchacha_is_what_another_implementation_makes_of_it(
+            key in any::<[u8; 32]>(),
+            nonce in any::<[u8; 24]>(),
+            aad in prop::collection::vec(any::<u8>(), 0..70),
+            plaintext in prop::collection::vec(any::<u8>(), 0..300),
+        ) {
+            let theirs = XChaCha20Poly1305::new(&key.into());
+            let mut expected = plaintext.clone();
+            let expected_tag = theirs
+                .encrypt_inout_detached(&nonce.into(), &aad, expected.as_mut_slice().into())
+                .unwrap();
+            let ours = Suite::XChaCha.key(&key).unwrap();
+            let mut sealed = plaintext.clone();
+            let tag = ours.seal(&nonce, &aad, &mut sealed).unwrap();
+            prop_assert_eq!(&sealed, &expected);
+            prop_assert_eq!(tag.as_slice(), expected_tag.as_slice());
+            sealed.extend_from_slice(&tag);
+            let mut opened = vec![0; plaintext.len()];
+            prop_assert_eq!(ours.open(&nonce, &aad, &sealed, &mut opened), Ok(()));
+            prop_assert_eq!(opened, plaintext);
+            sealed[usize::from(key[0]) % (tag.len())] ^= 1;
+            let mut opened = vec![1; sealed.len() - TAG_LEN];
+            prop_assert_eq!(ours.open(&nonce, &aad, &sealed, &mut opened), Err(Broken));
+            prop_assert!(opened.iter().all(|byte| *byte == 0));
         }
     }
 }
