@@ -16,6 +16,7 @@ mod measured;
 mod recover;
 mod reload;
 mod report;
+mod restore;
 mod secrets;
 mod tasks;
 #[cfg(test)]
@@ -65,6 +66,7 @@ pub use check::{Finding, check};
 pub use error::{AppError, Fault};
 pub use recover::{Recovered, RecoveryFailure, recover};
 pub use reload::Reloaded;
+pub use restore::{BackupView, RestoreFailure, restore, verify_backup};
 pub use secrets::Missing;
 
 /// Longest time that a call which is not a stream may take.

@@ -13,6 +13,7 @@ mod access;
 mod admin_view;
 pub mod audit;
 mod audit_view;
+pub mod backup;
 pub mod client;
 pub mod crypto;
 mod crypto_large;
@@ -43,7 +44,8 @@ mod parse_tests;
 pub use access::{RevokeArgs, TokenCommand};
 pub use error::{CliError, Exit};
 pub use server::{
-    CheckArgs, DevArgs, HsmCommand, InitArgs, LockArgs, RecoverArgs, ServeArgs, UnlockArgs,
+    CheckArgs, DevArgs, HsmCommand, InitArgs, LockArgs, RecoverArgs, RestoreArgs, ServeArgs,
+    UnlockArgs,
 };
 
 use output::{Format, Output};
@@ -87,6 +89,11 @@ pub enum Command {
     /// Open a store with a recovery key or its shares, and put its root key under the master key of the
     /// configuration again. No server may have it open.
     Recover(RecoverArgs),
+    /// Backups of the node.
+    #[command(subcommand)]
+    Backup(backup::BackupCommand),
+    /// Make a store of a backup, where the configuration has its store and there is none.
+    Restore(RestoreArgs),
     /// Have a node on this machine forget its root key and all others, and serve no more.
     Lock(LockArgs),
     /// Unlock a node on this machine.
@@ -200,6 +207,8 @@ pub fn run(cli: Cli) -> Result<(), CliError> {
         Command::Serve(args) => server::serve(args),
         Command::Check(args) => server::check(&app, args),
         Command::Recover(args) => server::recover(&app, args),
+        Command::Restore(args) => server::restore(&app, args),
+        Command::Backup(backup::BackupCommand::Verify(args)) => server::backup_verify(&app, args),
         Command::Lock(args) => server::lock(&app, &args),
         Command::Unlock(args) => server::unlock(&app, &args),
         Command::Hsm(command) => server::hsm(&app, command),
@@ -234,6 +243,7 @@ async fn talk(app: &App, command: Command) -> Result<(), CliError> {
         Command::Policy(command) => policy::run(app, command).await,
         Command::Audit(command) => audit::run(app, command).await,
         Command::Store(command) => node::store(app, command).await,
+        Command::Backup(backup::BackupCommand::Create(args)) => backup::create(app, args).await,
         Command::Jobs(args) => node::jobs(app, args).await,
         Command::Health(args) => health::run(app, args).await,
         // Done by `run` without a runtime.
@@ -242,6 +252,8 @@ async fn talk(app: &App, command: Command) -> Result<(), CliError> {
         | Command::Serve(_)
         | Command::Check(_)
         | Command::Recover(_)
+        | Command::Restore(_)
+        | Command::Backup(backup::BackupCommand::Verify(_))
         | Command::Lock(_)
         | Command::Unlock(_)
         | Command::Hsm(_)

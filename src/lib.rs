@@ -23,6 +23,7 @@ pub mod app;
 pub mod audit;
 pub mod authn;
 pub mod authz;
+pub mod backup;
 pub mod cache;
 pub mod cli;
 pub mod client;

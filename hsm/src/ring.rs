@@ -8,12 +8,13 @@ use zeroize::Zeroizing;
 use crate::cipher::{self, Cipher, Key};
 use crate::codec::Reader;
 use crate::mac::MacKeys;
-use crate::{CryptoFailure, Hex, RootKey, random};
+use crate::{Algorithm, CryptoFailure, Hex, KeyMaterial, Purpose, RootKey, WorkingKey, random};
 
 const FORMAT: u8 = 1;
 const MAX_EPOCHS: usize = 1024;
 const RECORD_LABEL: &str = "polykey/ring/record/v1";
 const MATERIAL_LABEL: &str = "polykey/ring/material/v1";
+const BACKUP_LABEL: &str = "polykey/ring/backup/v1";
 
 /// Why a ring does not open or change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -211,6 +212,21 @@ impl Ring {
         }
         self.0 = Arc::new(RingInner { node: node.clone(), epochs: kept, primary: primary.clone() });
         Ok(())
+    }
+
+    /// The key of backups that are made under an epoch. It is derived when it is asked for, and good for
+    /// streams ([`WorkingKey::seal_stream`]) of any number.
+    ///
+    /// # Errors
+    /// [`RingError::UnknownEpoch`]; [`RingError::Crypto`].
+    pub fn backup_key(&self, epoch: u32) -> Result<WorkingKey, RingError> {
+        let of = self.epoch(epoch).ok_or(RingError::UnknownEpoch(epoch))?;
+        let at = epoch.to_be_bytes();
+        let key = cipher::subkey(&of.key, BACKUP_LABEL, &[&self.node_id(), &at])?;
+        let failed = CryptoFailure("the key of backups cannot be made");
+        let material = KeyMaterial::from_secret(key.to_vec()).map_err(|_| failed)?;
+        let key = WorkingKey::new(Algorithm::Aes256, Purpose::Encrypt, &material);
+        Ok(key.map_err(|_| failed)?)
     }
 
     pub(crate) fn primary(&self) -> &Epoch {

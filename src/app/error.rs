@@ -4,8 +4,10 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::recover::RecoveryFailure;
+use super::restore::RestoreFailure;
 use super::secrets::Missing;
 use crate::authz::PolicyErrors;
+use crate::backup::BackupError;
 use crate::config::ConfigErrors;
 use crate::custody;
 use crate::error::Error;
@@ -54,6 +56,9 @@ pub enum AppError {
     /// The recovery key or its shares are not those of any slot.
     #[error("{0}")]
     Recovery(#[from] RecoveryFailure),
+    /// A backup gives nothing back.
+    #[error("{0}")]
+    Restore(#[from] RestoreFailure),
     /// The store file does not open.
     #[error("{0}")]
     Store(#[from] polykey_storage::OpenError),
@@ -160,6 +165,10 @@ impl AppError {
             | Self::Secrets(_)
             | Self::NoWrapper(_)
             | Self::Recovery(_)
+            | Self::Restore(RestoreFailure::File {
+                error: BackupError::Io(_) | BackupError::Foreign | BackupError::NewerFormat(_),
+                ..
+            })
             | Self::Exposed { .. }
             | Self::NoIdentity
             | Self::Store(
@@ -170,6 +179,7 @@ impl AppError {
             ) => Fault::Given,
             Self::Store(Store::InUse { .. } | Store::Exists { .. })
             | Self::AlreadyInitialised(_)
+            | Self::Restore(RestoreFailure::Exists(_))
             | Self::Init(custody::InitError::AlreadyInitialised)
             | Self::Setup(SetupError::InUse(_))
             | Self::HealthPort { .. }
@@ -182,6 +192,10 @@ impl AppError {
                 | custody::OpenError::Damaged(_),
             )
             | Self::Locked { .. }
+            | Self::Restore(
+                RestoreFailure::Records { .. }
+                | RestoreFailure::File { error: BackupError::Broken | BackupError::Ring(_), .. },
+            )
             | Self::Setup(SetupError::MasterKeyLost { .. })
             | Self::Store(Store::Store { error: StoreError::Damaged(_), .. })
             | Self::Vault(Error::DataLoss { .. }) => Fault::Damaged,
@@ -268,6 +282,9 @@ impl AppError {
                 "Configure [ca], and a certificate is issued, or name one with --admin-identity \
                  spiffe-uri:spiffe://… or --admin-identity dns:NAME."
                     .into()
+            }
+            Self::Restore(RestoreFailure::Exists(_)) => {
+                "Move it away, with the files beside it, if the backup is to take its place.".into()
             }
             Self::AlreadyInitialised(_) => {
                 "Start it with `polykey serve --config FILE`.".into()

@@ -69,7 +69,7 @@ pub async fn recover(
     recovered
 }
 
-async fn give_back(
+pub(super) async fn give_back(
     custody: &Arc<Custody>,
     config: &Config,
     make_master_key: bool,

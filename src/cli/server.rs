@@ -1,5 +1,6 @@
 //! `polykey dev|init|serve|check`, and what else needs the store itself: they bring a runtime of their own.
 
+mod backup;
 mod dev;
 mod hsm;
 mod init;
@@ -25,6 +26,8 @@ use crate::config::Config;
 use crate::error::Error;
 use crate::vault::space::{META, meta};
 
+pub use backup::{RestoreArgs, VerifyBackupArgs};
+pub(super) use backup::{backup_verify, restore};
 pub use dev::{DevArgs, dev};
 pub use hsm::HsmCommand;
 pub(super) use hsm::hsm;

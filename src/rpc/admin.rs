@@ -1,6 +1,7 @@
 //! `polykey.v2.AdminService`: the node and who may use it.
 
 mod audit;
+mod backup;
 mod certificates;
 mod clients;
 mod commands;
@@ -18,6 +19,7 @@ use parking_lot::Mutex;
 use polykey_proto::polykey::record::v1::AuditEvent;
 use polykey_proto::polykey::v2 as pb;
 use prost::Message;
+use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status};
 
 use super::Deps;
@@ -62,6 +64,8 @@ struct Inner {
     wrappers: Mutex<Vec<NamedWrapper>>,
     /// When the store was last verified, and whether that found nothing.
     verified: Mutex<Option<(Time, bool)>>,
+    /// One backup at a time: each keeps the store from using space again.
+    backups: Arc<Semaphore>,
 }
 
 /// The most times that a change is decided and tried anew because another one came first.
@@ -70,7 +74,8 @@ const ATTEMPTS: usize = 8;
 impl AdminService {
     pub(crate) fn new(deps: Arc<Deps>, admin: AdminDeps) -> Self {
         let wrappers = Mutex::new(admin.wrappers.clone());
-        Self(Arc::new(Inner { deps, admin, wrappers, verified: Mutex::new(None) }))
+        let (verified, backups) = (Mutex::new(None), Arc::new(Semaphore::new(1)));
+        Self(Arc::new(Inner { deps, admin, wrappers, verified, backups }))
     }
 
     fn directory(&self) -> &Arc<Directory> {
@@ -220,5 +225,6 @@ service! {
     follow_audit(FollowAuditRequest) -> FollowAuditResponse as FollowAuditStream;
     export_audit_log(ExportAuditLogRequest) -> ExportAuditLogResponse as ExportAuditLogStream;
     verify_store(VerifyStoreRequest) -> VerifyStoreResponse as VerifyStoreStream;
+    create_backup(CreateBackupRequest) -> CreateBackupResponse as CreateBackupStream;
     }
 }

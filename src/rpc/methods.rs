@@ -151,6 +151,7 @@ methods! {
         "ExportAuditLog" lasts: right(Action::ReadAudit);
         "GetStoreStatus": right(Action::ReadNode);
         "VerifyStore" lasts: right(Action::VerifyStore);
+        "CreateBackup" lasts: right(Action::BackupStore);
         "ListJobs": right(Action::ReadNode);
         "ConfirmClock": right(Action::ConfirmClock);
         "GetConfiguration": right(Action::ReadNode);

@@ -14,6 +14,7 @@ mod common;
 
 #[cfg(feature = "aws")]
 mod aws;
+mod backup;
 mod canary;
 mod crypto;
 mod fields;

@@ -105,6 +105,7 @@ GetAuditCheckpoint      + - - + -
 ExportAuditLog          + - - + -
 GetStoreStatus          + + - - -
 VerifyStore             + - - - -
+CreateBackup            + - - - -
 ListJobs                + + - - -
 ConfirmClock            + - - - -
 GetConfiguration        + + - - -

@@ -608,6 +608,35 @@ pub struct CheckpointRecord {
     #[prost(string, tag = "1")]
     pub note: ::prost::alloc::string::String,
 }
+/// What stands in the clear before the rows of a backup. The seal of the rows covers it.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BackupHeader {
+    /// The node that it is of.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub node_id: ::prost::bytes::Bytes,
+    /// The storage-key epoch that seals it.
+    #[prost(uint32, tag = "2")]
+    pub epoch: u32,
+    /// When it was begun.
+    #[prost(int64, tag = "3")]
+    pub created_at: i64,
+    /// The revision of the store that it shows.
+    #[prost(uint64, tag = "4")]
+    pub revision: u64,
+    /// The values of the node's rows `node`, `slots`, `canary` and `head`, with which its root key is opened
+    /// and proved.
+    #[prost(bytes = "bytes", tag = "5")]
+    pub node: ::prost::bytes::Bytes,
+    #[prost(bytes = "bytes", tag = "6")]
+    pub slots: ::prost::bytes::Bytes,
+    #[prost(bytes = "bytes", tag = "7")]
+    pub canary: ::prost::bytes::Bytes,
+    #[prost(bytes = "bytes", tag = "8")]
+    pub head: ::prost::bytes::Bytes,
+    /// The version that wrote it.
+    #[prost(string, tag = "9")]
+    pub software: ::prost::alloc::string::String,
+}
 /// Something to be done at a time.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct JobRecord {

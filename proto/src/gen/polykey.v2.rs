@@ -1955,6 +1955,45 @@ pub struct GetStoreStatusResponse {
     #[prost(uint64, tag = "13")]
     pub damaged_records: u64,
 }
+/// Asks for a backup.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CreateBackupRequest {}
+/// A piece of a backup, or at the end what it holds.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CreateBackupResponse {
+    /// A piece, or the result, sent last.
+    #[prost(oneof = "create_backup_response::Part", tags = "1, 2")]
+    pub part: ::core::option::Option<create_backup_response::Part>,
+}
+/// Nested message and enum types in `CreateBackupResponse`.
+pub mod create_backup_response {
+    /// A piece, or the result, sent last.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Part {
+        /// The next bytes of the file.
+        #[prost(bytes, tag = "1")]
+        Data(::prost::bytes::Bytes),
+        /// What the file holds. Without it, the file is not whole.
+        #[prost(message, tag = "2")]
+        Result(super::CreateBackupResult),
+    }
+}
+/// What a backup holds.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CreateBackupResult {
+    /// The revision that it is of.
+    #[prost(uint64, tag = "1")]
+    pub revision: u64,
+    /// Its records.
+    #[prost(uint64, tag = "2")]
+    pub records: u64,
+    /// Bytes of the file.
+    #[prost(uint64, tag = "3")]
+    pub size_bytes: u64,
+    /// Its position in the audit log.
+    #[prost(uint64, tag = "4")]
+    pub audit_index: u64,
+}
 /// Asks for a check of every record.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct VerifyStoreRequest {}
@@ -3012,6 +3051,32 @@ pub mod admin_service_client {
                 .insert(GrpcMethod::new("polykey.v2.AdminService", "VerifyStore"));
             self.inner.server_streaming(req, path, codec).await
         }
+        /// Sends a backup: every record of one revision, sealed as it is stored, in a stream that only the
+        /// node's root key opens. Needs `node:admin`.
+        pub async fn create_backup(
+            &mut self,
+            request: impl tonic::IntoRequest<super::CreateBackupRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::CreateBackupResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.AdminService/CreateBackup",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.AdminService", "CreateBackup"));
+            self.inner.server_streaming(req, path, codec).await
+        }
         /// Lists what is scheduled, by time. Needs `node:read`.
         pub async fn list_jobs(
             &mut self,
@@ -3348,6 +3413,21 @@ pub mod admin_service_server {
             request: tonic::Request<super::VerifyStoreRequest>,
         ) -> std::result::Result<
             tonic::Response<Self::VerifyStoreStream>,
+            tonic::Status,
+        >;
+        /// Server streaming response type for the CreateBackup method.
+        type CreateBackupStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::CreateBackupResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Sends a backup: every record of one revision, sealed as it is stored, in a stream that only the
+        /// node's root key opens. Needs `node:admin`.
+        async fn create_backup(
+            &self,
+            request: tonic::Request<super::CreateBackupRequest>,
+        ) -> std::result::Result<
+            tonic::Response<Self::CreateBackupStream>,
             tonic::Status,
         >;
         /// Lists what is scheduled, by time. Needs `node:read`.
@@ -4753,6 +4833,52 @@ pub mod admin_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = VerifyStoreSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.AdminService/CreateBackup" => {
+                    #[allow(non_camel_case_types)]
+                    struct CreateBackupSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::ServerStreamingService<super::CreateBackupRequest>
+                    for CreateBackupSvc<T> {
+                        type Response = super::CreateBackupResponse;
+                        type ResponseStream = T::CreateBackupStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::CreateBackupRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::create_backup(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = CreateBackupSvc(inner);
                         let codec = crate::Codec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

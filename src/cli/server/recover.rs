@@ -71,10 +71,7 @@ impl View for RecoveredView {
 pub(in crate::cli) fn recover(cli: &Cli, args: RecoverArgs) -> Result<(), CliError> {
     hardening::private_files();
     let config = Config::load(&args.config).map_err(AppError::from)?;
-    let key = match &args.key {
-        Some(file) => RecoveryKey::parse(&read(file)?).map_err(|error| named(file, &error))?,
-        None => combined(&args.shares)?,
-    };
+    let key = recovery_key(args.key.as_deref(), &args.shares)?;
     let make = args.generate_master_key;
     let recovered = app::recover(&config, key, make, Clock::System);
     let recovered = runtime()?.block_on(Box::pin(recovered))?;
@@ -88,6 +85,17 @@ pub(in crate::cli) fn recover(cli: &Cli, args: RecoverArgs) -> Result<(), CliErr
         master_key_made: recovered.master_key_made,
         next: format!("polykey serve --config {}", config.file.display()),
     })
+}
+
+/// The recovery key of a file, or of its shares.
+pub(super) fn recovery_key(
+    file: Option<&Path>,
+    shares: &[PathBuf],
+) -> Result<RecoveryKey, CliError> {
+    match file {
+        Some(file) => RecoveryKey::parse(&read(file)?).map_err(|error| named(file, &error)),
+        None => combined(shares),
+    }
 }
 
 fn named(file: &Path, error: &dyn std::fmt::Display) -> CliError {

@@ -46,6 +46,8 @@ commands! {
     ReadAudit = ReadAudit;
     /// Check every record.
     VerifyStore = VerifyStore;
+    /// Take a backup.
+    BackupStore = BackupStore;
     /// Say that the clock is right.
     ConfirmClock = ConfirmClock;
 }

@@ -1,0 +1,162 @@
+//! `polykey backup verify` and `polykey restore`: backups read back, with no server.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use polykey_hsm::recovery::RecoveryKey;
+use serde::Serialize;
+
+use super::super::App as Cli;
+use super::super::error::CliError;
+use super::super::output::{Human, View};
+use super::recover::recovery_key;
+use super::runtime;
+use crate::app::{self, AppError, BackupView};
+use crate::config::Config;
+use crate::hardening;
+use crate::time::Clock;
+
+/// What opens a backup, where the configuration does not.
+#[derive(Args, Debug)]
+#[group(multiple = true)]
+pub struct RecoveryArgs {
+    /// The file with the private half of a recovery key; - for standard input.
+    #[arg(long, value_name = "FILE", conflicts_with = "shares")]
+    pub key: Option<PathBuf>,
+    /// A file with a share of it; as many as it takes.
+    #[arg(long = "share", value_name = "FILE")]
+    pub shares: Vec<PathBuf>,
+}
+
+impl RecoveryArgs {
+    fn key(&self) -> Result<Option<RecoveryKey>, CliError> {
+        if self.key.is_none() && self.shares.is_empty() {
+            return Ok(None);
+        }
+        recovery_key(self.key.as_deref(), &self.shares).map(Some)
+    }
+}
+
+/// Arguments of `backup verify`.
+#[derive(Args, Debug)]
+pub struct VerifyBackupArgs {
+    /// The configuration of the node: its master key or wrappers open the backup. Its store is left alone.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// The backup.
+    #[arg(long, value_name = "FILE")]
+    pub from: PathBuf,
+    /// Where there is room for the store meanwhile [default: beside the backup].
+    #[arg(long, value_name = "DIR")]
+    pub scratch: Option<PathBuf>,
+    /// What opens it instead.
+    #[command(flatten)]
+    pub recovery: RecoveryArgs,
+}
+
+/// Arguments of `restore`.
+#[derive(Args, Debug)]
+pub struct RestoreArgs {
+    /// The configuration: the store is made where it says.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// The backup.
+    #[arg(long, value_name = "FILE")]
+    pub from: PathBuf,
+    /// With a recovery key: make the master key in the file that the configuration names, if there is none.
+    #[arg(long)]
+    pub generate_master_key: bool,
+    /// What opens it instead of the configuration's wrappers.
+    #[command(flatten)]
+    pub recovery: RecoveryArgs,
+}
+
+/// What a backup holds, or what was made of it.
+#[derive(Serialize)]
+struct FoundView {
+    file: String,
+    node_id: String,
+    created_at: String,
+    revision: u64,
+    records: u64,
+    bytes: u64,
+    enabled_keys: u64,
+    audit_leaves: u64,
+    damaged_records: u64,
+    store: Option<String>,
+    slot: Option<String>,
+    next: Option<String>,
+}
+
+impl FoundView {
+    fn new(file: &Path, view: &BackupView) -> Self {
+        Self {
+            file: file.display().to_string(),
+            node_id: data_encoding::HEXLOWER.encode(&view.node_id),
+            created_at: view.created_at.to_string(),
+            revision: view.contents.revision,
+            records: view.contents.rows,
+            bytes: view.contents.bytes,
+            enabled_keys: view.keys,
+            audit_leaves: view.leaves,
+            damaged_records: view.damaged,
+            store: None,
+            slot: None,
+            next: None,
+        }
+    }
+}
+
+impl View for FoundView {
+    fn human(&self) -> Human {
+        let mut lines = vec![
+            ("file", self.file.clone()),
+            ("node", self.node_id.clone()),
+            ("made at", self.created_at.clone()),
+            ("revision", self.revision.to_string()),
+            ("records", format!("{}, all verified", self.records)),
+            ("enabled keys", self.enabled_keys.to_string()),
+            ("audit leaves", self.audit_leaves.to_string()),
+        ];
+        if self.damaged_records > 0 {
+            let text =
+                format!("{} records, when the backup was made already", self.damaged_records);
+            lines.push(("damaged", text));
+        }
+        let more = [("store", &self.store), ("slot", &self.slot), ("next", &self.next)];
+        lines.extend(more.into_iter().filter_map(|(name, text)| Some((name, text.clone()?))));
+        Human::Record(lines)
+    }
+}
+
+/// Opens a backup and verifies every record.
+///
+/// # Errors
+/// See [`AppError`].
+pub(in crate::cli) fn backup_verify(cli: &Cli, args: VerifyBackupArgs) -> Result<(), CliError> {
+    hardening::private_files();
+    let config = Config::load(&args.config).map_err(AppError::from)?;
+    let key = args.recovery.key()?;
+    let beside = args.from.parent().filter(|p| !p.as_os_str().is_empty());
+    let scratch = args.scratch.as_deref().or(beside).unwrap_or(Path::new("."));
+    let verified = app::verify_backup(&config, &args.from, scratch, key, Clock::System);
+    let view = runtime()?.block_on(Box::pin(verified))?;
+    cli.out.print(&FoundView::new(&args.from, &view))
+}
+
+/// Makes a store of a backup.
+///
+/// # Errors
+/// See [`AppError`].
+pub(in crate::cli) fn restore(cli: &Cli, args: RestoreArgs) -> Result<(), CliError> {
+    hardening::private_files();
+    let config = Config::load(&args.config).map_err(AppError::from)?;
+    let key = args.recovery.key()?;
+    let restored = app::restore(&config, &args.from, key, args.generate_master_key, Clock::System);
+    let (view, recovered) = runtime()?.block_on(Box::pin(restored))?;
+    let mut view = FoundView::new(&args.from, &view);
+    view.store = Some(config.storage.path.display().to_string());
+    view.slot = recovered.map(|recovered| recovered.slot.label);
+    view.next = Some(format!("polykey serve --config {}", config.file.display()));
+    cli.out.print(&view)
+}
