@@ -77,7 +77,9 @@ faults: ## 38 / 25 | HSM faults, power cuts, kills, disk errors, tampering, revo
 
 .PHONY: kryoptic
 kryoptic: ## 6 / 2 | the PKCS#11 tests over a second token, Kryoptic, which it builds (needs libclang)
-	@module=$$(.ci/kryoptic) && POLYKEY_KRYOPTIC=$$module .ci/test -p polykey-hsm --test pkcs11 --test pkcs11_keys $(ARGS)
+	@module=$$(.ci/kryoptic) && export POLYKEY_KRYOPTIC=$$module && \
+	  .ci/test -p polykey-hsm --test pkcs11 --test pkcs11_keys $(ARGS) && \
+	  .ci/test -p polykey --test api $(FEATURES) rsa_key_decrypts
 
 .PHONY: bench
 bench: ## 16 / 5 | benchmarks on the dist profile, ratios within one run

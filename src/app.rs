@@ -46,7 +46,9 @@ use crate::authn::session::{Authenticator, Settings};
 use crate::authz::Authorizer;
 use crate::config::Config;
 use crate::custody::signing::{self, Purpose, SigningKey};
-use crate::custody::{self, Backends, Custody, MASTER_KEY, NamedWrapper, Pace, Tokens, Unusable};
+use crate::custody::{
+    self, Backends, Custody, InitError, MASTER_KEY, NamedWrapper, Pace, Tokens, Unusable,
+};
 use crate::directory::{Directory, SecurityCaches};
 use crate::error::Error;
 use crate::health::grpc::HealthService;
@@ -316,7 +318,14 @@ impl App {
             };
             let (slot, wrapper) = (first.slot(FIRST_SLOT), Arc::clone(&first.wrapper));
             let event = event("InitialiseStore", clock.now());
-            Custody::init(store, wrapper, slot, event, caches, clock.clone()).await?
+            let founded =
+                Custody::init(Arc::clone(&store), wrapper, slot, event, caches, clock.clone())
+                    .await;
+            if matches!(&founded, Err(InitError::Wrap { .. } | InitError::BadLabel)) {
+                // Nothing is in it. It is ours still, and left there it would look like a store.
+                unmake(path);
+            }
+            founded?
         } else {
             let by = if only_given.is_empty() { &wrappers } else { &only_given };
             unlock(store, (by, unusable), caches, clock.clone()).await?
@@ -481,6 +490,18 @@ impl App {
         self.jobs.shutdown();
         self.jobs.note_clock().await;
         self.trail.shutdown(LAST_WORDS).await
+    }
+}
+
+/// Removes a store that was just made, with its journal.
+fn unmake(path: &Path) {
+    for path in [path.to_owned(), redb::journal_path(path)] {
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                tracing::warn!(path = %path.display(), %error, "an empty store could not be removed");
+            }
+            _ => {}
+        }
     }
 }
 

@@ -278,6 +278,8 @@ impl Config {
     /// # Errors
     /// Every mistake in it, each with its place and its remedy.
     pub fn load(file: &Path) -> Result<Self, ConfigErrors> {
+        // So that every message names a place and not a way there.
+        let file = &std::path::absolute(file).unwrap_or_else(|_| file.to_owned());
         let bytes = read::bytes(file, MAX_BYTES)?;
         let text = String::from_utf8(bytes).map_err(|error| {
             let good = error.utf8_error().valid_up_to();

@@ -38,7 +38,7 @@ pub use change::{Removal, Rewrap, Terms};
 pub use error::{ChangeError, InitError, OpenError, Trial, TrialOutcome};
 pub use reseal::Pace;
 pub use slots::{RECOVERY, SlotSpec};
-pub use tokens::Tokens;
+pub use tokens::{Placed, Tokens};
 pub use wrappers::{MASTER_KEY, NamedWrapper, Unusable, WrapperError, open_token};
 
 use crate::error::Error;
@@ -64,7 +64,8 @@ pub struct SlotStatus {
     pub source: String,
     /// When its wrapper was last set.
     pub created_at: Time,
-    /// Whether this process opened the root through it.
+    /// Whether this process opened the root through it; if that slot is gone, whether it is the one
+    /// that was proven to open instead.
     pub opened: bool,
 }
 
@@ -130,8 +131,9 @@ struct Change {
 pub struct Custody {
     vault: Arc<Vault>,
     created_at: Time,
-    opened_by: [u8; 16],
-    /// One change of slots or root at a time.
+    /// The slot that opened the root; when that is removed, the one that was proven to open then.
+    opened_by: parking_lot::Mutex<[u8; 16]>,
+    /// One commit of slots or root at a time. Nobody waits for a device while holding it.
     state: Mutex<State>,
     resealing: Mutex<()>,
     wake: Notify,
@@ -250,7 +252,7 @@ impl Custody {
         Self {
             vault: Arc::new(vault),
             created_at,
-            opened_by,
+            opened_by: parking_lot::Mutex::new(opened_by),
             state: Mutex::new(State { root, candidate: None }),
             resealing: Mutex::new(()),
             wake: Notify::new(),
@@ -269,6 +271,7 @@ impl Custody {
     /// [`Error::Unavailable`] if the store cannot be read, [`Error::DataLoss`] if it is damaged.
     pub async fn status(&self) -> Result<Status, Error> {
         let (table, _) = self.table().await?;
+        let opened_by = *self.opened_by.lock();
         let slot = |slot: Slot| {
             let id = slots::id(&slot).unwrap_or_default();
             SlotStatus {
@@ -277,7 +280,7 @@ impl Custody {
                 kind: slot.kind,
                 source: slot.source,
                 created_at: Time::from_micros(slot.created_at),
-                opened: id == self.opened_by,
+                opened: id == opened_by,
             }
         };
         let reseal = self.vault.get::<ResealRecord>(meta::RESEAL).await?;

@@ -68,6 +68,8 @@ pub enum Reason {
     NotConfigured,
     /// It is still referred to.
     InUse,
+    /// Without it the node could not open its store.
+    LastSlot,
     /// Nobody would be left who may administer the node.
     LastAdministrator,
     /// Irreversible work is held back until the clock is confirmed.
@@ -101,6 +103,7 @@ impl Reason {
             Self::ClientState => "CLIENT_STATE",
             Self::NotConfigured => "NOT_CONFIGURED",
             Self::InUse => "IN_USE",
+            Self::LastSlot => "LAST_SLOT",
             Self::LastAdministrator => "LAST_ADMINISTRATOR",
             Self::ClockUnconfirmed => "CLOCK_UNCONFIRMED",
             Self::RevocationScheduled => "REVOCATION_SCHEDULED",
@@ -126,7 +129,11 @@ impl Reason {
             }
             Self::VersionTrimmed => "the version has been trimmed",
             Self::NotExportable => "the key was created not to be exported",
-            Self::ProfileUnavailable => "this node has no backend for that storage profile",
+            Self::ProfileUnavailable => {
+                "this node has no backend for that: an operator has to name a wrapper of kind \
+                 \"pkcs11\" or \"aws\" in [hardened] (for keys in a token \"pkcs11\", with a token that \
+                 can make them), or to put back the one that the key was made with"
+            }
             Self::BackendRefused => {
                 "the hardware or cloud service that protects the key refuses; an operator finds the \
                  reason in the node's log"
@@ -136,6 +143,10 @@ impl Reason {
             Self::ClientState => "the client is not in a state that allows this",
             Self::NotConfigured => "this node is not configured for that",
             Self::InUse => "it is still in use",
+            Self::LastSlot => {
+                "it is the last slot by which this node can open its store: add another one first, and \
+                 test that it opens"
+            }
             Self::LastAdministrator => {
                 "it is the last enabled administrator; appoint another one first"
             }

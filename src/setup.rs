@@ -5,6 +5,7 @@
 
 pub mod dev;
 mod leaf;
+pub mod profile;
 #[cfg(test)]
 mod tests;
 

@@ -18,11 +18,13 @@ pub struct Problem {
     pub index: usize,
     /// Place and reason, for operators.
     pub text: String,
+    /// Whether the place gave no answer, so that another start may find it.
+    pub away: bool,
 }
 
 impl Problem {
     fn new(index: usize, text: impl fmt::Display) -> Self {
-        Self { index, text: text.to_string() }
+        Self { index, text: text.to_string(), away: false }
     }
 }
 
@@ -78,7 +80,7 @@ pub async fn resolve(
                     *slot = Some(value);
                 }
             }
-            Err(reason) => problems.push(Problem::new(index, reason)),
+            Err((text, away)) => problems.push(Problem { index, text, away }),
         }
     }
     problems.sort_by_key(|problem| problem.index);
@@ -98,7 +100,8 @@ pub fn is_parameter_name(text: &str) -> bool {
         && selector.is_none_or(|selector| selector.len() <= 100 && word(selector, b".-_"))
 }
 
-type Found = (usize, Result<Zeroizing<Vec<u8>>, String>);
+/// A value; or why there is none, and whether that is for want of an answer.
+type Found = (usize, Result<Zeroizing<Vec<u8>>, (String, bool)>);
 
 #[cfg(feature = "aws")]
 async fn from_ssm(
@@ -114,8 +117,8 @@ async fn from_ssm(
     let give = |(index, name): &(usize, &str)| {
         let value = match values.get(name) {
             Some(Ok(value)) => Ok(value.clone()),
-            Some(Err(reason)) => Err(format!("SSM parameter {name}: {reason}")),
-            None => Err(format!("SSM parameter {name}: no answer")),
+            Some(Err(why)) => Err((format!("SSM parameter {name}: {}", why.reason), why.away)),
+            None => Err((format!("SSM parameter {name}: no answer"), true)),
         };
         (*index, value)
     };
@@ -128,7 +131,7 @@ async fn from_ssm(_: &AwsConnection, parameters: &[(usize, &str)], _: Deadline) 
         let text = format!(
             "SSM parameter {name}: this build reads none; build it with the cargo feature `aws`"
         );
-        (*index, Err(text))
+        (*index, Err((text, false)))
     };
     parameters.iter().map(refuse).collect()
 }

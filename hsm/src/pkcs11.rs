@@ -22,6 +22,8 @@ mod device;
 mod frame;
 mod host;
 mod keys;
+mod pipe;
+mod refused;
 mod resident;
 mod sealing;
 mod session;
@@ -202,6 +204,12 @@ impl Pkcs11Token {
     pub fn retry_pin(&self) {
         self.host.forget_refused_pin();
     }
+}
+
+/// Lets every PIN that a token has refused to this process be tried once more by tokens that are opened
+/// from now on. For a person's word alone: many tokens lock after three wrong PINs.
+pub fn retry_pins() {
+    refused::forget_all();
 }
 
 impl fmt::Debug for Pkcs11Token {

@@ -223,6 +223,37 @@ fn a_wrong_pin_is_tried_once_and_never_locks_the_token() {
     assert!(token.is_some_and(|token| !token.pin_locked), "{slots:?}");
 }
 
+#[test]
+fn a_wrong_pin_is_tried_once_by_the_whole_process_however_the_token_is_named() {
+    let lab = Lab::new();
+    secret_file(&lab.path("pin"), "87654321\n");
+    let refuses = |wrapper: &Pkcs11Wrapper| {
+        let refused = wrap(wrapper).unwrap_err();
+        let WrapError::Config(text) = &refused else { panic!("{refused:?}") };
+        assert!(text.contains("the token refused the PIN of file "), "{text}");
+    };
+    refuses(&lab.wrapper());
+    let serial =
+        list(&lab).into_iter().filter_map(|slot| slot.token).find(|t| t.label == "polykey");
+    let by_serial =
+        Pkcs11Config { token: TokenSelector::Serial(serial.unwrap().serial), ..lab.config.clone() };
+    let by_serial = Pkcs11Token::new(by_serial, worker()).unwrap();
+    let other = by_serial.wrapper(KeySelector::label(KEK)).unwrap();
+    for _ in 0..3 {
+        refuses(&other);
+        refuses(&lab.wrapper());
+    }
+    assert_eq!(lab.calls("C_Login"), 1);
+    // Another PIN is tried, and once more the first one after somebody's word.
+    secret_file(&lab.path("pin"), "12345678\n");
+    refuses(&other);
+    refuses(&lab.wrapper());
+    assert_eq!(lab.calls("C_Login"), 2);
+    secret_file(&lab.path("pin"), PIN);
+    let wrapped = wrap(&other).unwrap();
+    opens(&lab.wrapper(), &wrapped).unwrap();
+}
+
 fn list(lab: &Lab) -> Vec<polykey_hsm::pkcs11::SlotListing> {
     let environment = lab.config.environment.clone();
     block_on(Pkcs11Token::list(softhsm(), environment, worker(), soon())).unwrap()

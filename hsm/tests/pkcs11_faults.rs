@@ -370,6 +370,29 @@ fn runs(pid: &str) -> bool {
 }
 
 #[test]
+fn a_module_that_fills_its_pipes_holds_nobody_up() {
+    let mut lab = Lab::new();
+    lab.config.call_timeout = Duration::from_secs(2);
+    let wrapper = lab.wrapper();
+    let wrapped = wrap(&wrapper).unwrap();
+    for (function, times) in [("C_Decrypt", 1), ("C_Decrypt", 0), ("C_Login", 0)] {
+        lab.rules(&format!("{function} 1 {times} flood 1024"));
+        for wrapper in [&wrapper, &lab.wrapper()] {
+            let began = Instant::now();
+            let opened = block_on(wrapper.unwrap_key(
+                &wrapped,
+                &CONTEXT,
+                Deadline::after(Duration::from_secs(20)),
+            ));
+            may_be(&opened.map(drop), function);
+            assert!(began.elapsed() < Duration::from_secs(15), "{function}: {:?}", began.elapsed());
+        }
+        lab.heal();
+        assert_eq!(opens(&wrapper, &wrapped), Ok(()), "{function}: afterwards");
+    }
+}
+
+#[test]
 fn a_process_that_hangs_ends_with_a_server_that_is_killed() {
     // What it cannot clean up is in here.
     let dir = tempfile::tempdir().unwrap();

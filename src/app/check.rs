@@ -11,10 +11,13 @@ use rustix::fs::FlockOperation;
 use super::{AppError, load_authority, reload, secrets};
 use crate::config::Config;
 use crate::custody::{MASTER_KEY, NamedWrapper};
-use crate::net::tls::TlsState;
+use crate::net::tls::{self, TlsState};
 
 /// The first bytes of every store file: redb's magic number.
 const MAGIC: &[u8] = b"redb\x1a\x0a\xa9\x0d\x0a";
+
+/// Said of what lies elsewhere.
+const NOT_ASKED: &str = "which was not asked: a start does";
 
 /// One thing that was looked at.
 #[derive(Debug)]
@@ -35,8 +38,17 @@ pub(super) fn private(path: &Path) -> Result<(), AppError> {
 /// Looks at everything a start needs, with the code that a start uses.
 #[must_use]
 pub async fn check(config: &Config) -> Vec<Finding> {
+    let mut more = Vec::new();
     let certificates = match Box::pin(secrets::tls(config)).await {
-        Ok(texts) => TlsState::load_with(config.listen.tls.clone(), &texts).map_err(AppError::from),
+        Ok(texts) => {
+            let files = &config.listen.tls;
+            TlsState::load_with(files.clone(), &texts).map_err(|error| {
+                let mut each = tls::problems(files, &texts).into_iter();
+                let first = each.next().unwrap_or(error);
+                more.extend(each.map(AppError::from));
+                first.into()
+            })
+        }
         Err(error) => Err(error),
     };
     let certificates = certificates.map(|tls| {
@@ -62,7 +74,11 @@ pub async fn check(config: &Config) -> Vec<Finding> {
     let (opened, unusable) = NamedWrapper::open_all(config).await;
     let told = |named: &NamedWrapper| match named.wrapper.kind() {
         SlotKind::Passphrase => "a passphrase".to_owned(),
-        _ => named.wrapper.id().as_str().to_owned(),
+        SlotKind::MasterKey | SlotKind::Recovery => named.wrapper.id().as_str().to_owned(),
+        // A check makes no calls: a PIN may be wrong, and a call may cost.
+        SlotKind::Pkcs11 => format!("a PKCS#11 token, {NOT_ASKED}"),
+        SlotKind::Aws => format!("{}, {NOT_ASKED}", named.wrapper.id().as_str()),
+        SlotKind::Quorum => format!("a quorum, {NOT_ASKED}"),
     };
     let (first, others): (Vec<_>, Vec<_>) =
         opened.iter().partition(|named| named.name == MASTER_KEY);
@@ -86,12 +102,14 @@ pub async fn check(config: &Config) -> Vec<Finding> {
         Ok(Some(_)) => Some(Ok("a seed of 32 bytes".to_owned())),
         Err(error) => Some(Err(error)),
     };
-    let mut findings = vec![
-        Finding { subject: "certificates", result: certificates },
+    let mut findings = vec![Finding { subject: "certificates", result: certificates }];
+    let more = more.into_iter();
+    findings.extend(more.map(|error| Finding { subject: "certificates", result: Err(error) }));
+    findings.extend([
         Finding { subject: "authority", result: authority },
         Finding { subject: "policies", result: policies },
         Finding { subject: "master key", result: master_key },
-    ];
+    ]);
     findings.extend(signing_key.map(|result| Finding { subject: "token signing key", result }));
     findings.extend(further.map(|result| Finding { subject: "wrappers", result }));
     findings.extend([

@@ -164,23 +164,32 @@ impl Request {
     }
 }
 
+/// A path that a socket's address holds (107 bytes): from the working directory, if it is long.
+fn reachable(path: &Path) -> PathBuf {
+    let long = path.as_os_str().len() > 107;
+    let here = std::env::current_dir().ok().filter(|_| long);
+    let near = here.and_then(|here| path.strip_prefix(here).ok());
+    near.unwrap_or(path).to_owned()
+}
+
 impl Door {
     /// Binds the socket, over one that a process left behind which is no more.
     ///
     /// # Errors
     /// What the system says; [`io::ErrorKind::AddrInUse`] while another node has it.
     pub fn bind(path: &Path) -> io::Result<Self> {
-        let listener = match UnixListener::bind(path) {
+        let at = &reachable(path);
+        let listener = match UnixListener::bind(at) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
                 use std::os::unix::fs::FileTypeExt;
                 let socket = fs::symlink_metadata(path)?.file_type().is_socket();
-                let deserted = matches!(Blocking::connect(path),
+                let deserted = matches!(Blocking::connect(at),
                     Err(e) if e.kind() == io::ErrorKind::ConnectionRefused);
                 if !(socket && deserted) {
                     return Err(error);
                 }
                 fs::remove_file(path)?;
-                UnixListener::bind(path)?
+                UnixListener::bind(at)?
             }
             bound => bound?,
         };

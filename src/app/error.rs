@@ -206,13 +206,16 @@ impl AppError {
         }
     }
 
-    /// Whether what would open the root key does not answer, so that another start may find it.
+    /// Whether what would open the root key, or another secret, does not answer, so that another start
+    /// may find it.
     #[must_use]
     pub fn is_away(&self) -> bool {
         let unusable = |all: &[custody::Unusable]| all.iter().any(|one| one.error.is_away());
         let trials = |all: &[custody::Trial]| all.iter().any(custody::Trial::is_away);
         match self {
             Self::MasterKey(error) => error.is_away(),
+            // One that is there to be mended stays so, whoever else answers later.
+            Self::Secrets(all) => !all.is_empty() && all.iter().all(|one| one.away),
             Self::NoWrapper(all) => unusable(all),
             Self::Locked { trials: tried, unusable: all } => trials(tried) || unusable(all),
             Self::Custody(custody::OpenError::NoSlotOpened(all)) => trials(all),

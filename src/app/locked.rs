@@ -7,7 +7,7 @@ use polykey_hsm::{KeyWrapper, LocalWrapper, PassphraseParams, SecretSource};
 use zeroize::Zeroizing;
 
 use super::door::With;
-use super::{App, AppError, Running, event};
+use super::{App, AppError, RecoveryFailure, Running, event};
 use crate::config::Config;
 use crate::custody::NamedWrapper;
 use crate::time::Clock;
@@ -82,10 +82,15 @@ impl Locked {
             self.config = now;
             self.config.listen.address = address;
         }
-        let given = self.given(with).await?;
+        let (given, recovery) = self.given(with).await?;
         let opened = App::open_given(self.config.clone(), Clock::System, given).await;
         let app = match opened {
             Ok(app) => app,
+            // What the slots want instead is not the question.
+            Err(error) if error.is_locked() && recovery.is_some() => {
+                let public = recovery.unwrap_or_default();
+                return Err(StillLocked::No(RecoveryFailure::OfNoSlot(public).to_string()));
+            }
             Err(error) => {
                 self.why = error.to_string();
                 return Err(StillLocked::No(self.why.clone()));
@@ -110,9 +115,18 @@ impl Locked {
         }
     }
 
-    async fn given(&mut self, with: With) -> Result<Vec<NamedWrapper>, StillLocked> {
+    /// What was given, as a wrapper; the public half, if it is a recovery key.
+    async fn given(
+        &mut self,
+        with: With,
+    ) -> Result<(Vec<NamedWrapper>, Option<String>), StillLocked> {
+        let mut public = None;
+        let mut recovery = |wrapper: RecoveryWrapper| {
+            public = Some(wrapper.public().to_string());
+            Arc::new(wrapper)
+        };
         let wrapper: Arc<dyn KeyWrapper> = match with {
-            With::Configured => return Ok(Vec::new()),
+            With::Configured => return Ok((Vec::new(), None)),
             With::Passphrase(words) => {
                 let origin = SecretSource::Env("what was given".into());
                 let params = PassphraseParams::default();
@@ -123,16 +137,15 @@ impl Locked {
             }
             With::RecoveryKey(text) => {
                 let key = RecoveryKey::parse(&utf8(&text)?);
-                Arc::new(of(key.map_err(|error| StillLocked::No(error.to_string()))?)?)
+                recovery(of(key.map_err(|error| StillLocked::No(error.to_string()))?)?)
             }
             With::Share(text) => {
                 let share = Share::parse(&utf8(&text)?);
-                Arc::new(of(
-                    self.share(share.map_err(|error| StillLocked::No(error.to_string()))?)?
-                )?)
+                let share = share.map_err(|error| StillLocked::No(error.to_string()))?;
+                recovery(of(self.share(share)?)?)
             }
         };
-        Ok(vec![NamedWrapper::given(wrapper)])
+        Ok((vec![NamedWrapper::given(wrapper)], public))
     }
 
     /// Keeps a share until there are enough.

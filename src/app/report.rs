@@ -8,7 +8,7 @@ use prost_types::Timestamp;
 
 use super::App;
 use crate::audit::Trail;
-use crate::custody::backends::{self, Backends};
+use crate::custody::backends::{self, Backends, Trouble};
 use crate::health::{Check, Health, STOPPING, State};
 use crate::jobs::{Doubt, Runner};
 use crate::metrics::RequestMetrics;
@@ -70,18 +70,20 @@ pub(super) fn checks(
             }
         }),
         Box::new(move || certificates(&tls)),
-        Box::new(move || {
-            match behind.away() {
+        Box::new(move || match behind.trouble() {
             None => State::Serving,
-            Some(name) => State::Degraded(
-                format!(
-                    "{} does not answer: hardened keys under it that are not open already cannot be \
-                     used, and no new ones made",
+            Some((name, trouble)) => {
+                let does = match trouble {
+                    Trouble::Away => "does not answer",
+                    Trouble::Refuses => "refuses (the log says why)",
+                };
+                let text = format!(
+                    "{} {does}: hardened keys under it that are not open already cannot be used, \
+                     and no new ones made",
                     backends::section(&name)
-                )
-                .into(),
-            ),
-        }
+                );
+                State::Degraded(text.into())
+            }
         }),
         Box::new(move || match jobs.clock_doubt() {
             None => State::Serving,

@@ -21,6 +21,8 @@ pub struct Missing {
     pub setting: &'static str,
     /// Place and reason.
     pub text: String,
+    /// Whether the place gave no answer.
+    pub away: bool,
 }
 
 impl std::fmt::Display for Missing {
@@ -43,6 +45,7 @@ async fn resolve(
         let name = |problem: bootstrap::Problem| Missing {
             setting: wanted.get(problem.index).map_or("a reference", |(setting, _)| setting),
             text: problem.text,
+            away: problem.away,
         };
         AppError::Secrets(problems.into_iter().map(name).collect())
     })
@@ -79,7 +82,7 @@ pub(super) async fn signing_key(config: &Config) -> Result<Option<Zeroizing<Vec<
     let seed = found.first().and_then(|value| decode_key(value));
     seed.map(Some).ok_or_else(|| {
         let text = format!("{source}: not a seed of 32 bytes, raw, in hexadecimal or in base64");
-        AppError::Secrets(vec![Missing { setting: SETTING, text }])
+        AppError::Secrets(vec![Missing { setting: SETTING, text, away: false }])
     })
 }
 

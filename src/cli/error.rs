@@ -95,6 +95,13 @@ impl CliError {
         Self::new(exit, format!("{}: {source}", path.display()))
     }
 
+    /// An error of a text of several lines: the first one is the message, the others are facts.
+    pub fn lines(exit: Exit, text: &str) -> Self {
+        let mut lines = text.lines();
+        let first = Self::new(exit, lines.next().unwrap_or_default());
+        lines.fold(first, Self::detail)
+    }
+
     /// Adds a fact.
     #[must_use]
     pub fn detail(mut self, line: impl Into<String>) -> Self {
@@ -222,7 +229,8 @@ impl From<ClientError> for CliError {
 /// What may be done about a connection that does not come about.
 fn connect_hint(problem: &str, refused: bool) -> &'static str {
     if refused {
-        "Is the server running? Start it with `polykey dev`, or name another one with `--profile`."
+        "Is the server running? Its service manager, `polykey serve --config FILE` or `polykey dev` \
+         starts it; `--profile` names another one."
     } else if problem.contains("certificate") {
         "Check `ca` and `server_name` in the profile: the server's certificate must come from that \
          authority and carry that name."
@@ -238,15 +246,16 @@ impl From<ProfileError> for CliError {
         let message = error.to_string();
         let hint = match error {
             ProfileError::NotFound(_) => {
-                "Start a server for development with `polykey dev`, which makes a profile, or name \
-                 one with `--profile FILE` or POLYKEY_PROFILE."
+                "Name one with `--profile FILE` or POLYKEY_PROFILE: `polykey init` writes that of the \
+                 first administrator, `polykey cert issue` those of others. Or start a server for \
+                 development with `polykey dev`, which makes one."
             }
             ProfileError::Unreadable { .. } => "Check `--profile` and POLYKEY_PROFILE.",
             ProfileError::Invalid { .. } => {
                 "A profile has: address, server_name, ca, certificate, key, client_id, api_key_file."
             }
         };
-        Self::usage(message).hint(hint)
+        Self::lines(Exit::Usage, &message).hint(hint)
     }
 }
 
@@ -295,6 +304,16 @@ mod tests {
         assert!(text.starts_with("error: cannot reach 127.0.0.1:50053: connection refused\n"));
         assert!(text.contains("`polykey dev`"), "{text}");
         assert_eq!(error.exit, Exit::Unavailable);
+    }
+
+    #[test]
+    fn a_profile_that_is_wrong_is_told_line_by_line() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("profile.toml");
+        std::fs::write(&path, "address = \"a:1\"\nadress = 2\n").unwrap();
+        let error = crate::client::Profile::load(&path).unwrap_err();
+        let text = CliError::from(error).to_string();
+        assert!(!text.contains("\\n") && text.contains("\n  2 | adress = 2\n"), "{text}");
     }
 
     #[test]

@@ -144,7 +144,19 @@ async fn ask(app: &App, args: HealthArgs) -> Result<HealthView, CliError> {
         None => app.connect().await?.session.channel(),
     };
     let request = Request::new(grpc::HealthCheckRequest { service: args.service });
-    let answer = HealthClient::new(channel.clone()).check(request).await.map_err(Failure::from)?;
+    let answer = HealthClient::new(channel.clone()).check(request).await.map_err(Failure::from);
+    let answer = answer.map_err(|failure| match &args.addr {
+        // Nothing came back that is an answer: whoever listens there does not speak plain text.
+        Some(addr) if !failure.causes.is_empty() && !failure.refused => CliError::new(
+            Exit::Unavailable,
+            format!("{addr} does not answer as a plain health port: {failure}"),
+        )
+        .hint(
+            "If it is the TLS port of the server, leave --addr away: the profile names it. The plain \
+             port is `health` of [listen] in the server's configuration.",
+        ),
+        _ => failure.into(),
+    })?;
     let status = answer.into_inner().status;
     let metrics = if args.metrics {
         let answer =

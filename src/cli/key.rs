@@ -113,7 +113,8 @@ pub enum Storage {
     Standard,
     /// The node's hardware or cloud wrapper too.
     Hardened,
-    /// Nothing: it is made in the node's token and never leaves it.
+    /// Nothing: it is made in the PKCS#11 token of the node's [hardened] and never leaves it; each use
+    /// is a call of the token. ECDSA P-256 and P-384 and RSA keys.
     Token,
 }
 

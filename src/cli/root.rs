@@ -49,11 +49,11 @@ pub enum SlotCommand {
     List,
     /// Add a slot for the same root key.
     Add(AddArgs),
-    /// Prove that a slot opens, and change nothing. Exits with 7 if it does not.
+    /// Prove that slots open, all at once, and change nothing. Exits with 7 if one does not.
     Test {
-        /// The slot, by id or label.
-        #[arg(value_name = "SLOT")]
-        slot: String,
+        /// The slots, by id or label.
+        #[arg(value_name = "SLOT", required = true)]
+        slots: Vec<String>,
     },
     /// Remove a slot; never the last one that the node can open.
     Remove {
@@ -211,6 +211,22 @@ impl View for TestedView {
     }
 }
 
+/// Several slots after their trials.
+#[derive(Serialize)]
+struct TestsView {
+    tests: Vec<TestedView>,
+}
+
+impl View for TestsView {
+    fn human(&self) -> Human {
+        let row = |tested: &TestedView| {
+            let opens = if tested.opens { "yes" } else { "NO" }.to_owned();
+            vec![tested.slot.label.clone(), opens, tested.problem.clone().unwrap_or_default()]
+        };
+        Human::Rows(&["SLOT", "OPENS", "PROBLEM"], self.tests.iter().map(row).collect())
+    }
+}
+
 /// The slots.
 #[derive(Serialize)]
 struct SlotsView {
@@ -283,13 +299,30 @@ async fn rewrap(app: &App, remote: &Remote, args: RewrapArgs) -> Result<(), CliE
         label: args.label,
         expected_generation: args.expected_generation,
     };
-    let answer = remote.mutate(request, rpc!(AdminServiceClient, rewrap_slot)).await?;
+    let slot = request.slot_id.clone();
+    let answer = remote.mutate(request, rpc!(AdminServiceClient, rewrap_slot)).await;
+    let answer = answer.map_err(|error| advised(error, &slot))?;
     app.out.print(&ChangedView {
         slot: answer.slot.unwrap_or_default().into(),
         generation: answer.generation,
         audit_index: answer.audit_index,
         shares: Vec::new(),
     })
+}
+
+/// What to do about a slot that is not there, or is the last one.
+fn advised(mut error: CliError, slot: &str) -> CliError {
+    if error.exit == Exit::NotFound {
+        error.message = format!("there is no slot `{slot}`");
+        return error.hint("`polykey root slot list` shows labels and ids.");
+    }
+    if error.details.iter().any(|line| line == "reason: LAST_SLOT") {
+        return error.hint(
+            "`polykey root slot add` adds one, `polykey root slot test` tells whether it opens; the \
+             server's log says why the others do not. Recovery slots do not count: no node opens them.",
+        );
+    }
+    error
 }
 
 async fn slot(app: &App, remote: &Remote, command: SlotCommand) -> Result<(), CliError> {
@@ -301,17 +334,34 @@ async fn slot(app: &App, remote: &Remote, command: SlotCommand) -> Result<(), Cl
             app.out.print(&SlotsView { slots, generation: answer.generation })
         }
         SlotCommand::Add(args) => add(app, remote, args).await,
-        SlotCommand::Test { slot } => {
-            let request = pb::TestSlotRequest { slot_id: slot };
-            let answer = remote.read(request, rpc!(AdminServiceClient, test_slot)).await?;
-            let problem = (!answer.opens).then_some(answer.problem);
-            let slot = answer.slot.unwrap_or_default().into();
-            app.out.print(&TestedView { slot, opens: answer.opens, problem })?;
-            if answer.opens { Ok(()) } else { Err(CliError::silent(Exit::DataLoss)) }
+        SlotCommand::Test { slots } => {
+            let test = |slot_id| async move {
+                let request = pb::TestSlotRequest { slot_id };
+                let answer =
+                    remote.read(request.clone(), rpc!(AdminServiceClient, test_slot)).await;
+                answer.map_err(|error| advised(error, &request.slot_id))
+            };
+            let answers = futures::future::try_join_all(slots.into_iter().map(test)).await?;
+            let view = |answer: pb::TestSlotResponse| TestedView {
+                slot: answer.slot.unwrap_or_default().into(),
+                opens: answer.opens,
+                problem: (!answer.opens).then_some(answer.problem),
+            };
+            let mut tests: Vec<_> = answers.into_iter().map(view).collect();
+            let all = tests.iter().all(|tested| tested.opens);
+            match (tests.pop(), tests.is_empty()) {
+                (Some(only), true) => app.out.print(&only)?,
+                (last, _) => {
+                    tests.extend(last);
+                    app.out.print(&TestsView { tests })?;
+                }
+            }
+            if all { Ok(()) } else { Err(CliError::silent(Exit::DataLoss)) }
         }
         SlotCommand::Remove { slot, expected_generation } => {
             let request = pb::RemoveSlotRequest { slot_id: slot.clone(), expected_generation };
-            let answer = remote.mutate(request, rpc!(AdminServiceClient, remove_slot)).await?;
+            let answer = remote.mutate(request, rpc!(AdminServiceClient, remove_slot)).await;
+            let answer = answer.map_err(|error| advised(error, &slot))?;
             let (generation, audit_index) = (answer.generation, answer.audit_index);
             app.out.print(&RemovedView { slot, generation, audit_index })?;
             super::output::remark(

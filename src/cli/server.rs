@@ -48,10 +48,7 @@ impl From<AppError> for CliError {
             Fault::Machine => Exit::Other,
             Fault::Away => Exit::Unavailable,
         };
-        let text = error.to_string();
-        let mut lines = text.lines();
-        let mut out = Self::new(exit, lines.next().unwrap_or_default());
-        out = lines.fold(out, Self::detail);
+        let out = Self::lines(exit, &error.to_string());
         match error.hint() {
             Some(hint) => out.hint(hint),
             None => out,

@@ -83,10 +83,12 @@ impl Profile {
     /// See [`ProfileError`].
     pub fn find(named: Option<&Path>) -> Result<Self, ProfileError> {
         if let Some(path) = named {
-            return Self::load(path);
+            // So that every message names a place and not a way there.
+            return Self::load(&std::path::absolute(path).unwrap_or_else(|_| path.to_owned()));
         }
+        let here = std::env::current_dir().unwrap_or_else(|_| ".".into());
         let places = places(
-            Path::new("."),
+            &here,
             std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from),
             std::env::var_os("HOME").map(PathBuf::from),
         );

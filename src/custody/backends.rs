@@ -101,6 +101,15 @@ impl From<BackendError> for Error {
     }
 }
 
+/// What somebody should look at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// It does not answer.
+    Away,
+    /// It answers, and says no.
+    Refuses,
+}
+
 /// One wrapper and the calls it is asked.
 #[derive(Clone)]
 struct Backend {
@@ -314,11 +323,15 @@ impl Backends {
         futures::future::join_all(known.iter().map(|known| known.breaker.look())).await;
     }
 
-    /// The first backend that is away, or was never there.
+    /// The first backend that is away or was never there, or else the first that refuses.
     #[must_use]
-    pub fn away(&self) -> Option<String> {
+    pub fn trouble(&self) -> Option<(String, Trouble)> {
         let known = self.known.load();
-        let open = known.iter().find(|known| known.breaker.is_open()).map(Backend::name);
-        open.or_else(|| self.missing().map(str::to_owned))
+        let first = |is: fn(&Breaker) -> bool| {
+            known.iter().find(|known| is(&known.breaker)).map(Backend::name)
+        };
+        let away = first(Breaker::is_open).or_else(|| self.missing().map(str::to_owned));
+        let away = away.map(|name| (name, Trouble::Away));
+        away.or_else(|| first(Breaker::refuses).map(|name| (name, Trouble::Refuses)))
     }
 }

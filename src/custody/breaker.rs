@@ -5,6 +5,13 @@
 //! key, changed bytes) says that the backend is there. While the breaker is open, callers are
 //! refused at once, and the breaker asks the backend itself, with a key of its own, about once a
 //! second; the first answer closes it.
+//!
+//! A backend that refuses (a disabled key, a withdrawn right, a key that is not there) is asked all the
+//! same, since it costs nobody time; but somebody should look, so that it is noted, and asked now and
+//! then whether it still does.
+
+#[cfg(test)]
+mod tests;
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -28,11 +35,18 @@ pub struct Terms {
     /// The deadline of one look. A look that takes longer than `look` does not keep the next one
     /// waiting: a connection that hangs must not hide a backend that is back.
     pub patience: Duration,
+    /// The time between two looks while the backend refuses.
+    pub again: Duration,
 }
 
 impl Default for Terms {
     fn default() -> Self {
-        Self { failures: 3, look: Duration::from_secs(1), patience: Duration::from_secs(5) }
+        Self {
+            failures: 3,
+            look: Duration::from_secs(1),
+            patience: Duration::from_secs(5),
+            again: Duration::from_secs(30),
+        }
     }
 }
 
@@ -43,6 +57,10 @@ struct State {
     failures: u32,
     /// How often it has opened or closed: what began before does not count after.
     generation: u64,
+    /// Whether its last answer that tells was a refusal.
+    refuses: bool,
+    /// How often it began to refuse: one task at a time looks whether it still does.
+    refusals: u64,
 }
 
 /// A wrapper behind a breaker. Deadlines of its callers must be the server's: those of clients would
@@ -77,6 +95,17 @@ fn away(error: &WrapError) -> bool {
     }
 }
 
+/// Whether the backend refuses; `None`: the answer does not tell.
+fn refuses<T>(answer: &Result<T, WrapError>) -> Option<bool> {
+    match answer {
+        Err(WrapError::Refused(_) | WrapError::Config(_)) => Some(true),
+        // What it says of some bytes, or of a key that is not its own.
+        Err(WrapError::NotMine | WrapError::Broken) => None,
+        Err(WrapError::Unavailable { .. } | WrapError::DeadlineExceeded) => None,
+        Ok(_) => Some(false),
+    }
+}
+
 impl Breaker {
     /// A closed breaker; `name` is for the log. Its own questions are bound to this node and to no
     /// key, so that a service which checks that answers them as it answers others, and run on
@@ -108,17 +137,30 @@ impl Breaker {
         self.state.lock().open
     }
 
+    /// Whether the backend refuses, as far as is known.
+    #[must_use]
+    pub fn refuses(&self) -> bool {
+        self.state.lock().refuses
+    }
+
     /// Asks the backend once, and opens if it does not answer: so that a node knows at its start.
     pub async fn look(&self) {
         let generation = self.state.lock().generation;
-        match self.question().await {
-            Err(error) if away(&error) => self.failed(generation, self.terms.failures, &error),
-            answer => self.answered(answer.err().as_ref()),
+        let answer = self.question().await;
+        self.looked(generation, &answer);
+    }
+
+    /// Learns from a look while it is closed: one failure is enough.
+    fn looked(&self, generation: u64, answer: &Result<(), WrapError>) {
+        match answer {
+            Err(error) if away(error) => self.failed(generation, self.terms.failures, error),
+            answer => self.answered(answer),
         }
     }
 
-    /// One question of our own, which needs nothing of the breaker: wraps a key that nobody keeps.
-    fn question(&self) -> impl Future<Output = Result<(), WrapError>> + Send + 'static {
+    /// One question of our own, which needs nothing of the breaker: wraps a key that nobody keeps, and
+    /// opens it, for a backend may allow the one and not the other.
+    fn question(&self) -> impl Future<Output = Result<(), WrapError>> + Send + 'static + use<> {
         let (inner, place, patience) =
             (Arc::clone(&self.inner), self.place.clone(), self.terms.patience);
         async move {
@@ -126,9 +168,12 @@ impl Breaker {
             let key = KeyMaterial::from_secret(bytes.to_vec())
                 .map_err(|error| WrapError::Config(error.to_string()))?;
             let deadline = Deadline::after(patience);
-            let call = inner.wrap_key(&key, &place, deadline);
+            let call = async {
+                let wrapped = inner.wrap_key(&key, &place, deadline).await?;
+                inner.unwrap_key(&wrapped, &place, deadline).await.map(drop)
+            };
             let answer = tokio::time::timeout_at(deadline.0.into(), call).await;
-            answer.unwrap_or(Err(WrapError::DeadlineExceeded)).map(drop)
+            answer.unwrap_or(Err(WrapError::DeadlineExceeded))
         }
     }
 
@@ -150,24 +195,34 @@ impl Breaker {
         let answer = answer.unwrap_or(Err(WrapError::DeadlineExceeded));
         match &answer {
             Err(error) if away(error) => self.failed(generation, 1, error),
-            _ => self.answered(None),
+            answer => self.answered(answer),
         }
         answer
     }
 
-    fn answered(&self, refused: Option<&WrapError>) {
+    fn answered<T>(&self, answer: &Result<T, WrapError>) {
         let mut state = self.state.lock();
         state.failures = 0;
         let was_open = std::mem::take(&mut state.open);
         if was_open {
             state.generation += 1;
         }
+        let did = state.refuses;
+        state.refuses = refuses(answer).unwrap_or(did);
+        let begins = state.refuses && !did;
+        state.refusals += u64::from(begins);
+        let (does, refusals) = (state.refuses, state.refusals);
         drop(state);
         if was_open {
             tracing::info!(wrapper = self.name, "the backend answers again");
         }
-        if let Some(error) = refused {
-            tracing::warn!(wrapper = self.name, %error, "the backend answers, and refuses");
+        match answer {
+            Err(error) if begins => {
+                tracing::warn!(wrapper = self.name, %error, "the backend answers, and refuses");
+                self.runtime.spawn(until_taken(Weak::clone(&self.me), refusals));
+            }
+            _ if did && !does => tracing::info!(wrapper = self.name, "the backend refuses no more"),
+            _ => {}
         }
     }
 
@@ -180,7 +235,10 @@ impl Breaker {
         if state.failures < self.terms.failures {
             return;
         }
-        *state = State { open: true, failures: 0, generation: generation + 1 };
+        let refusals = state.refusals;
+        // Whether it still refuses shows when it is back.
+        *state =
+            State { open: true, failures: 0, generation: generation + 1, refuses: false, refusals };
         drop(state);
         tracing::warn!(
             wrapper = self.name,
@@ -206,9 +264,30 @@ async fn until_back(breaker: Weak<Breaker>) {
         let Some(breaker) = breaker.upgrade().filter(|breaker| breaker.is_open()) else { return };
         match seen {
             Some(Err(error)) if away(&error) => {}
-            Some(answer) => return breaker.answered(answer.err().as_ref()),
+            Some(answer) => return breaker.answered(&answer),
             None => looks.push(breaker.question()),
         }
+    }
+}
+
+/// Looks now and then until the backend refuses no more, or is away or gone.
+async fn until_taken(breaker: Weak<Breaker>, refusals: u64) {
+    let Some(again) = breaker.upgrade().map(|breaker| breaker.terms.again) else { return };
+    // Only for a moment, as above.
+    let asked = || {
+        let breaker = breaker.upgrade()?;
+        let (still, generation) = {
+            let state = breaker.state.lock();
+            (state.refuses && state.refusals == refusals, state.generation)
+        };
+        if still { Some((generation, breaker.question())) } else { None }
+    };
+    loop {
+        tokio::time::sleep(again).await;
+        let Some((generation, question)) = asked() else { return };
+        let answer = question.await;
+        let Some(breaker) = breaker.upgrade() else { return };
+        breaker.looked(generation, &answer);
     }
 }
 
@@ -241,158 +320,5 @@ impl KeyWrapper for Breaker {
         deadline: Deadline,
     ) -> BoxFuture<'a, Result<KeyMaterial, WrapError>> {
         Box::pin(self.through(deadline, self.inner.unwrap_key(wrapped, cx, deadline)))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::custody::device::{Device, Mode};
-
-    const PLACE: WrapContext = WrapContext { node_id: [1; 16], purpose: "test", slot_id: [2; 16] };
-
-    /// Looks so seldom that no test sees one, unless it says otherwise.
-    const SELDOM: Terms =
-        Terms { failures: 3, look: Duration::from_secs(3600), patience: Duration::from_secs(3600) };
-    const OFTEN: Terms = Terms { look: Duration::from_millis(10), ..SELDOM };
-
-    fn of(device: &Arc<Device>, terms: Terms) -> Arc<Breaker> {
-        Breaker::new("dev", Arc::clone(device) as _, terms, [1; 16], Handle::current())
-    }
-
-    async fn ask_within(breaker: &Breaker, time: Duration) -> Result<(), WrapError> {
-        let key = KeyMaterial::from_secret(vec![7; 32]).unwrap();
-        breaker.wrap_key(&key, &PLACE, Deadline::after(time)).await.map(drop)
-    }
-
-    async fn ask(breaker: &Breaker) -> Result<(), WrapError> {
-        ask_within(breaker, Duration::from_secs(60)).await
-    }
-
-    /// Waits for the breaker to close by itself.
-    async fn closed(breaker: &Breaker) {
-        let wait = async {
-            while breaker.is_open() {
-                tokio::task::yield_now().await;
-            }
-        };
-        tokio::time::timeout(Duration::from_secs(30), wait).await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn it_opens_after_failures_in_a_row_and_then_asks_nobody() {
-        let device = Device::new();
-        let breaker = of(&device, SELDOM);
-        device.away();
-        for _ in 0..2 {
-            ask(&breaker).await.unwrap_err();
-        }
-        // An answer in between begins the count again.
-        device.set(Mode::Up);
-        ask(&breaker).await.unwrap();
-        device.away();
-        for _ in 0..3 {
-            assert!(!breaker.is_open());
-            ask(&breaker).await.unwrap_err();
-        }
-        assert!(breaker.is_open());
-        let asked = device.asked();
-        for _ in 0..5 {
-            let refused = ask(&breaker).await.unwrap_err();
-            assert_eq!(refused, WrapError::Unavailable { retryable: true });
-        }
-        assert_eq!(device.asked(), asked, "nobody is asked");
-    }
-
-    #[tokio::test]
-    async fn answers_that_are_refusals_never_open_it() {
-        let device = Device::new();
-        let breaker = of(&device, SELDOM);
-        for answer in [
-            WrapError::NotMine,
-            WrapError::Broken,
-            WrapError::Refused("disabled".into()),
-            WrapError::Config("none".into()),
-        ] {
-            device.set(Mode::Fails(answer.clone()));
-            for _ in 0..10 {
-                assert_eq!(ask(&breaker).await.unwrap_err(), answer);
-            }
-            assert!(!breaker.is_open(), "{answer:?}");
-        }
-    }
-
-    #[tokio::test]
-    async fn it_closes_by_itself_when_the_backend_is_back() {
-        for (gone, back) in [
-            (WrapError::Unavailable { retryable: false }, Mode::Up),
-            // A refusal is an answer.
-            (WrapError::DeadlineExceeded, Mode::Fails(WrapError::Refused("disabled".into()))),
-        ] {
-            let device = Device::new();
-            let breaker = of(&device, OFTEN);
-            device.set(Mode::Fails(gone));
-            for _ in 0..3 {
-                ask(&breaker).await.unwrap_err();
-            }
-            assert!(breaker.is_open());
-            let asked = device.asked();
-            device.asked_for(asked + 2).await;
-            assert!(breaker.is_open(), "it has looked in vain");
-            device.set(back);
-            closed(&breaker).await;
-        }
-    }
-
-    #[tokio::test]
-    async fn a_backend_that_hangs_is_away_and_a_look_that_hangs_hides_nothing() {
-        let device = Device::new();
-        let breaker = of(&device, OFTEN);
-        device.set(Mode::Hangs);
-        for _ in 0..3 {
-            let late = ask_within(&breaker, Duration::from_millis(1)).await.unwrap_err();
-            assert_eq!(late, WrapError::DeadlineExceeded);
-        }
-        assert!(breaker.is_open());
-        // Each look hangs for an hour, and others follow all the same.
-        device.asked_for(device.asked() + 3).await;
-        device.set(Mode::Up);
-        closed(&breaker).await;
-        ask(&breaker).await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn what_began_before_it_opened_does_not_open_it_again() {
-        let device = Device::new();
-        let breaker = of(&device, OFTEN);
-        device.set(Mode::Hangs);
-        let late: Vec<_> = (0..4)
-            .map(|_| {
-                let breaker = Arc::clone(&breaker);
-                tokio::spawn(async move { ask_within(&breaker, Duration::from_millis(300)).await })
-            })
-            .collect();
-        device.asked_for(4).await;
-        for _ in 0..3 {
-            ask_within(&breaker, Duration::from_millis(1)).await.unwrap_err();
-        }
-        assert!(breaker.is_open());
-        // The looks are answered, and the calls of before fail after that.
-        breaker.answered(None);
-        for call in late {
-            assert_eq!(call.await.unwrap(), Err(WrapError::DeadlineExceeded));
-        }
-        assert!(!breaker.is_open());
-    }
-
-    #[tokio::test]
-    async fn one_look_at_the_start_tells() {
-        let device = Device::new();
-        let breaker = of(&device, SELDOM);
-        breaker.look().await;
-        assert!(!breaker.is_open());
-        device.away();
-        breaker.look().await;
-        assert!(breaker.is_open());
     }
 }

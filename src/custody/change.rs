@@ -1,18 +1,27 @@
 //! Changes of the slots and of the root.
+//!
+//! Devices take their time, up to 30 s a call: they work on the table as it was read, with nothing
+//! locked, and what comes of it is committed if the table is still the same. Otherwise the change
+//! begins again.
 
 use std::sync::Arc;
 
+use futures::future::try_join_all;
 use polykey_hsm::{KeyWrapper, Ring, RootKey, random};
 use polykey_proto::polykey::record::v1::{AuditEvent, ResealRecord, SlotTable};
+use polykey_storage::Revision;
+use tokio::sync::MutexGuard;
 
 use super::error::ChangeError;
 use super::slots::{self, SlotSpec};
-use super::{Change, Custody};
+use super::{Change, Custody, State};
 use crate::error::Error;
 use crate::keyring::Remember;
 
 /// More slots than anybody needs; opening tries each in turn.
 const MAX_SLOTS: usize = 32;
+/// How often a change begins again when another one was faster.
+const ATTEMPTS: usize = 8;
 
 /// What a change of the slots depends on, and who may ask for it again.
 #[derive(Clone, Debug, Default)]
@@ -63,7 +72,28 @@ pub struct Rewrap {
     pub terms: Terms,
 }
 
+/// The slot table in force at one moment, and the root that opens it.
+struct Seen {
+    table: SlotTable,
+    at: Revision,
+    root: Arc<RootKey>,
+}
+
 impl Custody {
+    /// Looks at the slot table, for a change that is to be made of it.
+    async fn see(&self) -> Result<Seen, Error> {
+        let mut state = self.state.lock().await;
+        let (table, at) = self.reconciled(&mut state).await?;
+        Ok(Seen { table, at, root: Arc::clone(&state.root) })
+    }
+
+    /// The right to commit a change of the table that was seen, unless another change was faster.
+    async fn unchanged(&self, mac: &[u8]) -> Result<Option<MutexGuard<'_, State>>, Error> {
+        let mut state = self.state.lock().await;
+        let (table, _) = self.reconciled(&mut state).await?;
+        Ok((table.mac == mac).then_some(state))
+    }
+
     /// Wraps the root of one slot, named by label or id, under another wrapper: the replacement of
     /// a master key. The other slots stay. An old copy of the store still opens with the old
     /// master key, whose holder then knows this root: follow with [`Self::rotate_root`] where
@@ -104,26 +134,30 @@ impl Custody {
         let this = Arc::clone(self);
         detached(async move {
             let Rewrap { slot: name, kind, source, label, terms } = rewrap;
-            let mut state = this.state.lock().await;
-            let (mut table, at) = this.reconciled(&mut state).await?;
-            terms.meet(&table)?;
             let node_id = this.vault.node_id();
-            let id = slots::id(slots::find(&mut table, &name)?)?;
-            if let Some(label) = &label
-                && table.slots.iter().any(|s| s.label == *label && s.slot_id != id.as_slice())
-            {
-                return Err(ChangeError::LabelTaken(label.clone()));
+            for _ in 0..ATTEMPTS {
+                let Seen { mut table, at, root } = this.see().await?;
+                let seen = table.mac.clone();
+                terms.meet(&table)?;
+                let id = slots::id(slots::find(&mut table, &name)?)?;
+                if let Some(label) = &label
+                    && table.slots.iter().any(|s| s.label == *label && s.slot_id != id.as_slice())
+                {
+                    return Err(ChangeError::LabelTaken(label.clone()));
+                }
+                let slot = slots::find(&mut table, &name)?;
+                let label = label.clone().unwrap_or_else(|| slot.label.clone());
+                let spec = SlotSpec { label, kind: kind.clone(), source: source.clone() };
+                spec.check()?;
+                let wrapped = slots::wrap(&root, &wrapper, node_id, id).await;
+                let wrapped =
+                    wrapped.map_err(|error| ChangeError::Wrap { slot: spec.clone(), error })?;
+                let Some(mut state) = this.unchanged(&seen).await? else { continue };
+                let event = slots::describe(event, &spec);
+                *slot = spec.record(id, wrapped, this.vault.clock().now());
+                return this.apply_slots(&mut state, table, at, event, terms.remember).await;
             }
-            let slot = slots::find(&mut table, &name)?;
-            let label = label.unwrap_or_else(|| slot.label.clone());
-            let spec = SlotSpec { label, kind, source };
-            spec.check()?;
-            let wrapped = slots::wrap(&state.root, &wrapper, node_id, id).await;
-            let wrapped =
-                wrapped.map_err(|error| ChangeError::Wrap { slot: spec.clone(), error })?;
-            let event = slots::describe(event, &spec);
-            *slot = spec.record(id, wrapped, this.vault.clock().now());
-            this.apply_slots(&mut state, table, at, event, terms.remember).await
+            Err(Error::Conflict.into())
         })
         .await
     }
@@ -144,23 +178,27 @@ impl Custody {
         spec.check()?;
         let this = Arc::clone(self);
         detached(async move {
-            let mut state = this.state.lock().await;
-            let (mut table, at) = this.reconciled(&mut state).await?;
-            terms.meet(&table)?;
-            if table.slots.iter().any(|slot| slot.label == spec.label) {
-                return Err(ChangeError::LabelTaken(spec.label));
-            }
-            if table.slots.len() >= MAX_SLOTS {
-                return Err(ChangeError::TooManySlots);
-            }
             let id = random::array().map_err(|e| Error::internal(e.to_string()))?;
-            let wrapped = slots::wrap(&state.root, &wrapper, this.vault.node_id(), id).await;
-            let wrapped =
-                wrapped.map_err(|error| ChangeError::Wrap { slot: spec.clone(), error })?;
-            table.slots.push(spec.record(id, wrapped, this.vault.clock().now()));
-            let event = slots::describe(event, &spec);
-            let leaf = this.apply_slots(&mut state, table, at, event, terms.remember).await?;
-            Ok((id, leaf))
+            for _ in 0..ATTEMPTS {
+                let Seen { mut table, at, root } = this.see().await?;
+                let seen = table.mac.clone();
+                terms.meet(&table)?;
+                if table.slots.iter().any(|slot| slot.label == spec.label) {
+                    return Err(ChangeError::LabelTaken(spec.label));
+                }
+                if table.slots.len() >= MAX_SLOTS {
+                    return Err(ChangeError::TooManySlots);
+                }
+                let wrapped = slots::wrap(&root, &wrapper, this.vault.node_id(), id).await;
+                let wrapped =
+                    wrapped.map_err(|error| ChangeError::Wrap { slot: spec.clone(), error })?;
+                let Some(mut state) = this.unchanged(&seen).await? else { continue };
+                table.slots.push(spec.record(id, wrapped, this.vault.clock().now()));
+                let event = slots::describe(event, &spec);
+                let leaf = this.apply_slots(&mut state, table, at, event, terms.remember).await?;
+                return Ok((id, leaf));
+            }
+            Err(Error::Conflict.into())
         })
         .await
     }
@@ -179,30 +217,26 @@ impl Custody {
         let this = Arc::clone(self);
         detached(async move {
             let Removal { slot: name, wrappers, terms } = removal;
-            let mut state = this.state.lock().await;
-            let (mut table, at) = this.reconciled(&mut state).await?;
-            terms.meet(&table)?;
-            let slot = slots::find(&mut table, &name)?.clone();
-            table.slots.retain(|other| other.slot_id != slot.slot_id);
-            let node_id = this.vault.node_id();
-            let mut trials = Vec::new();
-            let mut usable = false;
-            for other in &table.slots {
-                match slots::opens(other, &wrappers, node_id, &state.root).await {
-                    Ok(()) => {
-                        usable = true;
-                        break;
-                    }
-                    Err(trial) => trials.push(trial),
+            for _ in 0..ATTEMPTS {
+                let Seen { mut table, at, root } = this.see().await?;
+                let seen = table.mac.clone();
+                terms.meet(&table)?;
+                let slot = slots::find(&mut table, &name)?.clone();
+                table.slots.retain(|other| other.slot_id != slot.slot_id);
+                let node_id = this.vault.node_id();
+                let usable = slots::any_opens(&table.slots, &wrappers, node_id, &root).await;
+                let usable = usable.map_err(ChangeError::LastSlot)?;
+                let Some(mut state) = this.unchanged(&seen).await? else { continue };
+                let event = slots::describe(event, &SlotSpec::of(&slot));
+                let id = slots::id(&slot)?;
+                let leaf = this.apply_slots(&mut state, table, at, event, terms.remember).await?;
+                let mut opened_by = this.opened_by.lock();
+                if *opened_by == id {
+                    *opened_by = usable;
                 }
+                return Ok((id, leaf));
             }
-            if !usable {
-                return Err(ChangeError::LastSlot(trials));
-            }
-            let event = slots::describe(event, &SlotSpec::of(&slot));
-            let id = slots::id(&slot)?;
-            let leaf = this.apply_slots(&mut state, table, at, event, terms.remember).await?;
-            Ok((id, leaf))
+            Err(Error::Conflict.into())
         })
         .await
     }
@@ -216,11 +250,8 @@ impl Custody {
         slot: &str,
         wrappers: &[Arc<dyn KeyWrapper>],
     ) -> Result<SlotSpec, ChangeError> {
-        let (slot, root) = {
-            let mut state = self.state.lock().await;
-            let (mut table, _) = self.reconciled(&mut state).await?;
-            (slots::find(&mut table, slot)?.clone(), Arc::clone(&state.root))
-        };
+        let Seen { mut table, root, .. } = self.see().await?;
+        let slot = slots::find(&mut table, slot)?.clone();
         let tried = slots::opens(&slot, wrappers, self.vault.node_id(), &root).await;
         tried.map_err(ChangeError::SlotUnavailable)?;
         Ok(SlotSpec::of(&slot))
@@ -255,36 +286,39 @@ impl Custody {
     ) -> Result<([u8; 16], u32, Option<u64>), ChangeError> {
         let this = Arc::clone(self);
         detached(async move {
-            let mut state = this.state.lock().await;
-            let (mut table, at) = this.reconciled(&mut state).await?;
-            if expected.is_some_and(|expected| expected != state.root.id()) {
-                return Err(Error::Conflict.into());
-            }
-            let crypto = |e: polykey_hsm::CryptoFailure| Error::internal(e.to_string());
-            let root = Arc::new(RootKey::generate().map_err(crypto)?);
-            let mut ring = Ring::clone(&this.vault.ring());
-            let epoch = ring.add_epoch().map_err(|e| Error::internal(e.to_string()))?;
             let node_id = this.vault.node_id();
-            for slot in &mut table.slots {
-                let wrapper = slots::wrapper_of(slot, &wrappers, node_id, &state.root).await?;
-                let wrapped = slots::wrap(&root, &wrapper, node_id, slots::id(slot)?).await;
-                slot.wrapped = wrapped
-                    .map_err(|error| ChangeError::Wrap { slot: SlotSpec::of(slot), error })?
-                    .into();
+            for _ in 0..ATTEMPTS {
+                let Seen { mut table, at, root: old } = this.see().await?;
+                let seen = table.mac.clone();
+                if expected.is_some_and(|expected| expected != old.id()) {
+                    return Err(Error::Conflict.into());
+                }
+                let crypto = |e: polykey_hsm::CryptoFailure| Error::internal(e.to_string());
+                let root = Arc::new(RootKey::generate().map_err(crypto)?);
+                let anew = |slot| slots::rewrapped(slot, &wrappers, node_id, (&old, &root));
+                let wrapped = try_join_all(table.slots.iter().map(anew)).await?;
+                for (slot, wrapped) in table.slots.iter_mut().zip(wrapped) {
+                    slot.wrapped = wrapped.into();
+                }
+                let Some(mut state) = this.unchanged(&seen).await? else { continue };
+                // Read under the lock: nobody else adds an epoch or retires one meanwhile.
+                let mut ring = Ring::clone(&this.vault.ring());
+                let epoch = ring.add_epoch().map_err(|e| Error::internal(e.to_string()))?;
+                let mut event = event;
+                event.details.insert("epoch".into(), epoch.to_string());
+                event.details.insert("root_id".into(), slots::hex(&root.id()));
+                let reseal = ResealRecord {
+                    target_epoch: epoch,
+                    started_at: this.vault.clock().now().micros(),
+                    ..ResealRecord::default()
+                };
+                let root_id = root.id();
+                let change = Change { table, at, root, ring, reseal: Some(reseal), remember };
+                let leaf = this.apply(&mut state, change, event).await?;
+                this.wake.notify_one();
+                return Ok((root_id, epoch, leaf));
             }
-            let mut event = event;
-            event.details.insert("epoch".into(), epoch.to_string());
-            event.details.insert("root_id".into(), slots::hex(&root.id()));
-            let reseal = ResealRecord {
-                target_epoch: epoch,
-                started_at: this.vault.clock().now().micros(),
-                ..ResealRecord::default()
-            };
-            let root_id = root.id();
-            let change = Change { table, at, root, ring, reseal: Some(reseal), remember };
-            let leaf = this.apply(&mut state, change, event).await?;
-            this.wake.notify_one();
-            Ok((root_id, epoch, leaf))
+            Err(Error::Conflict.into())
         })
         .await
     }

@@ -206,7 +206,11 @@ impl From<ChangeError> for Error {
         match error {
             ChangeError::NoSuchSlot(_) => Self::NotFound,
             ChangeError::LabelTaken(_) => Self::State(Reason::AlreadyExists),
-            ChangeError::LastSlot(_) => Self::State(Reason::InUse),
+            ChangeError::LastSlot(_) => {
+                // Why the others do not open is for the log.
+                tracing::warn!(why = text, "a slot was not removed");
+                Self::State(Reason::LastSlot)
+            }
             ChangeError::BadLabel => Self::invalid("label", text),
             ChangeError::TooManySlots => Self::invalid("label", text),
             ChangeError::SlotUnavailable(_) | ChangeError::Wrap { .. } => {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::stream::{FuturesUnordered, StreamExt};
 use polykey_hsm::recovery::{RecoveryPublicKey, RecoveryWrapper};
 use polykey_hsm::{
     Deadline, KeyWrapper, MasterKeySource, Ring, RootError, RootKey, SlotKind, WrapContext,
@@ -29,7 +30,7 @@ pub struct SlotSpec {
     /// The operator's name for it: 1 to 64 of `a-z A-Z 0-9 . _ -`.
     pub label: String,
     /// "local-file", "local-env", "local-credential", "local-ssm", "local-passphrase",
-    /// "pkcs11", "aws",    /// "quorum" or "recovery".
+    /// "pkcs11", "aws", "quorum" or "recovery".
     pub kind: String,
     /// Where the secret is found, e.g. "file /etc/polykey/master.key"; the key of AWS KMS; the
     /// members of the quorum; or the recovery public key.
@@ -240,7 +241,8 @@ pub(super) async fn wrap(
     if same(&opened, root) { Ok(bytes) } else { Err(RootError::NotARoot) }
 }
 
-/// Tries wrappers on one slot.
+/// Tries wrappers on one slot: those that go by the name of what made it, then all others at once, so
+/// that one which does not answer hides no other.
 async fn open_slot(
     slot: &Slot,
     wrappers: &[Arc<dyn KeyWrapper>],
@@ -253,11 +255,20 @@ async fn open_slot(
         SlotKind::Recovery => TrialOutcome::Recovery,
         _ => TrialOutcome::NotConfigured,
     };
-    for wrapper in wrappers {
-        match unwrap(wrapper, decoded.clone(), node_id, slot_id).await {
-            Ok(root) => return Ok((root, Arc::clone(wrapper))),
-            Err(RootError::Wrap(WrapError::NotMine)) => {}
-            Err(error) => outcome = TrialOutcome::Failed(error),
+    let open = |wrapper: &Arc<dyn KeyWrapper>| {
+        let (wrapper, decoded) = (Arc::clone(wrapper), decoded.clone());
+        async move { (unwrap(&wrapper, decoded, node_id, slot_id).await, wrapper) }
+    };
+    let made = |wrapper: &&Arc<dyn KeyWrapper>| wrapper.id() == decoded.wrapper();
+    let (same, others): (Vec<_>, Vec<_>) = wrappers.iter().partition(made);
+    for group in [same, others] {
+        let mut trials: FuturesUnordered<_> = group.into_iter().map(open).collect();
+        while let Some((opened, wrapper)) = trials.next().await {
+            match opened {
+                Ok(root) => return Ok((root, wrapper)),
+                Err(RootError::Wrap(WrapError::NotMine)) => {}
+                Err(error) => outcome = TrialOutcome::Failed(error),
+            }
         }
     }
     Err(outcome)
@@ -302,9 +313,44 @@ pub(super) async fn opens(
     Err(Trial { slot: SlotSpec::of(slot), outcome })
 }
 
+/// One of these slots that opens as `root` by one of `wrappers`; all are tried at once. If none
+/// does, why each of them does not.
+pub(super) async fn any_opens(
+    slots: &[Slot],
+    wrappers: &[Arc<dyn KeyWrapper>],
+    node_id: [u8; 16],
+    root: &RootKey,
+) -> Result<[u8; 16], Vec<Trial>> {
+    let tried = slots.iter().map(|slot| async move {
+        opens(slot, wrappers, node_id, root).await.map(|()| id(slot).unwrap_or_default())
+    });
+    let mut tried: FuturesUnordered<_> = tried.collect();
+    let mut trials = Vec::new();
+    while let Some(opened) = tried.next().await {
+        match opened {
+            Ok(opened) => return Ok(opened),
+            Err(trial) => trials.push(trial),
+        }
+    }
+    trials.sort_by(|a, b| a.slot.label.cmp(&b.slot.label));
+    Err(trials)
+}
+
+/// What a slot of a table that is authentic becomes under another root: wrapped by what opens it now.
+pub(super) async fn rewrapped(
+    slot: &Slot,
+    wrappers: &[Arc<dyn KeyWrapper>],
+    node_id: [u8; 16],
+    (now, next): (&Arc<RootKey>, &Arc<RootKey>),
+) -> Result<Vec<u8>, ChangeError> {
+    let wrapper = wrapper_of(slot, wrappers, node_id, now).await?;
+    let wrapped = wrap(next, &wrapper, node_id, id(slot)?).await;
+    wrapped.map_err(|error| ChangeError::Wrap { slot: SlotSpec::of(slot), error })
+}
+
 /// The wrapper of a slot of a table that is authentic: the one that opens it as `root`, or the
 /// public half of its recovery key.
-pub(super) async fn wrapper_of(
+async fn wrapper_of(
     slot: &Slot,
     wrappers: &[Arc<dyn KeyWrapper>],
     node_id: [u8; 16],

@@ -1,5 +1,7 @@
 //! Founding, opening, changing slots and root, resealing; with faults at every commit.
 
+mod waiting;
+
 use std::path::Path;
 
 use polykey_hsm::recovery::{self, RecoveryKey, RecoveryWrapper};

@@ -1,11 +1,13 @@
 //! The tokens in which keys of callers live. A token that is away is asked all the same: its own queue
 //! and deadlines hold up nobody else.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use polykey_hsm::pkcs11::{Pkcs11Token, ResidentError, ResidentKey};
 use polykey_hsm::work::{SignInput, SignatureScheme, WorkError};
 use polykey_hsm::{Algorithm, Deadline, Purpose, WrapError};
+use tokio::runtime::Handle;
 use zeroize::Zeroizing;
 
 use super::NamedWrapper;
@@ -52,19 +54,34 @@ impl Tokens {
         wanted.map(|(name, token)| (name.as_str(), token)).ok_or_else(unavailable)
     }
 
-    /// Makes a key.
+    /// Makes a key, which goes again unless it is kept.
     ///
     /// # Errors
-    /// Whatever the token says; then there is none, unless its answer was lost.
+    /// Whatever the token says; then there is none, or will be none.
     pub async fn make(
         &self,
         id: &[u8],
         algorithm: Algorithm,
         purpose: Purpose,
-    ) -> Result<ResidentKey, Error> {
+    ) -> Result<(ResidentKey, Placed), Error> {
         let (name, token) = self.wanted()?;
+        let placed = Placed {
+            key: ResidentKey { id: id.to_vec(), algorithm, purpose, public: None },
+            name: name.to_owned(),
+            token: token.clone(),
+            runtime: Handle::current(),
+            kept: AtomicBool::new(false),
+        };
         let made = token.generate_resident(id, algorithm, purpose, Deadline::after(MAKE)).await;
-        made.map_err(|error| failed(name, token, error))
+        match made {
+            Ok(made) => Ok((made, placed)),
+            Err(error) => {
+                let error = failed(name, token, error);
+                // Only where its answer was lost may there be something.
+                placed.keep(!matches!(error, Error::Unavailable { .. }));
+                Err(error)
+            }
+        }
     }
 
     /// Signs.
@@ -120,6 +137,62 @@ impl Tokens {
             }
         }
         Ok(())
+    }
+}
+
+/// An object in a token that no row of the store names yet. Unless it is kept, it is destroyed when this is
+/// dropped, wherever its call broke off.
+pub struct Placed {
+    key: ResidentKey,
+    name: String,
+    token: Pkcs11Token,
+    runtime: Handle,
+    kept: AtomicBool,
+}
+
+impl Placed {
+    /// Its id in the token.
+    #[must_use]
+    pub fn id(&self) -> &[u8] {
+        &self.key.id
+    }
+
+    /// Whether it stays from now on.
+    pub fn keep(&self, kept: bool) {
+        self.kept.store(kept, Ordering::SeqCst);
+    }
+}
+
+impl Drop for Placed {
+    fn drop(&mut self) {
+        if *self.kept.get_mut() {
+            return;
+        }
+        let (token, key) = (self.token.clone(), self.key.clone());
+        let section = section(&self.name);
+        self.runtime.spawn(async move {
+            let id = data_encoding::HEXLOWER.encode(&key.id);
+            match token.destroy_resident(&key, Deadline::after(USE)).await {
+                Ok(()) => {
+                    tracing::info!(id, "an object that no key uses was taken out of its token")
+                }
+                Err(ResidentError::NotThere) => {}
+                Err(error) => {
+                    let label = String::from_utf8_lossy(ResidentKey::LABEL).into_owned();
+                    tracing::error!(
+                        %error, section, label, id,
+                        "an object that no key uses may be in the token: destroy the one of this \
+                         label and CKA_ID with the vendor's tool"
+                    );
+                }
+            }
+        });
+    }
+}
+
+impl std::fmt::Debug for Placed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Placed").field("name", &self.name).finish_non_exhaustive()
     }
 }
 

@@ -50,7 +50,13 @@ impl WrapperError {
     /// Whether something did not answer.
     #[must_use]
     pub fn is_away(&self) -> bool {
-        matches!(self, Self::Wrapper(WrapError::Unavailable { .. } | WrapError::DeadlineExceeded))
+        match self {
+            Self::Wrapper(error) => {
+                matches!(error, WrapError::Unavailable { .. } | WrapError::DeadlineExceeded)
+            }
+            Self::Secret(problem) => problem.away,
+            Self::Local(_) => false,
+        }
     }
 }
 

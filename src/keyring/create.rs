@@ -18,6 +18,7 @@ use super::{Key, KeyVersion, Keyring, wrapped_blob};
 use crate::authz::{PolicyErrors, Resource};
 use crate::command::{CreateKey, Value, part};
 use crate::context::Context;
+use crate::custody::Placed;
 use crate::error::{Error, FieldViolation};
 use crate::key::{KeyId, Version, version_row};
 use crate::time::Time;
@@ -48,19 +49,32 @@ pub(super) fn supplied(value: &Value) -> Result<KeyMaterial, Error> {
 pub(super) struct Made {
     generated: Generated,
     hardened: Option<HardenedBlobKey>,
-    /// The token's handle of the key.
-    object: Option<Vec<u8>>,
+    /// The key in its token.
+    placed: Option<Placed>,
 }
 
 impl Made {
     /// Of a key that is not hardened.
     pub(super) fn standard(generated: Generated) -> Self {
-        Self { generated, hardened: None, object: None }
+        Self { generated, hardened: None, placed: None }
     }
 
     /// Of a key in a token.
-    pub(super) fn in_token(generated: Generated, object: Vec<u8>) -> Self {
-        Self { generated, hardened: None, object: Some(object) }
+    pub(super) fn in_token(generated: Generated, placed: Placed) -> Self {
+        Self { generated, hardened: None, placed: Some(placed) }
+    }
+
+    /// Whether what was made in a token stays there from now on.
+    pub(super) fn keep(&self, kept: bool) {
+        if let Some(placed) = &self.placed {
+            placed.keep(kept);
+        }
+    }
+
+    /// Whether a version is of this material, by its public half.
+    pub(super) fn is_of(&self, version: &VersionRecord) -> bool {
+        let public = self.generated.public.as_ref();
+        public.is_some_and(|public| public.spki_der.as_slice() == version.public_key.as_ref())
     }
 }
 
@@ -76,7 +90,7 @@ impl Keyring {
             return Ok(Made::standard(generated));
         }
         let hardened = Box::pin(self.harden(client, key.id)).await?;
-        Ok(Made { generated, hardened: Some(hardened), object: None })
+        Ok(Made { generated, hardened: Some(hardened), placed: None })
     }
 
     fn draft(cx: &Context, command: &CreateKey, id: KeyId, profile: u32) -> KeyRecord {
@@ -172,7 +186,7 @@ impl Keyring {
             self.forge.make(client, command.algorithm, params).await?
         };
         let hardened = if hardens { Some(Box::pin(self.harden(client, id)).await?) } else { None };
-        Ok(Prepared::Key(id, Made { generated, hardened, object: None }))
+        Ok(Prepared::Key(id, Made { generated, hardened, placed: None }))
     }
 
     async fn authorize_create(
@@ -256,7 +270,7 @@ impl Keyring {
         now: Time,
     ) -> Result<KeyVersion, Error> {
         let failed = |e: polykey_hsm::CryptoFailure| Error::internal(e.to_string());
-        let Made { generated: made, hardened, object } = made;
+        let Made { generated: made, hardened, placed } = made;
         let context = self.material_context(key, version.get());
         let (material, blob, checksum) = if is_hardened(&key.record) {
             // An alias that has moved since it was made names another key.
@@ -271,7 +285,7 @@ impl Keyring {
             let blob_key = BlobKey::generate().map_err(failed)?;
             let checksum = key_checksum(&blob_key, &made.material).map_err(failed)?;
             let blob = wrapped_blob(key, version.get(), (&made.material, &blob_key))?;
-            let object = object.as_deref().ok_or(Error::Conflict)?;
+            let object = placed.as_ref().ok_or(Error::Conflict)?.id();
             let ring = self.vault.ring();
             let material = ring.place_material(&context, &token_id()?, object, &blob_key);
             (material.map_err(failed)?, blob, checksum)

@@ -21,6 +21,8 @@ use crate::vault::Tx;
 
 /// Versions erased in one transaction.
 const ERASE: usize = 256;
+/// What a rotation is called in the audit log.
+const ROTATED: &str = "RotateKey";
 
 /// Whether a rotation on the schedule is still meant.
 fn rotates(record: &KeyRecord, job: &JobRecord) -> bool {
@@ -64,10 +66,12 @@ impl Keyring {
             None => None,
             Some(loaded) => Some(self.key(None, loaded.record).await?),
         };
-        let mut more = false;
+        let (mut more, mut used) = (false, false);
         if let Some(key) = key {
             let effect = match job.kind() {
-                Kind::Rotate => self.due_rotation(&mut tx, &key, prepared, job, now).await?,
+                Kind::Rotate => {
+                    self.due_rotation(&mut tx, &key, prepared.as_ref(), job, now).await?
+                }
                 Kind::Promote => self.due_promotion(&mut tx, &key, job, now).await?,
                 Kind::EndGrace => self.due_end_of_grace(&mut tx, &key, job).await?,
                 Kind::Revoke => self.due_revocation(&mut tx, &key, job, now)?,
@@ -82,13 +86,24 @@ impl Keyring {
                 }
             };
             if let Some((action, after)) = effect {
+                used = action == ROTATED;
                 self.due_change(&mut tx, &key, after, action, job, now)?;
             }
         }
         if !more {
             tx.delete::<JobRecord>(row);
         }
-        let receipt = tx.commit().await?;
+        let keep = |kept| {
+            if let Some(made) = &prepared {
+                made.keep(kept);
+            }
+        };
+        keep(used);
+        let committed = tx.commit().await;
+        if matches!(&committed, Err(error) if !matches!(error, Error::OutcomeUnknown { .. })) {
+            keep(false);
+        }
+        let receipt = committed?;
         tracing::debug!(?receipt, kind = ?job.kind(), key = %id, more, "a due job is done");
         Ok(more)
     }
@@ -153,7 +168,7 @@ impl Keyring {
         &self,
         tx: &mut Tx<'_>,
         key: &Key,
-        prepared: Option<Made>,
+        prepared: Option<&Made>,
         job: &JobRecord,
         now: Time,
     ) -> Result<Option<(&'static str, KeyRecord)>, Error> {
@@ -170,6 +185,7 @@ impl Keyring {
             after.next_rotation_at = 0;
             return Ok(Some(("SkipRotation", after)));
         }
+        let fresh;
         let made = match prepared {
             Some(made) => made,
             None if is_hardened(&key.record) || is_resident(&key.record) => {
@@ -177,12 +193,13 @@ impl Keyring {
             }
             None => {
                 let params = again(&key.record);
-                Made::standard(self.forge.make(None, key.algorithm, params).await?)
+                fresh = Made::standard(self.forge.make(None, key.algorithm, params).await?);
+                &fresh
             }
         };
         let version = Version::new(key.record.latest_version.saturating_add(1))
             .ok_or_else(|| Error::internal("out of versions"))?;
-        self.new_version_at(tx, key, version, (&made, GENERATED), now)?;
+        self.new_version_at(tx, key, version, (made, GENERATED), now)?;
         after.latest_version = version.get();
         after.primary_version = version.get();
         unschedule(tx, Kind::Promote, key.record.staged_promote_at, key.id, 0);
@@ -190,7 +207,7 @@ impl Keyring {
         after.staged_promote_at = 0;
         // Counted from now, not from when it was due: after a long sleep it rotates once.
         self.reschedule_rotation(tx, key, &mut after, now)?;
-        Ok(Some(("RotateKey", after)))
+        Ok(Some((ROTATED, after)))
     }
 
     async fn due_promotion(

@@ -58,6 +58,28 @@ pub(super) enum Prepared {
     Key(KeyId, Made),
 }
 
+impl Prepared {
+    fn made(&self) -> Option<&Made> {
+        match self {
+            Self::Nothing => None,
+            Self::Material(made) | Self::Key(_, made) => Some(made),
+        }
+    }
+
+    /// Whether what was made outside the store stays there from now on.
+    fn keep(&self, kept: bool) {
+        if let Some(made) = self.made() {
+            made.keep(kept);
+        }
+    }
+
+    /// Keeps what the change has used.
+    fn settle(&self, done: &Done) {
+        let used = |made: &Made| done.version.as_ref().is_some_and(|v| made.is_of(&v.record));
+        self.keep(self.made().is_some_and(used));
+    }
+}
+
 /// One planned change, before its commit.
 pub(super) struct Planned {
     pub(super) done: Done,
@@ -168,7 +190,18 @@ impl Keyring {
                 }
                 planned.push(plan);
             }
-            match tx.commit().await {
+            // Whoever breaks off now does not know whether it is used.
+            prepared.iter().for_each(|prepared| prepared.keep(true));
+            let committed = tx.commit().await;
+            match &committed {
+                Ok(_) => {
+                    let both = prepared.iter().zip(&planned);
+                    both.for_each(|(prepared, planned)| prepared.settle(&planned.done));
+                }
+                Err(Error::OutcomeUnknown { .. }) => {}
+                Err(_) => prepared.iter().for_each(|prepared| prepared.keep(false)),
+            }
+            match committed {
                 Ok(receipt) => {
                     return Ok(self.finish(planned, receipt));
                 }

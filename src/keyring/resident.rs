@@ -54,7 +54,7 @@ impl Keyring {
         self.tokens.wanted().map(drop)
     }
 
-    /// A new object in the token. Its id stands for the material.
+    /// A new object in the token, which goes again unless it is kept. Its id stands for the material.
     pub(super) async fn make_resident(
         &self,
         id: KeyId,
@@ -62,10 +62,10 @@ impl Keyring {
     ) -> Result<Made, Error> {
         let nonce: [u8; NONCE] = random::array().map_err(|e| Error::internal(e.to_string()))?;
         let object = [&id.bytes()[..], &nonce].concat();
-        let made = Box::pin(self.tokens.make(&object, algorithm, purpose)).await?;
-        let material = KeyMaterial::from_secret(object.clone());
+        let (made, placed) = Box::pin(self.tokens.make(&object, algorithm, purpose)).await?;
+        let material = KeyMaterial::from_secret(object);
         let material = material.map_err(|e| Error::internal(e.to_string()))?;
-        Ok(Made::in_token(Generated { material, public: made.public }, object))
+        Ok(Made::in_token(Generated { material, public: made.public }, placed))
     }
 
     /// What is stored of a version that lives in a token.

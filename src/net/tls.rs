@@ -163,6 +163,25 @@ impl fmt::Debug for TlsState {
     }
 }
 
+/// Everything that is wrong with each of the files by itself: a start stops at the first.
+#[must_use]
+pub fn problems(files: &TlsFiles, texts: &TlsTexts) -> Vec<TlsConfigError> {
+    let mut all = Vec::new();
+    if texts.certificate.is_none() {
+        all.extend(read_certificates(&files.certificate).err());
+    }
+    if texts.key.is_none() {
+        all.extend(read_key(&files.key).err());
+    }
+    if texts.client_ca.is_none() {
+        all.extend(read_roots(&files.client_ca).err());
+    }
+    if let Some(crl) = files.crl.as_ref().filter(|_| texts.crl.is_none()) {
+        all.extend(read_file(crl).err());
+    }
+    all
+}
+
 impl TlsState {
     /// Reads the files, by the system's clock.
     ///

@@ -11,8 +11,8 @@ use x509_parser::extensions::{GeneralName, ParsedExtension};
 use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
 
-/// What is known of a pair of files that belong together.
-pub(super) struct Pair {
+/// What is known of a certificate.
+pub(super) struct Leaf {
     /// Key id of the certificate's own key, where it is an authority.
     pub(super) subject_key: Option<Vec<u8>>,
     /// Key id of its issuer's key.
@@ -23,9 +23,12 @@ pub(super) struct Pair {
     not_after: u64,
 }
 
+/// A certificate and its key, which belong together.
+pub(super) struct Pair;
+
 impl Pair {
     /// Reads both; `None` if either is missing or damaged or the key is not the certificate's.
-    pub(super) fn read(certificate: &Path, key: &Path) -> Option<Self> {
+    pub(super) fn read(certificate: &Path, key: &Path) -> Option<Leaf> {
         let der = CertificateDer::from_pem_file(certificate).ok()?;
         let key = Zeroizing::new(std::fs::read_to_string(key).ok()?);
         let key = KeyPair::from_pem(&key).ok()?;
@@ -33,6 +36,19 @@ impl Pair {
         if found.public_key().raw != key.subject_public_key_info() {
             return None;
         }
+        Leaf::of(&found)
+    }
+}
+
+impl Leaf {
+    /// Reads the first certificate of a file; `None` if it is missing or damaged.
+    pub(super) fn read(certificate: &Path) -> Option<Self> {
+        let der = CertificateDer::from_pem_file(certificate).ok()?;
+        let (_, found) = X509Certificate::from_der(&der).ok()?;
+        Self::of(&found)
+    }
+
+    fn of(found: &X509Certificate<'_>) -> Option<Self> {
         let mut pair = Self {
             subject_key: None,
             issuer_key: None,

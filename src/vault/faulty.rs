@@ -38,6 +38,11 @@ impl Faulty {
         self.commits.load(Ordering::SeqCst)
     }
 
+    /// Dies within the next commit.
+    pub(crate) fn kill(&self) {
+        self.last.store(self.commits(), Ordering::SeqCst);
+    }
+
     fn dead(&self) -> bool {
         self.commits() > self.last.load(Ordering::SeqCst)
     }

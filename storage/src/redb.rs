@@ -48,6 +48,7 @@ use crate::{
 };
 
 pub use file::Compacted;
+pub use journal::path_of as journal_path;
 
 /// The version of the tables and their encoding that this program writes, and the newest it
 /// reads.

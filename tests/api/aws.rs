@@ -1,40 +1,16 @@
 //! The root key in AWS KMS, and secrets from Parameter Store: the real binary against moto.
 
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::common::aws::Moto;
 use crate::common::client::Client;
-use crate::common::{Ended, Options, POLYKEY, Server};
-
-const TEXT: &str = "bWVldCBtZQ==";
-
-fn cli(server: &Server, args: &[&str]) -> Value {
-    let mut all = vec!["-o", "json"];
-    all.extend(args);
-    let (code, out, err) = server.cli(&all);
-    assert_eq!(code, 0, "{args:?}: {out}{err}");
-    serde_json::from_str(&out).unwrap()
-}
-
-fn serve(state: &Path, options: &Options) -> Result<Server, Ended> {
-    Server::serve(state, &state.join("polykey.toml").display().to_string(), options)
-}
-
-async fn seal(client: &Client, key: &str) -> Value {
-    let body = json!({"key_id": key, "plaintext": TEXT});
-    client.call("Encrypt", body).await.unwrap()["ciphertext"].clone()
-}
-
-async fn opens(client: &Client, sealed: &Value) {
-    let opened = client.call("Decrypt", json!({"ciphertext": sealed})).await.unwrap();
-    assert_eq!(opened["plaintext"], TEXT);
-}
+use crate::common::steps::{cli, opens, seal, serve};
+use crate::common::{POLYKEY, Server};
 
 /// Seals with a key over and over until it is told to stop; counts.
 fn load(client: Client, key: String) -> (Arc<AtomicBool>, tokio::task::JoinHandle<u64>) {
@@ -246,4 +222,41 @@ async fn a_node_is_founded_on_kms_and_parameters_with_no_secret_on_its_disk() {
     let ended = serve(&state, &options).err().unwrap();
     assert_eq!(ended.status.code(), Some(2), "{}", ended.output);
     assert!(ended.output.contains("SSM parameter /edge/key"), "{}", ended.output);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parameter_that_is_away_is_for_another_start_and_one_that_is_not_there_for_an_operator() {
+    let (moto, home) = (Moto::start(), tempfile::tempdir().unwrap());
+    let options = Moto::options(home.path());
+    moto.put("/edge/master", polykey_hsm::generate_master_key().unwrap().trim());
+    let server = Server::dev_configured_with(&options, |text| {
+        format!(
+            "{text}\n[bootstrap]\nregion = \"eu-west-1\"\nendpoint_url = \"{}\"\n\
+             attempt_timeout = \"1s\"\n\n[wrappers.parameter]\nsource = {{ ssm = \"/edge/master\" }}\n",
+            moto.url()
+        )
+    });
+    let state = server.state.clone();
+    cli(&server, &["root", "slot", "add", "parameter", "--wrapper", "parameter"]);
+    cli(&server, &["root", "slot", "remove", "main"]);
+    let directory = server.stop().2;
+    fs::remove_file(state.join("master.key")).unwrap();
+    drop(serve(&state, &options).unwrap_or_else(|ended| panic!("{}", ended.output)));
+    let file = state.join("polykey.toml");
+    let here = fs::read_to_string(&file).unwrap();
+    let nobody = here.replace(&moto.url(), "http://127.0.0.1:9");
+    let ends = |text: &str, code: i32, words: &str| {
+        fs::write(&file, text).unwrap();
+        let ended = serve(&state, &options).err().unwrap();
+        assert_eq!(ended.status.code(), Some(code), "{words}: {}", ended.output);
+        assert!(ended.output.contains(words), "{words}: {}", ended.output);
+    };
+    // What opens the root key.
+    ends(&nobody, 6, "AWS gave no answer");
+    ends(&here.replace("/edge/master", "/edge/none"), 2, "there is no such parameter");
+    // What it serves with.
+    let key = "key = { ssm = \"/edge/key\" }";
+    ends(&nobody.replacen("key = \"server.key\"", key, 1), 6, "[listen] key");
+    ends(&here.replacen("key = \"server.key\"", key, 1), 2, "[listen] key");
+    drop(directory);
 }

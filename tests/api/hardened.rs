@@ -11,6 +11,7 @@ use tonic::Code;
 use crate::common::aws::{Moto, REGION};
 use crate::common::client::{Client, Fail, refused};
 use crate::common::softhsm::SoftHsm;
+use crate::common::steps::{says, until};
 use crate::common::wire::Wire;
 use crate::common::{Options, PATIENCE, Server};
 
@@ -84,33 +85,6 @@ fn unavailable<T: std::fmt::Debug>(result: Result<T, Fail>) {
     let fail = refused(result, Code::Unavailable);
     assert!(fail.retry, "a hint when to come back: {fail:?}");
     assert!(!fail.text.contains("127.0.0.1") && !fail.text.contains("arn:"), "{fail:?}");
-}
-
-async fn health(client: &Client) -> String {
-    let answer = client.call("PolykeyService/HealthCheck", json!({})).await.unwrap();
-    answer["status"].as_str().unwrap().to_owned()
-}
-
-/// Waits until the node says so of itself.
-async fn until(client: &Client, status: &str) {
-    let begun = Instant::now();
-    loop {
-        let found = health(client).await;
-        if found == status {
-            return;
-        }
-        assert!(begun.elapsed() < PATIENCE, "still {found}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
-/// Waits until the server has written this.
-async fn says(server: &Server, text: &str) {
-    let begun = Instant::now();
-    while !server.output().contains(text) {
-        assert!(begun.elapsed() < PATIENCE, "{text} is not said");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
 }
 
 /// How long it takes until a use that was refused succeeds.
@@ -322,6 +296,31 @@ async fn standard_keys_are_not_slowed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_kms_key_that_is_not_there_degrades_health_and_stops_nobody_from_asking() {
+    let moto = Moto::start();
+    let wire = Wire::to(&moto.url());
+    let directory = node(&moto, &wire, "0s").stop().2.unwrap();
+    let state = directory.path().join("state");
+    let path = state.join("polykey.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let none = text.find("arn:aws:kms").and_then(|at| text[at..].split('"').next()).unwrap();
+    let other =
+        format!("{}/11111111-2222-3333-4444-555555555555", none.rsplit_once('/').unwrap().0);
+    std::fs::write(&path, text.replace(none, &other)).unwrap();
+    let server = Server::dev_in(&state, &options(), Some(directory));
+    let admin = server.admin().await;
+    // Found at the start, before anybody asks.
+    until(&admin, "HEALTH_STATUS_DEGRADED").await;
+    says(&server, "[wrappers.cloud] refuses").await;
+    for _ in 0..5 {
+        let fail = create(&admin, json!({"storage_profile": HARDENED})).await.unwrap_err();
+        let told = (fail.code, fail.reason.as_str());
+        assert_eq!(told, (Code::FailedPrecondition, "BACKEND_REFUSED"));
+    }
+    assert!(!server.output().contains("does not answer"), "the breaker has opened");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn hardened_keys_lie_under_a_token_too() {
     let token = SoftHsm::new();
     let server = Server::dev_configured(|text| {
@@ -332,8 +331,12 @@ async fn hardened_keys_lie_under_a_token_too() {
     // The token has no key yet, and nothing makes one.
     let fail = create(&admin, json!({"storage_profile": HARDENED})).await.unwrap_err();
     assert_eq!((fail.code, fail.reason.as_str()), (Code::FailedPrecondition, "BACKEND_REFUSED"));
+    // It answers, and says no: somebody should look.
+    until(&admin, "HEALTH_STATUS_DEGRADED").await;
+    says(&server, "[wrappers.hsm] refuses").await;
     token.create_kek(&server.state.join("polykey.toml"), "hsm");
     let key = hardened(&admin).await;
+    until(&admin, "HEALTH_STATUS_HEALTHY").await;
     let sealed = seal(&admin, &key).await.unwrap();
     open(&admin, &sealed).await.unwrap();
     // Nothing is remembered, so that pulling the token out is felt at once, by hardened keys alone.

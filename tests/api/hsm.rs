@@ -2,41 +2,18 @@
 //! with SoftHSM and moto.
 
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tonic::Code;
 
 use crate::common::aws::Moto;
-use crate::common::client::{Client, refused};
-use crate::common::softhsm::{PIN, SoftHsm};
-use crate::common::{Ended, Options, PATIENCE, POLYKEY, Server};
-
-const TEXT: &str = "bWVldCBtZQ==";
-
-fn cli(server: &Server, args: &[&str]) -> Value {
-    let mut all = vec!["-o", "json"];
-    all.extend(args);
-    let (code, out, err) = server.cli(&all);
-    assert_eq!(code, 0, "{args:?}: {out}{err}");
-    serde_json::from_str(&out).unwrap()
-}
-
-fn serve(state: &Path, options: &Options) -> Result<Server, Ended> {
-    Server::serve(state, &state.join("polykey.toml").display().to_string(), options)
-}
-
-async fn seal(client: &Client, key: &str) -> Value {
-    let body = json!({"key_id": key, "plaintext": TEXT});
-    client.call("Encrypt", body).await.unwrap()["ciphertext"].clone()
-}
-
-async fn opens(client: &Client, sealed: &Value) {
-    let opened = client.call("Decrypt", json!({"ciphertext": sealed})).await.unwrap();
-    assert_eq!(opened["plaintext"], TEXT);
-}
+use crate::common::client::refused;
+use crate::common::softhsm::{Kryoptic, PIN, SoftHsm};
+use crate::common::steps::{TEXT, cli, opens, seal, secret, serve};
+use crate::common::{Options, PATIENCE, POLYKEY, Server, skip};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn passphrase_token_kms_and_shares_each_open_it_alone_and_without_any_it_says_so() {
@@ -133,6 +110,68 @@ async fn passphrase_token_kms_and_shares_each_open_it_alone_and_without_any_it_s
     opens(&server.admin().await, &sealed).await;
 }
 
+/// The processes that have the module loaded.
+fn workers(server: &Server) -> Vec<Pid> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", server.pid())).unwrap();
+    let children = tasks
+        .filter_map(|task| fs::read_to_string(task.unwrap().path().join("children")).ok())
+        .flat_map(|text| text.split_whitespace().map(|p| p.parse().unwrap()).collect::<Vec<i32>>());
+    let workers: Vec<Pid> = children.filter_map(Pid::from_raw).collect();
+    assert!(!workers.is_empty());
+    workers
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_a_token_hangs_other_slots_change_and_the_status_answers() {
+    let token = SoftHsm::new();
+    let server = Server::dev_configured(|text| {
+        let patient = token.section("wrappers.hsm").replace("\"2s\"", "\"25s\"");
+        format!("{text}{patient}\n[wrappers.spare]\nsource = {{ file = \"spare.key\" }}\n")
+    });
+    secret(&server.state, "spare.key", &polykey_hsm::generate_master_key().unwrap());
+    token.create_kek(&server.state.join("polykey.toml"), "hsm");
+    cli(&server, &["root", "slot", "add", "token", "--wrapper", "hsm"]);
+    let admin = server.admin().await;
+    let before = admin.call("GetRootStatus", json!({})).await.unwrap();
+    for pid in workers(&server) {
+        kill_process(pid, Signal::STOP).unwrap();
+    }
+    let hanging = |name: &'static str, body: Value| {
+        let admin = admin.clone();
+        tokio::spawn(async move { admin.call(name, body).await })
+    };
+    let rotating = hanging("RotateRoot", json!({}));
+    let testing = hanging("TestSlot", json!({"slot_id": "token"}));
+    let others = async {
+        let status = admin.call("GetRootStatus", json!({})).await.unwrap();
+        assert_eq!(status["root_id"], before["root_id"]);
+        let spare = json!({"label": "spare", "wrapper": "spare"});
+        admin.call("AddSlot", spare).await.unwrap();
+        for slot in ["main", "spare"] {
+            let told = admin.call("TestSlot", json!({"slot_id": slot})).await.unwrap();
+            assert_eq!(told["opens"], true, "{told}");
+        }
+        admin.call("RemoveSlot", json!({"slot_id": "main"})).await.unwrap();
+    };
+    tokio::time::timeout(Duration::from_secs(15), others).await.expect("somebody waits");
+    assert!(!rotating.is_finished() && !testing.is_finished());
+    // When it answers again, what waited for it is done.
+    for pid in workers(&server) {
+        kill_process(pid, Signal::CONT).unwrap();
+    }
+    assert_eq!(testing.await.unwrap().unwrap()["opens"], true);
+    rotating.await.unwrap().unwrap();
+    let after = admin.call("GetRootStatus", json!({})).await.unwrap();
+    assert_ne!(after["root_id"], before["root_id"]);
+    let tested = cli(&server, &["root", "slot", "test", "token", "spare"]);
+    assert_eq!(tested["tests"].as_array().unwrap().len(), 2, "{tested}");
+    // What opened the node is gone, so that another slot is marked.
+    let listed = cli(&server, &["root", "slot", "list"]);
+    let used = |slot: &&Value| slot["in_use"] == true;
+    let used: Vec<_> = listed["slots"].as_array().unwrap().iter().filter(used).collect();
+    assert!(matches!(used.as_slice(), [one] if one["label"] == "spare"), "{listed}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_that_is_pulled_out_and_put_back_needs_no_restart() {
     let token = SoftHsm::new();
@@ -159,16 +198,8 @@ async fn a_token_that_is_pulled_out_and_put_back_needs_no_restart() {
         }
     }
     // The process that had the module loaded may die as it likes.
-    let children = format!("/proc/{0}/task/{0}/children", server.pid());
-    let workers: Vec<u32> = fs::read_dir(format!("/proc/{}/task", server.pid()))
-        .unwrap()
-        .filter_map(|task| fs::read_to_string(task.unwrap().path().join("children")).ok())
-        .flat_map(|text| text.split_whitespace().map(|p| p.parse().unwrap()).collect::<Vec<_>>())
-        .collect();
-    assert!(!workers.is_empty(), "{children}");
-    for pid in workers {
-        let pid = rustix::process::Pid::from_raw(pid.try_into().unwrap()).unwrap();
-        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    for pid in workers(&server) {
+        kill_process(pid, Signal::KILL).unwrap();
     }
     let until = Instant::now() + PATIENCE;
     while admin.call("TestSlot", test.clone()).await.unwrap()["opens"] != json!(true) {
@@ -251,4 +282,67 @@ async fn keys_live_in_the_token_and_die_there() {
     let events =
         admin.call("ListAuditEvents", json!({"filter": {"action": "Sign"}})).await.unwrap();
     assert!(events["events"].as_array().unwrap().len() > 2, "{events}");
+}
+
+/// An RSA key to decrypt with.
+fn decrypts() -> Value {
+    json!({"key_type": "KEY_TYPE_RSA_2048", "purpose": "KEY_PURPOSE_ENCRYPT", "in_token": true})
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_rsa_key_decrypts_in_its_token() {
+    let Some(token) = Kryoptic::new() else {
+        return skip(
+            "an_rsa_key_decrypts_in_its_token",
+            "POLYKEY_KRYOPTIC names no module (make kryoptic builds one and runs this)",
+        );
+    };
+    let server = Server::dev_configured(|text| {
+        format!("{text}{}\n[hardened]\nwrapper = \"hsm\"\n", token.section("wrappers.hsm"))
+    });
+    let admin = server.admin().await;
+    let made = admin.call("CreateKey", decrypts()).await.unwrap();
+    let key = made["key_id"].as_str().unwrap();
+    let raw = |field: &str, value: &Value| {
+        let mut body = json!({"key_id": key, "format": "CIPHERTEXT_FORMAT_RAW"});
+        body[field] = value.clone();
+        body
+    };
+    let sealed = admin.call("Encrypt", raw("plaintext", &json!(TEXT))).await.unwrap();
+    let sealed = &sealed["ciphertext"];
+    let opened = admin.call("Decrypt", raw("ciphertext", sealed)).await.unwrap();
+    assert_eq!(opened["plaintext"], TEXT);
+    // Another key's ciphertext, and changed bytes: one text, whatever it is.
+    let mut changed = data_encoding::BASE64.decode(sealed.as_str().unwrap().as_bytes()).unwrap();
+    changed[7] ^= 1;
+    let changed = json!(data_encoding::BASE64.encode(&changed));
+    let fail = admin.call("Decrypt", raw("ciphertext", &changed)).await;
+    assert_eq!(refused(fail, Code::InvalidArgument).text, "decryption failed");
+    let opened = admin.call("Decrypt", raw("ciphertext", sealed)).await.unwrap();
+    assert_eq!(opened["plaintext"], TEXT);
+    let signs = json!({"key_id": key, "message": TEXT});
+    assert!(admin.call("Sign", signs).await.is_err(), "a key has one purpose");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_token_cannot_make_is_refused_in_words_and_not_left_there() {
+    let token = SoftHsm::new();
+    let server = Server::dev_configured(|text| {
+        format!("{text}{}\n[hardened]\nwrapper = \"hsm\"\n", token.section("wrappers.hsm"))
+    });
+    let admin = server.admin().await;
+    // SoftHSM knows RSA-OAEP with SHA-1 alone.
+    let fail = refused(admin.call("CreateKey", decrypts()).await, Code::FailedPrecondition);
+    assert_eq!(fail.reason, "PROFILE_UNAVAILABLE");
+    assert!(fail.text.contains("[hardened]") && fail.text.contains("token"), "{fail:?}");
+    assert_eq!(token.objects(), 0);
+    // A name that is taken is seen after the object was made.
+    let named = json!({"key_type": "KEY_TYPE_ECDSA_P256", "in_token": true, "alias": "one"});
+    admin.call("CreateKey", named.clone()).await.unwrap();
+    refused(admin.call("CreateKey", named).await, Code::AlreadyExists);
+    let until = Instant::now() + PATIENCE;
+    while token.objects() != 2 {
+        assert!(Instant::now() < until, "{} objects", token.objects());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }

@@ -2,23 +2,14 @@
 
 use std::fs;
 use std::io::{Read, Seek, SeekFrom};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::common::client::Client;
+use crate::common::steps::{TEXT, cli, opens, seal, secret};
 use crate::common::{Options, PATIENCE, POLYKEY, Server, skip};
-
-const TEXT: &str = "bWVldCBtZQ==";
-
-fn cli(server: &Server, args: &[&str]) -> Value {
-    let mut all = vec!["-o", "json"];
-    all.extend(args);
-    let (code, out, err) = server.cli(&all);
-    assert_eq!(code, 0, "{args:?}: {out}{err}");
-    serde_json::from_str(&out).unwrap()
-}
 
 /// `polykey ARGS --socket` of the node in `state`.
 fn door(state: &Path, args: &[&str]) -> (i32, String) {
@@ -29,22 +20,6 @@ fn door(state: &Path, args: &[&str]) -> (i32, String) {
     let output = command.output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
     (output.status.code().unwrap_or(-1), text.into_owned())
-}
-
-fn secret(state: &Path, name: &str, text: &str) -> PathBuf {
-    let path = state.join(name);
-    polykey::pki::write_file(&path, text.as_bytes(), 0o600).unwrap();
-    path
-}
-
-async fn opens(client: &Client, sealed: &Value) {
-    let opened = client.call("Decrypt", json!({"ciphertext": sealed})).await.unwrap();
-    assert_eq!(opened["plaintext"], TEXT);
-}
-
-async fn sealed(client: &Client, key: &str) -> Value {
-    let body = json!({"key_id": key, "plaintext": TEXT});
-    client.call("Encrypt", body).await.unwrap()["ciphertext"].clone()
 }
 
 /// `polykey serve`, ended with the value.
@@ -92,7 +67,7 @@ async fn a_locked_node_serves_nobody_until_it_is_unlocked() {
     let state = server.state.clone();
     let admin = server.admin().await;
     let key = admin.create(json!({})).await;
-    let kept = sealed(&admin, &key).await;
+    let kept = seal(&admin, &key).await;
     let (code, said) = door(&state, &["unlock", "--status"]);
     assert_eq!((code, said.contains("not locked")), (0, true), "{said}");
     let (code, said) = door(&state, &["lock"]);
@@ -154,7 +129,7 @@ async fn people_unlock_with_a_passphrase_a_recovery_key_or_shares_one_by_one() {
     cli(&server, &["root", "slot", "add", "whole", "--recovery-key", public]);
     let admin = server.admin().await;
     let key = admin.create(json!({})).await;
-    let kept = sealed(&admin, &key).await;
+    let kept = seal(&admin, &key).await;
     let directory = server.stop().2;
     // No secret is left on the machine.
     let typed = away.path().join("typed").display().to_string();
@@ -257,7 +232,7 @@ async fn a_quorum_opens_with_any_two_of_three_and_not_with_one() {
     cli(&server, &["root", "rotate"]);
     let admin = server.admin().await;
     let key = admin.create(json!({})).await;
-    let kept = sealed(&admin, &key).await;
+    let kept = seal(&admin, &key).await;
     let directory = server.stop().2;
     fs::remove_file(state.join("master.key")).unwrap();
     let config = state.join("polykey.toml").display().to_string();
@@ -346,7 +321,7 @@ async fn no_key_is_in_memory_after_use_and_nothing_after_a_lock() {
     let master_raw = data_encoding::BASE64.decode(master.trim().as_bytes()).unwrap();
     let server = server.restart(false, &Options::default());
     let admin = server.admin().await;
-    let sealed = sealed(&admin, &keys[0]).await;
+    let sealed = seal(&admin, &keys[0]).await;
     opens(&admin, &sealed).await;
     let sign = json!({"key_id": keys[1], "message": TEXT});
     admin.call("Sign", sign).await.unwrap();

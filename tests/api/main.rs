@@ -27,6 +27,7 @@ mod hardened;
 mod hsm;
 mod limits;
 mod lock;
+mod newcomer;
 mod rights;
 mod slots;
 mod stubs;

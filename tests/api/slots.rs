@@ -1,12 +1,13 @@
 //! Several ways to open the root key: configured wrappers, recovery keys and their shares.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use serde_json::{Value, json};
+use serde_json::json;
 use tonic::Code;
 
 use crate::common::client::refused;
+use crate::common::steps::{cli, secret};
 use crate::common::{Options, POLYKEY, Server};
 
 /// A node with two further wrappers in its configuration, and what they need.
@@ -18,20 +19,6 @@ fn prepared() -> Server {
              argon2 = {{ memory_kib = 19456, passes = 2, lanes = 1 }}\n"
         )
     })
-}
-
-fn secret(state: &Path, name: &str, text: &str) -> PathBuf {
-    let path = state.join(name);
-    polykey::pki::write_file(&path, text.as_bytes(), 0o600).unwrap();
-    path
-}
-
-fn cli(server: &Server, args: &[&str]) -> Value {
-    let mut all = vec!["-o", "json"];
-    all.extend(args);
-    let (code, out, err) = server.cli(&all);
-    assert_eq!(code, 0, "{args:?}: {out}{err}");
-    serde_json::from_str(&out).unwrap()
 }
 
 fn config(state: &Path) -> String {

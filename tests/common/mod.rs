@@ -4,6 +4,7 @@
 pub(crate) mod aws;
 pub(crate) mod client;
 pub(crate) mod softhsm;
+pub(crate) mod steps;
 pub(crate) mod wire;
 
 use std::io::{BufRead, BufReader, Read};

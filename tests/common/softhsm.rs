@@ -1,4 +1,4 @@
-//! A SoftHSM token in a directory of its own.
+//! Tokens in directories of their own: SoftHSM, and Kryoptic where a module of it is named.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -96,5 +96,58 @@ impl SoftHsm {
     pub(crate) fn insert(&self) {
         fs::remove_dir_all(self.path("tokens")).unwrap();
         fs::rename(self.path("away"), self.path("tokens")).unwrap();
+    }
+}
+
+impl SoftHsm {
+    /// How many objects are in it: a pair counts twice.
+    pub(crate) fn objects(&self) -> usize {
+        let tokens = fs::read_dir(self.path("tokens")).unwrap();
+        let files = tokens.flat_map(|token| fs::read_dir(token.unwrap().path()).unwrap());
+        let name = |entry: std::io::Result<fs::DirEntry>| entry.unwrap().file_name();
+        let object = |name: &std::ffi::OsString| {
+            name.to_string_lossy().ends_with(".object") && name != "token.object"
+        };
+        files.map(name).filter(object).count()
+    }
+}
+
+/// A token of Kryoptic that is set up; it goes with the value.
+pub(crate) struct Kryoptic {
+    dir: TempDir,
+    module: PathBuf,
+}
+
+impl Kryoptic {
+    /// One labelled `polykey`, where POLYKEY_KRYOPTIC names a module.
+    pub(crate) fn new() -> Option<Self> {
+        let module = PathBuf::from(std::env::var_os("POLYKEY_KRYOPTIC")?);
+        let token = Self { dir: tempfile::tempdir().unwrap(), module };
+        let path = |name: &str| token.dir.path().join(name);
+        let database = path("db").display().to_string();
+        let slot = format!("[[slots]]\nslot = 42\ndbtype = \"sqlite\"\ndbargs = \"{database}\"\n");
+        fs::write(path("kryoptic.toml"), slot).unwrap();
+        polykey::pki::write_file(&path("pin"), PIN.as_bytes(), 0o600).unwrap();
+        let tool = |args: &[&str]| {
+            let mut tool = Command::new("pkcs11-tool");
+            tool.env("KRYOPTIC_CONF", path("kryoptic.toml")).arg("--module").arg(&token.module);
+            run(tool.args(["--slot", "42", "--so-pin", "12345678"]).args(args));
+        };
+        tool(&["--init-token", "--label", "polykey"]);
+        tool(&["--login", "--login-type", "so", "--init-pin", "--pin", PIN]);
+        Some(token)
+    }
+
+    /// The section of a wrapper by its key `kek`.
+    pub(crate) fn section(&self, name: &str) -> String {
+        let path = |name: &str| self.dir.path().join(name).display().to_string();
+        format!(
+            "\n[{name}]\nkind = \"pkcs11\"\nmodule = \"{}\"\ntoken = {{ label = \"polykey\" }}\n\
+             key = {{ label = \"kek\" }}\npin = {{ file = \"{}\" }}\ntimeout = \"20s\"\n\
+             environment = {{ KRYOPTIC_CONF = \"{}\" }}\n",
+            self.module.display(),
+            path("pin"),
+            path("kryoptic.toml")
+        )
     }
 }

@@ -14,7 +14,40 @@ use crate::{Deadline, WrapError};
 /// As many names as GetParameters takes.
 const BATCH: usize = 10;
 
-pub(crate) type Value = Result<Zeroizing<Vec<u8>>, String>;
+/// Why there is no value.
+#[derive(Clone)]
+pub(crate) struct Missing {
+    pub(crate) reason: String,
+    /// Whether AWS gave no answer, so that asking again may help.
+    pub(crate) away: bool,
+}
+
+impl Missing {
+    fn answered(reason: impl Into<String>) -> Self {
+        Self { reason: reason.into(), away: false }
+    }
+
+    fn of(error: &WrapError) -> Self {
+        let away = matches!(error, WrapError::Unavailable { .. } | WrapError::DeadlineExceeded);
+        let reason = match error {
+            WrapError::DeadlineExceeded => "AWS did not answer within the deadline".to_owned(),
+            other => other.to_string(),
+        };
+        Self { reason, away }
+    }
+
+    fn after(failure: Failure) -> Self {
+        match failure {
+            Failure::Broken => Self::answered("AWS cannot decrypt it"),
+            Failure::Unavailable(reason) => {
+                Self { reason: format!("AWS gave no answer: {reason}"), away: true }
+            }
+            Failure::Refused(reason) | Failure::Config(reason) => Self::answered(reason),
+        }
+    }
+}
+
+pub(crate) type Value = Result<Zeroizing<Vec<u8>>, Missing>;
 
 /// The value of each name, or why there is none. Names are asked for ten at a time, all at once.
 pub(crate) async fn parameters<'n>(
@@ -28,7 +61,7 @@ pub(crate) async fn parameters<'n>(
     distinct.dedup();
     let config = match connection.load(None, deadline).await {
         Ok(config) => config,
-        Err(e) => return distinct.into_iter().map(|name| (name, Err(words(&e)))).collect(),
+        Err(e) => return distinct.into_iter().map(|name| (name, Err(Missing::of(&e)))).collect(),
     };
     let region = client::region(&config);
     let mut config =
@@ -62,37 +95,26 @@ fn batches<'n>(names: &[&'n str]) -> Vec<Vec<&'n str>> {
     batches
 }
 
-fn words(error: &WrapError) -> String {
-    match error {
-        WrapError::DeadlineExceeded => "AWS did not answer within the deadline".to_owned(),
-        other => other.to_string(),
-    }
-}
-
 async fn batch<'n>(
     client: &Client,
     region: &str,
     names: &[&'n str],
     deadline: Deadline,
 ) -> Vec<(&'n str, Value)> {
-    let all = |reason: &str| names.iter().map(|name| (*name, Err(reason.to_owned()))).collect();
+    let all = |why: &Missing| names.iter().map(|name| (*name, Err(why.clone()))).collect();
     let request = client
         .get_parameters()
         .set_names(Some(names.iter().map(|name| (*name).to_owned()).collect()))
         .with_decryption(true);
     let answer = match within(deadline, request.send()).await {
-        Err(e) => return all(&words(&e)),
+        Err(e) => return all(&Missing::of(&e)),
         Ok(Err(e)) => {
             let asked = Asked { action: "ssm:GetParameters", subject: "it", region };
-            return all(&match classify(&e, &asked) {
-                Failure::Broken => "AWS cannot decrypt it".to_owned(),
-                Failure::Unavailable(reason) => format!("AWS gave no answer: {reason}"),
-                Failure::Refused(reason) | Failure::Config(reason) => reason,
-            });
+            return all(&Missing::after(classify(&e, &asked)));
         }
         Ok(Ok(answer)) => answer,
     };
-    let missing = || Err(format!("there is no such parameter in {region}"));
+    let missing = || Err(Missing::answered(format!("there is no such parameter in {region}")));
     let mut found: HashMap<String, Value> = HashMap::new();
     for parameter in answer.parameters.unwrap_or_default() {
         found.insert(parameter.name.clone().unwrap_or_default(), value(parameter));
@@ -104,12 +126,13 @@ fn value(parameter: Parameter) -> Value {
     let value = parameter.value.map(|text| Zeroizing::new(text.into_bytes()));
     match (parameter.r#type, value) {
         (Some(ParameterType::SecureString), Some(value)) if !value.is_empty() => Ok(value),
-        (Some(ParameterType::SecureString), _) => Err("it is empty".to_owned()),
+        (Some(ParameterType::SecureString), _) => Err(Missing::answered("it is empty")),
         (_, value) => {
             drop(value);
-            Err("it is not a SecureString, so that it is stored in the clear: put it again with \
-                 --type SecureString"
-                .to_owned())
+            Err(Missing::answered(
+                "it is not a SecureString, so that it is stored in the clear: put it again with \
+                 --type SecureString",
+            ))
         }
     }
 }

@@ -24,7 +24,7 @@ pub(super) enum Fault {
     /// The token is there and lacks a key that lives in it, unless a rung says otherwise.
     NotThere,
     /// The token refused the PIN. Nothing may try it again.
-    Pin(String),
+    Pin { token: String, text: String },
     /// No rung changes that.
     Config(String),
 }
@@ -180,7 +180,7 @@ fn initialize(module: &Pkcs11) -> Result<(), Fault> {
 fn open(module: Pkcs11, hello: &Hello) -> Result<Open, Fault> {
     let (slot, info) = find_slot(&module, &hello.token)?;
     let session = module.open_ro_session(slot)?;
-    log_in(&session, hello, info.as_ref())?;
+    log_in(&session, hello, (slot, info.as_ref()))?;
     let serial = info.as_ref().map(|info| info.serial_number().trim()).unwrap_or_default();
     let printable = !serial.is_empty() && serial.bytes().all(|b| b.is_ascii_graphic());
     let token = if printable { serial.to_owned() } else { format!("slot-{}", slot.id()) };
@@ -224,7 +224,22 @@ fn find_slot(
     }
 }
 
-fn log_in(session: &Session, hello: &Hello, info: Option<&TokenInfo>) -> Result<(), Fault> {
+/// What a token is called among those that refused a PIN, however the configuration names it.
+fn name(hello: &Hello, slot: Slot, info: Option<&TokenInfo>) -> String {
+    match info {
+        Some(info) => {
+            let (maker, model) = (info.manufacturer_id().trim(), info.model().trim());
+            format!("{maker}/{model}/{}", info.serial_number().trim())
+        }
+        None => format!("{} slot {}", hello.module.display(), slot.id()),
+    }
+}
+
+fn log_in(
+    session: &Session,
+    hello: &Hello,
+    (slot, info): (Slot, Option<&TokenInfo>),
+) -> Result<(), Fault> {
     if let Some(info) = info {
         if !info.login_required() {
             return Ok(());
@@ -245,6 +260,10 @@ fn log_in(session: &Session, hello: &Hello, info: Option<&TokenInfo>) -> Result<
     let Some(pin) = &hello.pin else {
         return Err(Fault::Config("this takes a PIN, and none is configured".to_owned()));
     };
+    let token = name(hello, slot, info);
+    if hello.refused_by.contains(&token) {
+        return Err(Fault::Pin { token, text: "it has done so before".to_owned() });
+    }
     let pin = RawAuthPin::new(Box::new(pin.to_vec()));
     match session.login_with_raw(UserType::User, &pin) {
         Ok(()) | Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => Ok(()),
@@ -256,7 +275,7 @@ fn log_in(session: &Session, hello: &Hello, info: Option<&TokenInfo>) -> Result<
             | RvError::PinLocked
             | RvError::UserPinNotInitialized),
             _,
-        )) => Err(Fault::Pin(format!("C_Login answered {code:?}"))),
+        )) => Err(Fault::Pin { token, text: format!("C_Login answered {code:?}") }),
         Err(e) => Err(e.into()),
     }
 }

@@ -21,9 +21,12 @@ use crate::cipher::Key;
 use crate::codec::Reader;
 pub(super) use key::{KeyReply, KeyRequest, KeyWork};
 
-pub(super) const VERSION: u8 = 1;
-/// A hello and a request together fit into a pipe (64 KiB), so that writing them never waits.
+pub(super) const VERSION: u8 = 2;
+/// A hello and a request together fit into a pipe (64 KiB, as a rule), so that writing them seldom waits.
 pub(super) const MAX_FRAME: usize = 48 * 1024;
+
+/// Most tokens that a hello names.
+const MAX_TOKENS: usize = 32;
 
 /// A frame without its length. It may hold a PIN or a secret.
 pub(super) type Frame = Zeroizing<Vec<u8>>;
@@ -180,13 +183,17 @@ pub(super) struct Hello {
     pub(super) token: TokenSelector,
     /// Without one, nothing that takes a login can be asked.
     pub(super) pin: Option<Zeroizing<Vec<u8>>>,
+    /// The tokens that have refused this PIN, which none of them is given again.
+    pub(super) refused_by: Vec<String>,
 }
 
 impl Hello {
     const KIND: u8 = 1;
 
     pub(super) fn encode(&self) -> Frame {
-        let room = self.module.as_os_str().len() + self.pin.as_ref().map_or(0, |pin| pin.len());
+        let names: usize = self.refused_by.iter().map(|token| token.len() + 2).sum();
+        let pin = self.pin.as_ref().map_or(0, |pin| pin.len());
+        let room = self.module.as_os_str().len() + pin + names;
         let mut w = Writer::new(Self::KIND, room);
         w.bytes(self.module.as_os_str().as_bytes());
         match &self.token {
@@ -204,6 +211,10 @@ impl Hello {
             }
         }
         w.option(self.pin.as_ref().map(|pin| pin.as_slice()));
+        // As many as fit into a frame; a node has a few tokens.
+        let tokens = self.refused_by.get(..MAX_TOKENS).unwrap_or(&self.refused_by);
+        w.u8(u8::try_from(tokens.len()).unwrap_or(u8::MAX));
+        tokens.iter().for_each(|token| w.text(token));
         w.0
     }
 
@@ -224,8 +235,10 @@ impl Hello {
             _ => return None,
         };
         let pin = option(&mut r)?.map(|pin| Zeroizing::new(pin.to_vec()));
+        let tokens = r.u8()?;
+        let refused_by = (0..tokens).map(|_| text(&mut r)).collect::<Option<Vec<_>>>()?;
         r.finish()?;
-        Some(Self { module, token, pin })
+        Some(Self { module, token, pin, refused_by })
     }
 }
 
@@ -372,7 +385,10 @@ pub(super) enum Reply {
     /// It cannot work as it is; the child goes on.
     Refused(String),
     /// The token refused the PIN; the child ends.
-    PinRefused(String),
+    PinRefused {
+        token: String,
+        text: String,
+    },
     /// The token is away or does not work; the child ends, and a new one may do better.
     Unavailable(String),
 }
@@ -418,7 +434,12 @@ impl Reply {
             Self::Broken { id } => only_text(36, id),
             Self::NotMine { id } => only_text(37, id),
             Self::Refused(text) => only_text(38, text),
-            Self::PinRefused(text) => only_text(39, text),
+            Self::PinRefused { token, text } => {
+                let mut w = Writer::new(39, 0);
+                w.text(token);
+                w.text(text);
+                w.0
+            }
             Self::Unavailable(text) => only_text(40, text),
             Self::Key(key) => {
                 let mut w = Writer::new(41, key.room());
@@ -453,7 +474,7 @@ impl Reply {
             36 => Self::Broken { id: text(r)? },
             37 => Self::NotMine { id: text(r)? },
             38 => Self::Refused(text(r)?),
-            39 => Self::PinRefused(text(r)?),
+            39 => Self::PinRefused { token: text(r)?, text: text(r)? },
             40 => Self::Unavailable(text(r)?),
             41 => Self::Key(KeyReply::read(r)?),
             _ => return None,

@@ -18,6 +18,7 @@ use zeroize::Zeroizing;
 
 use super::config::{PASSED_ON, TokenSelector, WorkerCommand};
 use super::frame::{self, Frame, Hello, Reply, Request};
+use super::{pipe, refused};
 use crate::local::without_newline;
 use crate::{Deadline, SecretSource, WrapError};
 
@@ -122,9 +123,16 @@ impl Shared {
                 waited.unwrap_or_else(PoisonError::into_inner).0
             }
         };
-        state.queue.iter_mut().for_each(Job::expire);
-        state.queue.retain(|job| !job.is_over());
+        state.expire();
         state
+    }
+}
+
+impl State {
+    /// Answers those in the queue whose deadline has passed.
+    fn expire(&mut self) {
+        self.queue.iter_mut().for_each(Job::expire);
+        self.queue.retain(|job| !job.is_over());
     }
 }
 
@@ -189,7 +197,9 @@ impl Host {
     }
 
     pub(super) fn forget_refused_pin(&self) {
-        self.shared.lock().refused_pin = None;
+        if let Some(pin) = self.shared.lock().refused_pin.take() {
+            refused::forget(&pin);
+        }
     }
 }
 
@@ -280,8 +290,8 @@ impl Supervisor {
                         return Err(UNAVAILABLE);
                     }
                 }
-                Outcome::Reply(Reply::PinRefused(text)) => {
-                    let text = self.pin_refused(&text);
+                Outcome::Reply(Reply::PinRefused { token, text }) => {
+                    let text = self.pin_refused(token, &text);
                     return Err(WrapError::Config(text));
                 }
                 Outcome::Reply(Reply::Refused(text)) => {
@@ -341,14 +351,18 @@ impl Supervisor {
         self.shared.lock().last_failure = Some(text.to_owned());
     }
 
-    fn pin_refused(&mut self, text: &str) -> String {
+    fn pin_refused(&mut self, token: String, text: &str) -> String {
         self.dismiss();
         let origin = self.setup.pin.as_ref().map(ToString::to_string).unwrap_or_default();
         let text = format!(
             "the token refused the PIN of {origin} ({text}): it is not tried again until it changes"
         );
+        let pin = self.given_pin.take();
+        if let Some(pin) = &pin {
+            refused::note(token, pin);
+        }
         let mut state = self.shared.lock();
-        state.refused_pin = self.given_pin.take();
+        state.refused_pin = pin;
         state.last_failure = Some(text.clone());
         text
     }
@@ -397,12 +411,14 @@ impl Supervisor {
             state = shared.wait(state, Some(resume.min(job.deadline.0)));
         }
         drop(state);
+        let pin = self.pin()?;
         let hello = Hello {
             module: self.setup.module.clone(),
             token: self.setup.token.clone(),
-            pin: self.pin()?,
+            refused_by: pin.as_ref().map(|pin| refused::by(pin)).unwrap_or_default(),
+            pin,
         };
-        match self.spawn(&hello.encode()) {
+        match self.spawn(&hello.encode(), job) {
             Ok(()) => {
                 self.given_pin = hello.pin;
                 Ok(())
@@ -445,7 +461,7 @@ impl Supervisor {
         })
     }
 
-    fn spawn(&mut self, hello: &[u8]) -> io::Result<()> {
+    fn spawn(&mut self, hello: &[u8], job: &mut Job) -> io::Result<()> {
         let WorkerCommand { program, args } = &self.setup.worker;
         let mut command = Command::new(program);
         command
@@ -470,19 +486,30 @@ impl Supervisor {
         thread::Builder::new()
             .name("pkcs11-read".to_owned())
             .spawn(move || listen(&shared, generation, from))?;
-        match &mut self.child {
-            Some(running) => frame::write(&mut running.pipe, hello),
-            None => Ok(()),
-        }
+        self.say(hello, job)
+    }
+
+    /// Hands the child a frame, if it takes it in the time of a call.
+    fn say(&mut self, frame: &[u8], job: &mut Job) -> io::Result<()> {
+        let Some(running) = &mut self.child else { return Err(io::ErrorKind::BrokenPipe.into()) };
+        let (shared, deadline) = (&self.shared, Deadline::after(self.setup.call_timeout));
+        pipe::write(&mut running.pipe, frame, deadline, || {
+            job.expire();
+            shared.lock().expire();
+        })
     }
 
     /// Hands the child a request and waits for what comes of it, at most a call's time. The caller
     /// hears no later than the deadline; the child is given its time all the same, so that hasty
     /// callers do not end it over and over.
     fn call(&mut self, job: &mut Job) -> Outcome {
-        let Some(running) = &mut self.child else { return Outcome::Ended };
-        if frame::write(&mut running.pipe, &job.request).is_err() {
-            return Outcome::Ended;
+        let request = std::mem::take(&mut job.request);
+        let said = self.say(&request, job);
+        job.request = request;
+        match said {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => return Outcome::TimedOut,
+            Err(_) => return Outcome::Ended,
         }
         let usual = self.setup.call_timeout;
         let slow = job.deadline.remaining().min(LONGEST_CALL).max(usual);

@@ -52,6 +52,8 @@ impl ResidentKey {
         Algorithm::Rsa4096,
         Algorithm::Aes256Gcm,
     ];
+    /// The `CKA_LABEL` of every object that is made for one.
+    pub const LABEL: &[u8] = b"polykey resident key";
     /// The longest plaintext and the longest additional data of a call, in bytes each.
     pub const MAX_DATA: usize = 16 * 1024;
 }

@@ -9,6 +9,7 @@ use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHan
 use cryptoki::session::Session;
 use zeroize::Zeroizing;
 
+use super::ResidentKey;
 use super::device::{Device, Fault, Open};
 use super::frame::{KeyReply, KeyRequest, KeyWork};
 use super::sealing::{Failure, gcm_seal, rsa_public_key};
@@ -16,7 +17,7 @@ use crate::work::{SignInput, SignatureScheme, encrypt_to, verify};
 use crate::{Algorithm, PublicKey, Purpose};
 
 /// Marks what was made here: nothing else is found, used or destroyed.
-const LABEL: &[u8] = b"polykey resident key";
+const LABEL: &[u8] = ResidentKey::LABEL;
 const IV: usize = 12;
 const SAMPLE: &[u8; 32] = b"polykey pairwise consistency 32b";
 

@@ -78,10 +78,10 @@ fn serve(from: &mut File, to: &mut File) -> io::Result<()> {
             Fault::Sick(text) => Reply::Unavailable(text),
             Fault::Lacking(text) | Fault::Config(text) => Reply::Refused(text),
             Fault::NotThere => Reply::Key(KeyReply::NotThere),
-            Fault::Pin(text) => Reply::PinRefused(text),
+            Fault::Pin { token, text } => Reply::PinRefused { token, text },
         });
         frame::write(to, &reply.encode())?;
-        if matches!(reply, Reply::PinRefused(_) | Reply::Unavailable(_)) {
+        if matches!(reply, Reply::PinRefused { .. } | Reply::Unavailable(_)) {
             break;
         }
     }

@@ -3,14 +3,16 @@
  * line: FUNCTION FIRST TIMES ACTION ARGUMENT. A rule applies to calls FIRST to FIRST + TIMES - 1 of
  * that function (all from FIRST where TIMES is 0), counted from when the id was first seen by this
  * process. Actions: "return CODE", "hang MILLISECONDS", "abort 0"; "absent 0" (with the function
- * "*"), under which the token is out of its slot and no session survives; and "own-iv 0" (with
- * C_EncryptInit), under which AES-GCM refuses an IV and writes one of its own, as AWS CloudHSM. */
+ * "*"), under which the token is out of its slot and no session survives; "own-iv 0" (with
+ * C_EncryptInit), under which AES-GCM refuses an IV and writes one of its own, as AWS CloudHSM; and
+ * "flood KIB", which prints so much to standard output and error and into every pipe there is. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -120,6 +122,17 @@ static void close_everything(void) {
     for (U i = 0; i < n; i++) real.call[C_CLOSE_ALL_SESSIONS](slots[i], 0, 0, 0, 0, 0, 0, 0);
 }
 
+static void flood(U kib) {
+    static char junk[1024];
+    struct stat is;
+    memset(junk, 'x', sizeof junk);
+    for (int fd = 1; fd < 64; fd++) {
+        if (fd > 2 && (fstat(fd, &is) || !S_ISFIFO(is.st_mode))) continue;
+        for (U i = 0; i < kib; i++)
+            if (write(fd, junk, sizeof junk) <= 0) break;
+    }
+}
+
 static U forward(int at, U a, U b, U c, U d, U e, U f, U g, U h) {
     struct rule rule;
     int hit = match(at, &rule), absent = hit && !strcmp(rule.action, "absent");
@@ -140,6 +153,8 @@ static U forward(int at, U a, U b, U c, U d, U e, U f, U g, U h) {
         if (refused) return refused;
     } else if (hit && !strcmp(rule.action, "abort")) {
         abort();
+    } else if (hit && !strcmp(rule.action, "flood")) {
+        flood(rule.argument);
     } else if (hit && !strcmp(rule.action, "hang")) {
         struct timespec time = {rule.argument / 1000, rule.argument % 1000 * 1000000};
         nanosleep(&time, NULL);

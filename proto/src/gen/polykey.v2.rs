@@ -1385,7 +1385,8 @@ pub struct KeyMetadata {
     /// The number of uses after which a version refuses to seal. 0: no limit beyond the algorithm's.
     #[prost(int64, tag = "126")]
     pub max_uses: i64,
-    /// Whether the key lives in a PKCS#11 token, which it never leaves. Its wrapped material is a reference.
+    /// Whether the key was made in a PKCS#11 token, which it never leaves: each use is a call of the token.
+    /// What stands for its wrapped material is a reference and opens nothing.
     #[prost(bool, tag = "127")]
     pub in_token: bool,
 }
@@ -1484,7 +1485,8 @@ pub struct RootSlot {
     /// When it was made.
     #[prost(message, optional, tag = "5")]
     pub created_at: ::core::option::Option<::prost_types::Timestamp>,
-    /// Whether this node opened the root key with it.
+    /// Whether this node opened the root key with it; once that slot was removed, whether it is the one
+    /// that was proven to open then.
     #[prost(bool, tag = "6")]
     pub in_use: bool,
 }
@@ -5386,9 +5388,12 @@ pub struct CreateKeyRequest {
     /// A version refuses to seal once it has done so as many times. 0: no limit beyond the algorithm's.
     #[prost(int64, tag = "109")]
     pub max_uses: i64,
-    /// Makes the key in the PKCS#11 token of the node's `\[hardened\]`, which it never leaves: it signs there
-    /// (ECDSA P-256 and P-384, RSA) or decrypts (RSA, RAW ciphertexts), by a call of the token for each use.
-    /// Takes `keys:harden` or the tier PRO or ENTERPRISE. Not exportable, not imported.
+    /// Makes the key in the PKCS#11 token of the node's `\[hardened\]` instead of in the node. It never leaves
+    /// the token: each use is a call of it, and while it is away uses are UNAVAILABLE. ECDSA P-256 and P-384
+    /// keys sign there; RSA keys sign, or decrypt RAW ciphertexts with RSA-OAEP and SHA-256. Its profile is
+    /// HARDENED. It is neither exported nor imported, and no backup of the node has it. Takes `keys:harden`
+    /// or the tier PRO or ENTERPRISE; FAILED_PRECONDITION, PROFILE_UNAVAILABLE, where `\[hardened\]` names no
+    /// token or the token cannot make such a key.
     #[prost(bool, tag = "110")]
     pub in_token: bool,
 }
@@ -5768,7 +5773,8 @@ pub struct CreateKeyItem {
     /// A version refuses to seal once it has done so as many times. 0: no limit beyond the algorithm's.
     #[prost(int64, tag = "109")]
     pub max_uses: i64,
-    /// Makes the key in the node's PKCS#11 token, which it never leaves. As CreateKeyRequest.in_token.
+    /// Makes the key in the PKCS#11 token of the node's `\[hardened\]`, which it never leaves: as
+    /// CreateKeyRequest.in_token.
     #[prost(bool, tag = "110")]
     pub in_token: bool,
 }

@@ -15,6 +15,7 @@ use crate::app::{Admin, App, AppError, bootstrap};
 use crate::authn::certificate::CertificateIdentity;
 use crate::config::{Config, Wrapper};
 use crate::pki::{self, Authority, KeyKind, Validity};
+use crate::setup::profile::Credentials;
 use crate::time::Clock;
 use crate::{hardening, setup};
 
@@ -39,7 +40,8 @@ pub struct InitArgs {
     /// spki-sha256:HEX; may be repeated. Without any, the authority of [ca] issues a certificate.
     #[arg(long = "admin-identity", value_name = "KIND:VALUE", value_parser = identity)]
     pub identities: Vec<CertificateIdentity>,
-    /// Where the administrator's API key and certificate are written; without it the data directory.
+    /// Where the administrator's API key, certificate and profile are written; without it the data
+    /// directory.
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
 }
@@ -68,6 +70,9 @@ struct InitView {
     api_key_file: String,
     certificate: Option<String>,
     key: Option<String>,
+    profile: String,
+    /// What is to be done about the profile before it works.
+    profile_needs: Vec<String>,
     next: String,
 }
 
@@ -81,6 +86,8 @@ impl View for InitView {
         ];
         fields.extend(self.certificate.iter().map(|file| ("certificate", file.clone())));
         fields.extend(self.key.iter().map(|file| ("private key", file.clone())));
+        fields.push(("profile", self.profile.clone()));
+        fields.extend(self.profile_needs.iter().map(|need| ("it needs", need.clone())));
         fields.push(("next", self.next.clone()));
         Human::Record(fields)
     }
@@ -100,6 +107,7 @@ pub(in crate::cli) fn init(cli: &Cli, args: InitArgs) -> Result<(), CliError> {
 async fn make(config: Config, args: InitArgs) -> Result<InitView, AppError> {
     let directory = config.node.data_dir.clone();
     let out = args.out.unwrap_or_else(|| directory.clone());
+    let out = std::path::absolute(&out).unwrap_or(out);
     let issue = args.identities.is_empty();
     if issue && config.ca.is_none() {
         return Err(AppError::NoIdentity);
@@ -141,6 +149,7 @@ async fn make(config: Config, args: InitArgs) -> Result<InitView, AppError> {
         Some(authority) if issue => Some(certificate(authority, &admin.id, &out)?),
         _ => None,
     };
+    let (profile, profile_needs) = profile(&app.config, &admin.id, (&api_key, &out), issue)?;
     let (store, file) = (app.config.storage.path.clone(), app.config.file.clone());
     let node_id = data_encoding::HEXLOWER.encode(&app.vault.node_id());
     app.close().await?;
@@ -155,8 +164,43 @@ async fn make(config: Config, args: InitArgs) -> Result<InitView, AppError> {
         api_key_file: shown(&api_key),
         certificate: files.as_ref().map(|(certificate, _)| shown(certificate)),
         key: files.as_ref().map(|(_, key)| shown(key)),
-        next: format!("polykey serve --config {}", file.display()),
+        profile: shown(&profile),
+        profile_needs,
+        next: format!(
+            "polykey serve --config {}; then, with POLYKEY_PROFILE={}, polykey whoami",
+            file.display(),
+            profile.display()
+        ),
     })
+}
+
+/// Writes the administrator's profile; gives what it lacks, in words.
+fn profile(
+    config: &Config,
+    id: &str,
+    (api_key, out): (&Path, &Path),
+    issued: bool,
+) -> Result<(PathBuf, Vec<String>), AppError> {
+    let (certificate, key) = pair(id, out);
+    let credentials = Credentials { id, certificate: &certificate, key: &key, api_key };
+    let (path, trusted) = setup::profile::write(config, &credentials, out)?;
+    let mut needs = Vec::new();
+    if !issued {
+        needs.push(format!(
+            "the administrator's certificate in {} and its key in {}, or their places in it",
+            certificate.display(),
+            key.display()
+        ));
+    }
+    if !trusted {
+        needs.push("as `ca` the authority of the server's certificate".to_owned());
+    }
+    Ok((path, needs))
+}
+
+/// Where an administrator's certificate and key are.
+fn pair(id: &str, out: &Path) -> (PathBuf, PathBuf) {
+    (out.join(format!("{id}.pem")), out.join(format!("{id}.key")))
 }
 
 /// Issues the administrator's certificate, over what a broken run may have left.
@@ -166,7 +210,7 @@ fn certificate(
     out: &Path,
 ) -> Result<(PathBuf, PathBuf), AppError> {
     let issued = authority.client(id, KeyKind::P256, Validity::days(SystemTime::now(), DAYS)?)?;
-    let (certificate, key) = (out.join(format!("{id}.pem")), out.join(format!("{id}.key")));
+    let (certificate, key) = pair(id, out);
     if let Some(text) = &issued.key {
         pki::write_file(&key, text.as_bytes(), 0o600)?;
     }

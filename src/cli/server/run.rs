@@ -22,7 +22,8 @@ Signals:
   HUP        read certificates, revocation lists and policies again; what is broken keeps what was
 
 Exit codes: 0 after a stop, 2 for a mistake in the configuration or a file it names, 5 when the address or
-the store is in use, 7 when the store is damaged or the master key is not its own, 1 for any other error")]
+the store is in use, 6 when a device or service that it needs does not answer, 7 when the store is damaged
+or the master key is not its own, 1 for any other error")]
 pub struct ServeArgs {
     /// The configuration.
     #[arg(long, value_name = "FILE")]
@@ -216,21 +217,27 @@ async fn until_unlocked(mut locked: Locked, signals: &mut Signals, door: &Door) 
                 locked.forget();
                 request.answer(Answer::Locked, "locked already").await;
             }
-            Ask::Unlock(with) => match tokio::select! {
-                unlocked = locked.unlock(with, request.uid) => unlocked,
-                () = either(term, interrupt) => return None,
-            } {
-                Ok(running) => {
-                    let text = format!("unlocked: it serves on {}", running.address());
-                    request.answer(Answer::Serving, &text).await;
-                    return Some(running);
+            Ask::Unlock(with) => {
+                if matches!(with, With::Configured) {
+                    // A person asks, who may have set the PIN right in the token.
+                    polykey_hsm::pkcs11::retry_pins();
                 }
-                Err(StillLocked::More(text)) => request.answer(Answer::Locked, &text).await,
-                Err(StillLocked::No(text)) => {
-                    tracing::warn!(uid = request.uid, why = text, "not unlocked");
-                    request.answer(Answer::Refused, &format!("locked still: {text}")).await;
+                match tokio::select! {
+                    unlocked = locked.unlock(with, request.uid) => unlocked,
+                    () = either(term, interrupt) => return None,
+                } {
+                    Ok(running) => {
+                        let text = format!("unlocked: it serves on {}", running.address());
+                        request.answer(Answer::Serving, &text).await;
+                        return Some(running);
+                    }
+                    Err(StillLocked::More(text)) => request.answer(Answer::Locked, &text).await,
+                    Err(StillLocked::No(text)) => {
+                        tracing::warn!(uid = request.uid, why = text, "not unlocked");
+                        request.answer(Answer::Refused, &format!("locked still: {text}")).await;
+                    }
                 }
-            },
+            }
         }
     }
 }

@@ -10,13 +10,18 @@ use polykey_storage::Store;
 use super::*;
 use crate::command::crypto::{Bound, Decrypt, Encrypt, Form, Hidden, Sealed, Sign, ToSign};
 use crate::config::Hardened;
+use crate::custody::backends::Trouble;
 use crate::custody::breaker::Terms;
 use crate::custody::device::{Device, Mode};
 use crate::custody::{Custody, Pace, SlotSpec};
 
 const MINUTES: Duration = Duration::from_secs(300);
-const TERMS: Terms =
-    Terms { failures: 3, look: Duration::from_millis(20), patience: Duration::from_secs(5) };
+const TERMS: Terms = Terms {
+    failures: 3,
+    look: Duration::from_millis(20),
+    patience: Duration::from_secs(5),
+    again: Duration::from_millis(20),
+};
 
 /// The keyring with a device for its hardened keys.
 fn with(device: &Arc<Device>, cache: Duration) -> impl FnOnce(Keyring) -> Keyring {
@@ -268,7 +273,7 @@ async fn while_the_backend_is_away_what_is_open_goes_on_and_standard_keys_notice
         for _ in 0..3 {
             unavailable(node.seal(closed).await);
         }
-        assert_eq!(backends.away().as_deref(), Some("dev"));
+        assert_eq!(backends.trouble(), Some(("dev".to_owned(), Trouble::Away)));
         // Open: neither keys nor versions are made, and nobody is asked by callers.
         let before = node.keyring.list(&cx, &ListKeys::default()).await.unwrap().total;
         unavailable(node.do_it(&cx, Mutation::Create(Box::new(hardened()))).await);
@@ -279,7 +284,7 @@ async fn while_the_backend_is_away_what_is_open_goes_on_and_standard_keys_notice
 
         device.set(Mode::Up);
         let back = async {
-            while backends.away().is_some() {
+            while backends.trouble().is_some() {
                 tokio::task::yield_now().await;
             }
         };

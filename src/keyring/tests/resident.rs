@@ -10,6 +10,7 @@ use polykey_hsm::work::{SignInput, SignatureScheme};
 use super::*;
 use crate::command::crypto::{Hidden, Sign, ToSign};
 use crate::custody::Tokens;
+use crate::vault::faulty::{Dies, Faulty};
 
 const MODULES: [&str; 3] = [
     "/usr/lib/softhsm/libsofthsm2.so",
@@ -59,6 +60,82 @@ fn objects(dir: &std::path::Path) -> usize {
     count
 }
 
+/// Waits until the token has so many.
+async fn until_objects(dir: &std::path::Path, wanted: usize) {
+    let wait = async {
+        while objects(dir) != wanted {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let waited = tokio::time::timeout(Duration::from_secs(30), wait).await;
+    assert!(waited.is_ok(), "{} objects and not {wanted}", objects(dir));
+}
+
+fn in_token() -> CreateKey {
+    CreateKey {
+        algorithm: Algorithm::EcdsaP256,
+        purpose: polykey_hsm::Purpose::Sign,
+        in_token: true,
+        profile: None,
+        ..creation()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_made_in_a_token_for_a_change_that_failed_goes_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(token) = token(dir.path()) else {
+        println!("SKIPPED: the polykey binary is not built");
+        return;
+    };
+    // Refused in the transaction, when the object is there.
+    let tokens = || Tokens::of("hsm", token.clone());
+    let node = Node::over(|keyring| keyring.with_tokens(tokens())).await;
+    let cx = node.cx("a", "admin");
+    let named = || CreateKey { alias: Some("one".into()), ..in_token() };
+    let id = node.do_it(&cx, Mutation::Create(Box::new(named()))).await.unwrap().key.id;
+    until_objects(dir.path(), 2).await;
+    let again = node.do_it(&cx, Mutation::Create(Box::new(named()))).await;
+    assert!(again.is_err(), "{again:?}");
+    until_objects(dir.path(), 2).await;
+    // All of a batch, where one of them is refused.
+    let batch = [in_token(), in_token(), named()].map(|c| Mutation::Create(Box::new(c)));
+    node.keyring.mutate_all(&cx, &batch, &[None, None, None]).await.unwrap_err();
+    until_objects(dir.path(), 2).await;
+    node.do_it(&cx, rotate(id, Strategy::Hot, 0)).await.unwrap();
+    until_objects(dir.path(), 4).await;
+    let mut late = rotate(id, Strategy::Hot, 0);
+    if let Mutation::Rotate(rotation) = &mut late {
+        rotation.expected = Some(1);
+    }
+    let late = node.do_it(&cx, late).await.unwrap_err();
+    assert!(matches!(late, Error::Conflict), "{late:?}");
+    until_objects(dir.path(), 4).await;
+
+    // A store that dies within the commit: nobody knows, and nothing is taken away. One that takes
+    // no commit: it goes.
+    let clock = Clock::manual(START);
+    let caches = Arc::new(KeyCaches::new(1024));
+    let memory: Arc<dyn polykey_storage::Store> = Arc::new(Memory::new().unwrap());
+    let faulty = Arc::new(Faulty::new(memory, u64::MAX, Dies::Before, false));
+    let vault = Vault::create(
+        Arc::clone(&faulty) as _,
+        Ring::generate([7; 16]).unwrap(),
+        [7; 16],
+        Vec::new(),
+        Arc::clone(&caches) as _,
+        clock.clone(),
+    );
+    let vault = Arc::new(vault.await.unwrap());
+    let node = Node::of(vault, caches, clock, |keyring| keyring.with_tokens(tokens())).await;
+    faulty.kill();
+    let unknown = node.do_it(&cx, Mutation::Create(Box::new(in_token()))).await.unwrap_err();
+    assert!(matches!(unknown, Error::OutcomeUnknown { .. }), "{unknown:?}");
+    let refused = node.do_it(&cx, Mutation::Create(Box::new(in_token()))).await.unwrap_err();
+    assert!(!matches!(refused, Error::OutcomeUnknown { .. }), "{refused:?}");
+    until_objects(dir.path(), 6).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_destroyed_key_is_destroyed_in_its_token_and_not_before_its_window_ends() {
     let dir = tempfile::tempdir().unwrap();
@@ -69,14 +146,7 @@ async fn a_destroyed_key_is_destroyed_in_its_token_and_not_before_its_window_end
     let tokens = || Tokens::of("hsm", token.clone());
     let node = Node::over(|keyring| keyring.with_tokens(tokens())).await;
     let cx = node.cx("a", "admin");
-    let command = CreateKey {
-        algorithm: Algorithm::EcdsaP256,
-        purpose: polykey_hsm::Purpose::Sign,
-        in_token: true,
-        profile: None,
-        ..creation()
-    };
-    let id = node.do_it(&cx, Mutation::Create(Box::new(command))).await.unwrap().key.id;
+    let id = node.do_it(&cx, Mutation::Create(Box::new(in_token()))).await.unwrap().key.id;
     node.do_it(&cx, rotate(id, Strategy::Hot, 0)).await.unwrap();
     // A private and a public part of each version.
     assert_eq!(objects(dir.path()), 4);

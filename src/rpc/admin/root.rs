@@ -12,7 +12,9 @@ use tonic::Request;
 use super::{AdminService, commands, event};
 use crate::authz::{Action, Resource};
 use crate::config::Wrapper;
-use crate::custody::{NamedWrapper, RECOVERY, Rewrap, SlotSpec, SlotStatus, Status, Terms};
+use crate::custody::{
+    ChangeError, NamedWrapper, RECOVERY, Rewrap, SlotSpec, SlotStatus, Status, Terms,
+};
 use crate::error::{Error, Reason};
 use crate::limits::Violations;
 use crate::rpc::convert::timestamp;
@@ -92,9 +94,17 @@ impl AdminService {
         }
         let event = event(&cx, Action::RotateRoot, decision, &[]);
         self.reopen().await;
-        let wrappers = self.wrappers();
         let remember = key.map(|key| key.noted(custody.vault(), &cx, "root"));
-        let rotated = custody.rotate_root_from(expected, wrappers, event, remember).await;
+        let rotated = loop {
+            let wrappers = self.wrappers();
+            let known = wrappers.len();
+            let (event, remember) = (event.clone(), remember.clone());
+            match custody.rotate_root_from(expected, wrappers, event, remember).await {
+                // While a device took its time, a slot was added by a wrapper that is known since.
+                Err(ChangeError::SlotUnavailable(_)) if self.wrappers().len() > known => {}
+                rotated => break rotated,
+            }
+        };
         let (root_id, epoch, leaf) = rotated.map_err(Error::from)?;
         let audit_index = leaf.unwrap_or(0);
         Ok(pb::RotateRootResponse { root_id: HEXLOWER.encode(&root_id), epoch, audit_index })

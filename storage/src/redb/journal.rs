@@ -260,7 +260,8 @@ fn write(bytes: &[u8]) -> Option<(Write, &[u8])> {
 }
 
 /// The journal of the store in the file `path` stands beside it.
-pub(super) fn path_of(path: &Path) -> PathBuf {
+#[must_use]
+pub fn path_of(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push("-journal");
     name.into()

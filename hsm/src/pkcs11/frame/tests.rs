@@ -21,11 +21,18 @@ fn frames() -> Vec<Frame> {
     let slot = |token| SlotListing { slot: 7, description: "x".to_owned(), token };
     let pin = Some(Zeroizing::new(b"1234".to_vec()));
     vec![
-        Hello { module: "/m.so".into(), token: TokenSelector::Slot(3), pin }.encode(),
+        Hello {
+            module: "/m.so".into(),
+            token: TokenSelector::Slot(3),
+            pin,
+            refused_by: vec!["a/b/1".to_owned(), "a/b/2".to_owned()],
+        }
+        .encode(),
         Hello {
             module: "/m.so".into(),
             token: TokenSelector::Label("polykey".to_owned()),
             pin: None,
+            refused_by: Vec::new(),
         }
         .encode(),
         Request::List.encode(),
@@ -47,7 +54,7 @@ fn frames() -> Vec<Frame> {
         Reply::Broken { id: id() }.encode(),
         Reply::NotMine { id: id() }.encode(),
         Reply::Refused(id()).encode(),
-        Reply::PinRefused(id()).encode(),
+        Reply::PinRefused { token: id(), text: id() }.encode(),
         Reply::Unavailable(id()).encode(),
     ]
     .into_iter()
