@@ -79,6 +79,10 @@ impl From<Error> for Failure {
             SqlState::UNDEFINED_TABLE | SqlState::INVALID_SCHEMA_NAME => {
                 (Kind::Answer, StoreError::Damaged(said))
             }
+            SqlState::INVALID_SQL_STATEMENT_NAME | SqlState::DUPLICATE_PSTATEMENT => {
+                let why = "a pooler gives each transaction another session; set transaction_pooler";
+                (Kind::Answer, StoreError::Other(format!("the database said: {said}: {why}")))
+            }
             // Connection exceptions, too few resources, an operator's intervention, a failing system.
             ref code if ["08", "53", "57", "58", "XX"].iter().any(|class| code.code().starts_with(class)) => {
                 (Kind::Lost, StoreError::Unreachable(said))

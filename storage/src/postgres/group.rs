@@ -53,7 +53,7 @@ pub(super) async fn commit(
     loop {
         let failed = match connection(&inner, &mut writer, deadline).await {
             Err(failure) => Failed::Certain(failure),
-            Ok((connection, reused)) => match work.attempt(&connection).await {
+            Ok((connection, reused)) => match Box::pin(work.attempt(&connection)).await {
                 Ok(committed) => {
                     *writer = Some(connection);
                     return Ok(committed);
@@ -107,7 +107,7 @@ pub(super) async fn connection(
     }
     let connection =
         Connection::open(&inner.context, Purpose::Writing, generation, deadline).await?;
-    opening::check_cluster(inner, &connection.cluster)?;
+    opening::check(inner, &connection, deadline).await?;
     within(deadline, connection.prepare_all(Purpose::Writing)).await?;
     Ok((connection, false))
 }
@@ -186,14 +186,16 @@ impl Work<'_> {
                 }
             },
         };
-        let written = within(self.deadline, async {
-            Ok(plan.write(self.inner, connection, head.epoch).await)
-        });
+        let write = Box::pin(plan.write(self.inner, connection, head.epoch));
+        let written = within(self.deadline, async { Ok(write.await) });
         match written.await {
             Ok(Ok(rows)) => {
                 let mut known = self.inner.known.lock();
-                known.revision = plan.committed.revision;
-                known.rows = rows;
+                // A reader may have seen what followed already.
+                if plan.committed.revision > known.revision {
+                    known.revision = plan.committed.revision;
+                    known.rows = rows;
+                }
                 Ok(plan.committed)
             }
             Ok(Err((failure, true))) => {

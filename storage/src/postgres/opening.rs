@@ -74,14 +74,7 @@ async fn open(
 ) -> Result<Connection, Refused> {
     let connection =
         Connection::open(&inner.context, Purpose::Writing, generation, deadline).await?;
-    check_cluster(inner, &connection.cluster)?;
-    let durability = within(deadline, connection.durability()).await?;
-    let weaknesses = durability.weaknesses();
-    if inner.options().durable && !weaknesses.is_empty() {
-        let why =
-            format!("{} (ask its administrator, or set durable = false)", weaknesses.join(", "));
-        return Err(Failure::answer(StoreError::NotDurable(why)).into());
-    }
+    check(inner, &connection, deadline).await?;
     let options = inner.options();
     let names = (options.schema.as_str(), options.quoted_schema());
     let prepared = schema::prepare(&connection, (names.0, &names.1), deadline).await;
@@ -100,7 +93,6 @@ async fn open(
     .await?;
     admit(inner, &connection.cluster, &head)?;
     let mut known = inner.known.lock();
-    known.durability = durability;
     if outcome.is_some() {
         known.outcome = outcome;
         known.in_doubt = None;
@@ -149,6 +141,24 @@ fn admit(inner: &Inner, cluster: &Cluster, head: &Head) -> Result<(), Failure> {
         known.revision
     };
     inner.check_head(head, floor)
+}
+
+/// Whether a connection may commit: who answers is who was opened, and keeps what it acknowledges.
+pub(super) async fn check(
+    inner: &Inner,
+    connection: &Connection,
+    deadline: Instant,
+) -> Result<(), Failure> {
+    check_cluster(inner, &connection.cluster)?;
+    let durability = within(deadline, connection.durability()).await?;
+    let weaknesses = durability.weaknesses();
+    if inner.options().durable && !weaknesses.is_empty() {
+        let why =
+            format!("{} (ask its administrator, or set durable = false)", weaknesses.join(", "));
+        return Err(Failure::answer(StoreError::NotDurable(why)));
+    }
+    inner.known.lock().durability = durability;
+    Ok(())
 }
 
 /// Compares the cluster that answers with the one that answered first, or notes it.
