@@ -11,6 +11,8 @@
 //! * `postgres::Postgres` keeps it in PostgreSQL or CockroachDB, where several nodes may share it; in
 //!   builds with the feature `postgres`.
 //!
+//! [`replica`] keeps one store equal to another, of whatever kind the two are.
+//!
 //! Futures of the first two are ready when first polled. Polling `commit` of a store on disk blocks
 //! the thread until the disk has synced, so callers give commits a thread of their own. Futures of a
 //! store in a database wait for it, on any executor.
@@ -29,6 +31,7 @@ pub mod memory;
 pub mod postgres;
 mod range;
 pub mod redb;
+pub mod replica;
 #[cfg(feature = "conformance")]
 pub mod simulation;
 

@@ -9,9 +9,12 @@
 )]
 
 mod faults;
+#[path = "../replica/growth.rs"]
+mod growth;
 mod nodes;
 mod opening;
 mod proxy;
+mod replication;
 mod server;
 
 use std::sync::{Mutex, PoisonError};
