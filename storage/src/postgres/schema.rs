@@ -1,8 +1,9 @@
 //! The tables, and how they come to be of this program's version.
 //!
-//! Several nodes may try at once. What has to exist before there can be a lock is made with
-//! statements that are repeated where two collide; everything else happens under a lock: a row of
-//! `migrations` that is written first.
+//! Several nodes may try at once. What makes tables is a statement by itself (CockroachDB has no
+//! transactions of those), does nothing if it has been run, and is repeated where two meet. What
+//! writes rows is one transaction for each version, under a lock: the row of `migrations` for version
+//! 0, which is written first.
 
 use tokio::time::Instant;
 use tokio_postgres::error::SqlState;
@@ -53,31 +54,29 @@ pub(super) async fn prepare(
                  (version bigint PRIMARY KEY, applied timestamptz NOT NULL)"
             );
             repeated(connection, &table, deadline).await?;
-            // Version 0 is the lock.
-            let lock = format!(
-                "INSERT INTO {quoted}.migrations (version, applied) VALUES (0, now()) \
-                 ON CONFLICT (version) DO NOTHING"
-            );
-            repeated(connection, &lock, deadline).await?;
         }
     }
-    let mut backoff = Backoff::new();
-    loop {
-        match within(deadline, migrate(connection, quoted)).await {
-            Err(failure) if may_repeat(&failure) => {
-                within(deadline, connection.batch("ROLLBACK")).await?;
-                if !backoff.pause(deadline).await {
-                    return Err(failure.into());
-                }
-            }
-            Err(failure) => {
-                let _ = within(deadline, connection.batch("ROLLBACK")).await;
+    // Version 0 is the lock.
+    let lock = format!(
+        "INSERT INTO {quoted}.migrations (version, applied) VALUES (0, now()) \
+         ON CONFLICT (version) DO NOTHING"
+    );
+    repeated(connection, &lock, deadline).await?;
+    let done = within(deadline, version(connection, quoted)).await?.unwrap_or_default();
+    for (number, migration) in (1..).zip(MIGRATIONS).filter(|(number, _)| *number > done) {
+        for statement in migration.replace("SCHEMA", quoted).split(";\n") {
+            repeated(connection, statement, deadline).await?;
+        }
+        let mut backoff = Backoff::new();
+        while let Err(failure) = within(deadline, note(connection, quoted, number)).await {
+            let over = within(deadline, connection.batch("ROLLBACK")).await;
+            let again = may_repeat(&failure) && over.is_ok();
+            if !again || !backoff.pause(deadline).await {
                 return Err(failure.into());
             }
-            Ok(found) if found > SCHEMA => return Err(Refused::Newer(found)),
-            Ok(_) => return Ok(()),
         }
     }
+    Ok(())
 }
 
 // The version of the tables; None if there are none.
@@ -98,18 +97,12 @@ async fn version(connection: &Connection, quoted: &str) -> Result<Option<u32>, F
     }
 }
 
-// Under the lock, all steps that are missing; the version afterwards.
-async fn migrate(connection: &Connection, quoted: &str) -> Result<u32, Failure> {
+// Under the lock, the rows that a version begins with, and that it is done; unless it is.
+async fn note(connection: &Connection, quoted: &str, number: u32) -> Result<(), Failure> {
     connection.batch("BEGIN ISOLATION LEVEL SERIALIZABLE").await?;
     let lock = format!("UPDATE {quoted}.migrations SET applied = now() WHERE version = 0");
     connection.batch(&lock).await?;
-    let found = version(connection, quoted).await?.unwrap_or_default();
-    let done = usize::try_from(found).unwrap_or(usize::MAX);
-    for (index, migration) in MIGRATIONS.iter().enumerate().skip(done) {
-        for statement in migration.replace("SCHEMA", quoted).split(";\n") {
-            connection.batch(statement).await?;
-        }
-        let number = index.saturating_add(1);
+    if version(connection, quoted).await?.unwrap_or_default() < number {
         if number == 1 {
             let id = memory::random_id().map_err(Failure::answer)?;
             let id: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -124,8 +117,7 @@ async fn migrate(connection: &Connection, quoted: &str) -> Result<u32, Failure> 
             format!("INSERT INTO {quoted}.migrations (version, applied) VALUES ({number}, now())");
         connection.batch(&note).await?;
     }
-    connection.batch("COMMIT").await?;
-    Ok(found.max(SCHEMA))
+    connection.batch("COMMIT").await
 }
 
 // Runs a statement that is done if another node is doing it.
