@@ -255,7 +255,15 @@ impl Connection {
     /// What begins a transaction that writes.
     pub(super) fn begin_writing(&self) -> String {
         let settings = self.transaction_settings(self.context.options.call_timeout);
-        format!("BEGIN ISOLATION LEVEL SERIALIZABLE{settings}")
+        // PostgreSQL looks at the data only after this: whoever queued sees what the one before has
+        // written, in turn, instead of being rolled back. Readers do not wait.
+        let queue = if self.cluster.cockroach {
+            String::new()
+        } else {
+            let schema = self.context.options.quoted_schema();
+            format!("; LOCK TABLE {schema}.head IN EXCLUSIVE MODE")
+        };
+        format!("BEGIN ISOLATION LEVEL SERIALIZABLE{settings}{queue}")
     }
 
     /// What begins a transaction that sees one revision.

@@ -132,18 +132,18 @@ pub(super) async fn within<T>(
     }
 }
 
-/// Pauses that grow from 2 to 200 ms, and are never the same for two nodes.
+/// Pauses that grow from none to 200 ms, and are never the same for two nodes.
 pub(super) struct Backoff(Duration);
 
 impl Backoff {
     pub(super) fn new() -> Self {
-        Self(Duration::from_millis(2))
+        Self(Duration::ZERO)
     }
 
     /// Waits. False, and no wait, if there is no time for one before `deadline`.
     pub(super) async fn pause(&mut self, deadline: Instant) -> bool {
         let whole = self.0;
-        self.0 = (whole * 2).min(Duration::from_millis(200));
+        self.0 = (whole * 2).clamp(Duration::from_millis(2), Duration::from_millis(200));
         // Half of it and a random part of the other half.
         let part = getrandom::u32().map_or(1.0, |random| f64::from(random) / f64::from(u32::MAX));
         let pause = whole.mul_f64(0.5 + part / 2.0);

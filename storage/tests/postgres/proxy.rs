@@ -106,7 +106,7 @@ fn requests(
         if message.starts_with(b"Q") {
             let text = &message[5..message.len() - 1];
             if text.starts_with(b"BEGIN") {
-                writing = text.ends_with(b"SERIALIZABLE");
+                writing = !text.ends_with(b"READ ONLY");
             }
             if text == b"COMMIT" && writing {
                 match plan.next.swap(Cut::Never as u8, Ordering::AcqRel) {

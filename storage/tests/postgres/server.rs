@@ -62,21 +62,30 @@ impl Server {
         certify(directory.path());
         let hba = "local all all trust\nhost all all 127.0.0.1/32 scram-sha-256\n";
         fs::write(data.join("pg_hba.conf"), hba).unwrap();
-        let mut started = Self::launch(directory, settings);
-        started.ready();
+        let started = Self::launch(directory, settings);
         started.sql(&format!("CREATE ROLE {ROLE} LOGIN PASSWORD '{PASSWORD}'"));
         started.sql(&format!("CREATE DATABASE keys OWNER {ROLE}"));
         started
     }
 
     fn launch(directory: tempfile::TempDir, settings: &[&str]) -> Self {
-        // Free a moment ago; nothing else here takes ports that it was not given.
+        for _ in 0..5 {
+            if let Some((port, child)) = Self::try_launch(directory.path(), settings) {
+                return Self { directory, port, child };
+            }
+        }
+        let log = fs::read_to_string(directory.path().join("log")).unwrap();
+        panic!("the server does not start: {log}");
+    }
+
+    // Fails if somebody else takes the port that was free a moment ago.
+    fn try_launch(directory: &Path, settings: &[&str]) -> Option<(u16, Child)> {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let mut command = as_postgres("postgres");
-        command.arg("-D").arg(directory.path().join("data"));
-        let socket = format!("unix_socket_directories={}", directory.path().display());
-        let certificate = format!("ssl_cert_file={}/server.pem", directory.path().display());
-        let key = format!("ssl_key_file={}/server.key", directory.path().display());
+        command.arg("-D").arg(directory.join("data"));
+        let socket = format!("unix_socket_directories={}", directory.display());
+        let certificate = format!("ssl_cert_file={}/server.pem", directory.display());
+        let key = format!("ssl_key_file={}/server.key", directory.display());
         let port_setting = format!("port={port}");
         let own = [
             "listen_addresses=127.0.0.1",
@@ -91,28 +100,24 @@ impl Server {
         for setting in own.iter().chain(settings) {
             command.args(["-c", setting]);
         }
-        let log = fs::File::create(directory.path().join("log")).unwrap();
-        let child = command.stdout(Stdio::null()).stderr(log).spawn().unwrap();
-        Self { directory, port, child }
-    }
-
-    fn ready(&mut self) {
+        let log = fs::File::create(directory.join("log")).unwrap();
+        let mut child = command.stdout(Stdio::null()).stderr(log).spawn().unwrap();
         let until = Instant::now() + Duration::from_secs(60);
-        let status = self.directory.path().join("data/postmaster.pid");
+        let status = directory.join("data/postmaster.pid");
         while !fs::read_to_string(&status).is_ok_and(|status| status.contains("ready")) {
-            let ended = self.child.try_wait().unwrap();
-            let log = || fs::read_to_string(self.directory.path().join("log")).unwrap();
-            assert!(ended.is_none(), "the server ended: {}", log());
-            assert!(Instant::now() < until, "the server does not start: {}", log());
+            if child.try_wait().unwrap().is_some() {
+                return None;
+            }
+            assert!(Instant::now() < until, "the server does not start");
             thread::sleep(Duration::from_millis(20));
         }
+        Some((port, child))
     }
 
-    /// Ends it as a crash would, and starts it again on the same port.
+    /// Ends it as a crash would.
     pub(crate) fn crash(&mut self) {
         self.signal(Signal::KILL);
         self.child.wait().unwrap();
-        // The next one waits for the last backend of this one to be gone.
     }
 
     /// Starts it again after [`Self::crash`].
