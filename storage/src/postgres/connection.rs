@@ -340,7 +340,7 @@ fn session(options: &Options, purpose: Purpose, cockroach: bool) -> String {
         // of an empty table for a while.
         text.push_str(
             "; SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; \
-             SET jit = off",
+             SET plan_cache_mode = force_generic_plan; SET jit = off",
         );
     }
     text
