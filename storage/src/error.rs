@@ -18,6 +18,32 @@ pub enum StoreError {
     /// What was read is not what this program writes.
     #[error("the store is damaged: {0}")]
     Damaged(String),
+    /// A database was not reached, or gave no answer in time.
+    #[error("the database does not answer: {0}")]
+    Unreachable(String),
+    /// A database knows no such login, or grants it too little.
+    #[error("the database refuses this node: {0}")]
+    Refused(String),
+    /// The connection to a database was not encrypted and verified as it has to be.
+    #[error("no verified TLS connection to the database: {0}")]
+    Tls(String),
+    /// Other writers were in the way until there was no time left. Nothing was applied.
+    #[error("other writers were in the way until the time was up: {0}")]
+    Contended(String),
+    /// Another node has taken over the writing. Reads go on.
+    #[error(
+        "this node is fenced: it writes under epoch {own}, and a promotion has raised the epoch to \
+         {current}. Nothing it writes is taken any more; it goes on reading"
+    )]
+    Fenced {
+        /// The epoch of this node.
+        own: u64,
+        /// The epoch of the store.
+        current: u64,
+    },
+    /// A database would lose what it has acknowledged.
+    #[error("the database does not keep what it acknowledges: {0}")]
+    NotDurable(String),
     /// Any other failure of the medium.
     #[error("{0}")]
     Other(String),

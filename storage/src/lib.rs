@@ -8,9 +8,14 @@
 //!
 //! * [`memory::Memory`] is the reference, and the model other stores are compared with.
 //! * [`redb::Redb`] keeps everything in one file, with a journal beside it while it is open.
+//! * `postgres::Postgres` keeps it in PostgreSQL or CockroachDB, where several nodes may share it; in
+//!   builds with the feature `postgres`.
 //!
-//! Futures of these two are ready when first polled. Polling `commit` of a store on disk blocks
-//! the thread until the disk has synced, so callers give commits a thread of their own.
+//! [`replica`] keeps one store equal to another, of whatever kind the two are.
+//!
+//! Futures of the first two are ready when first polled. Polling `commit` of a store on disk blocks
+//! the thread until the disk has synced, so callers give commits a thread of their own. Futures of a
+//! store in a database wait for it, on any executor.
 
 #![cfg_attr(
     test,
@@ -22,8 +27,11 @@ mod commit;
 pub mod conformance;
 mod error;
 pub mod memory;
+#[cfg(feature = "postgres")]
+pub mod postgres;
 mod range;
 pub mod redb;
+pub mod replica;
 #[cfg(feature = "conformance")]
 pub mod simulation;
 
@@ -131,7 +139,7 @@ pub enum Health {
 /// when nothing else does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoreStatus {
-    /// The adapter: `memory`, `redb`.
+    /// The adapter: `memory`, `redb`, `postgres`, `cockroachdb`.
     pub kind: &'static str,
     /// The file, where there is one.
     pub path: Option<PathBuf>,
