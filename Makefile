@@ -4,7 +4,7 @@ SHELL := /bin/bash
 CARGO ?= cargo
 ARGS ?=
 # Everything is built and tested with AWS, but for `make run`, whose first build is to be short.
-FEATURES := --features aws
+FEATURES := --features aws,postgres
 # How long each fuzz target runs under `make fuzz`, in seconds.
 SECONDS_EACH ?= 60
 # How many random schedules each model runs under `make test-race`.

@@ -188,8 +188,8 @@ fn storage(section: Section<'_, '_>, node: Option<&Node>) -> Option<Storage> {
             "write \"redb\"; to lose it on purpose, put `path` on a tmpfs",
         ),
         "postgres" | "postgresql" => refuse(
-            "this build has no PostgreSQL backend",
-            "write \"redb\", or run a build with the feature `postgres`",
+            "a node does not serve from PostgreSQL yet",
+            "write \"redb\"; `polykey store copy` keeps a copy there",
         ),
         _ => refuse("not a kind of store", "write \"redb\""),
     });

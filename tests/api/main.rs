@@ -30,6 +30,8 @@ mod lock;
 mod newcomer;
 mod rights;
 mod slots;
+#[cfg(feature = "postgres")]
+mod store_copy;
 mod stubs;
 mod tokens;
 mod tour;
