@@ -68,7 +68,7 @@ pub use check::{Finding, check};
 pub use error::{AppError, Fault};
 pub use recover::{Recovered, RecoveryFailure, recover};
 pub use reload::Reloaded;
-pub use restore::{BackupView, RestoreFailure, restore, verify_backup};
+pub use restore::{BackupView, Recovery, RestoreFailure, restore, verify_backup};
 pub use secrets::Missing;
 
 /// Longest time that a call which is not a stream may take.

@@ -36,8 +36,10 @@ const HEADER: u32 = 16 * 1024 * 1024;
 const END: u8 = u8::MAX;
 /// Bytes of a chunk.
 const CHUNK: usize = 1024 * 1024;
-/// Rows read at a time.
-const STEP: usize = 256;
+/// Rows read at a time. Audit leaves may have a MiB each.
+const fn step(space: Space) -> usize {
+    if space.0 == space::AUDIT.0 { 16 } else { 256 }
+}
 /// Bytes of rows in a commit of what is read back.
 const GROUP: usize = 16 * 1024 * 1024;
 
@@ -108,9 +110,10 @@ pub async fn write(
     }
     for &space in space::ALL {
         let mut range = polykey_storage::all();
+        let step = step(space);
         loop {
-            let entries = snapshot.scan(space, range, Direction::Forward, STEP).await?;
-            let last = entries.last().filter(|_| entries.len() == STEP).map(|e| e.key.clone());
+            let entries = snapshot.scan(space, range, Direction::Forward, step).await?;
+            let last = entries.last().filter(|_| entries.len() == step).map(|e| e.key.clone());
             for entry in entries {
                 rows += 1;
                 row(&mut out.plain, space, &entry.key, &entry.value);

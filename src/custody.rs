@@ -219,6 +219,12 @@ impl Custody {
         let table = SlotTable::decode(slots.value.as_ref())
             .map_err(|_| OpenError::Damaged("the slot table is malformed".into()))?;
 
+        // Each is tried, and nothing proves them before one has opened.
+        if table.slots.len() > change::MAX_SLOTS {
+            return Err(OpenError::Damaged(
+                "the slot table has more slots than there can be".into(),
+            ));
+        }
         let (root, opened_by) = slots::open_any(&table, wrappers, node_id).await?;
         let ring = Ring::open(&root, &table.ring)
             .map_err(|e| OpenError::Damaged(format!("the ring of storage keys: {e}")))?;

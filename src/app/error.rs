@@ -194,6 +194,7 @@ impl AppError {
             | Self::Locked { .. }
             | Self::Restore(
                 RestoreFailure::Records { .. }
+                | RestoreFailure::Unproven(_)
                 | RestoreFailure::File { error: BackupError::Broken | BackupError::Ring(_), .. },
             )
             | Self::Setup(SetupError::MasterKeyLost { .. })

@@ -6,15 +6,17 @@ use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use polykey_hsm::KeyWrapper;
 use polykey_hsm::recovery::{RecoveryKey, RecoveryWrapper};
-use polykey_storage::{OpenError, Store, redb};
+use polykey_hsm::{KeyWrapper, MasterKeySource};
+use polykey_storage::{Store, redb};
+use rustix::fs::FlockOperation;
 
 use super::recover::{Recovered, RecoveryFailure, give_back};
 use super::{AppError, closed, event, store_options, wrappers};
+use crate::audit::{self, VerifyingKey};
 use crate::backup::{Backup, BackupError, Contents};
-use crate::config::Config;
-use crate::custody::{self, Custody};
+use crate::config::{Config, Wrapper};
+use crate::custody::{self, Custody, NamedWrapper};
 use crate::time::{Clock, Time};
 use crate::vault::{Invalidate, VerifyReport};
 
@@ -37,9 +39,14 @@ pub enum RestoreFailure {
         /// The first thing that was found.
         finding: String,
     },
-    /// There is a store already.
-    #[error("there is a store at {} already; nothing was changed", .0.display())]
+    /// There is a store already, or the journal of one.
+    #[error("there is a store, or what is left of one, at {}; nothing was changed", .0.display())]
     Exists(PathBuf),
+    /// It is not shown to be of the node that the operator means.
+    #[error(
+        "{}: no checkpoint in it is signed by the key that was given: it may be anybody's", .0.display()
+    )]
+    Unproven(PathBuf),
     /// The place of the store cannot be used.
     #[error("{}: {source}", path.display())]
     Place {
@@ -67,6 +74,16 @@ pub struct BackupView {
     pub damaged: u64,
 }
 
+/// A recovery key, and what shows that a backup is of its node: the public half of a recovery key is all it
+/// takes to make one that the private half opens.
+#[derive(Debug)]
+pub struct Recovery {
+    /// The private half.
+    pub key: RecoveryKey,
+    /// The keys that sign the checkpoints of the node's log, one of which must have signed one in it.
+    pub signers: Vec<VerifyingKey>,
+}
+
 /// Opens a backup with what the configuration names, or a recovery key, writes its records into a store in
 /// `scratch`, verifies every one of them there, and throws that store away.
 ///
@@ -76,58 +93,51 @@ pub async fn verify_backup(
     config: &Config,
     from: &Path,
     scratch: &Path,
-    key: Option<RecoveryKey>,
+    recovery: Option<Recovery>,
     clock: Clock,
 ) -> Result<BackupView, AppError> {
-    let wrappers = opening(config, key).await?;
+    let (wrappers, signers) = opening(config, recovery).await?;
     let target = Unfinished::at(scratch, ".polykey-backup-verify")?;
-    let (custody, view) = unpacked(config, from, &target, &wrappers, clock).await?;
+    let (custody, view) =
+        unpacked(config, from, &target, &wrappers, signers.as_deref(), clock).await?;
     drop(custody);
-    closed(&target.0).await;
+    closed(&target.path).await;
     Ok(view)
 }
 
 /// Makes a store of a backup where the configuration has its store, where there must be none. It stands
-/// there only once every record has been verified. With a recovery key, the root key is then wrapped under
-/// the master key of the configuration, as [`super::recover`] does.
+/// there only once every record has been verified. With a recovery key, the root key is wrapped under the
+/// master key of the configuration before, as [`super::recover`] does.
 ///
 /// # Errors
-/// See [`AppError`]; there is no store then, unless the last step alone failed.
+/// See [`AppError`]; there is no store then.
 pub async fn restore(
     config: &Config,
     from: &Path,
-    key: Option<RecoveryKey>,
+    recovery: Option<Recovery>,
     make_master_key: bool,
     clock: Clock,
 ) -> Result<(BackupView, Option<Recovered>), AppError> {
     let path = &config.storage.path;
-    let exists = || RestoreFailure::Exists(path.clone());
-    if path.symlink_metadata().is_ok() {
-        return Err(exists().into());
+    let mut journal = path.clone().into_os_string();
+    journal.push("-journal");
+    // What a store that was moved away has left behind is a part of it.
+    for path in [path, &PathBuf::from(journal)] {
+        if path.symlink_metadata().is_ok() {
+            return Err(RestoreFailure::Exists(path.clone()).into());
+        }
     }
-    let recovering = key.is_some();
-    let wrappers = opening(config, key).await?;
+    let recovering = recovery.is_some();
+    if recovering {
+        master_key(config, make_master_key).await?;
+    }
+    let (wrappers, signers) = opening(config, recovery).await?;
     let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let failed = |path: &Path| {
-        let path = path.to_owned();
-        move |source| RestoreFailure::Place { path, source }
-    };
-    std::fs::create_dir_all(directory).map_err(failed(directory))?;
+    std::fs::create_dir_all(directory).map_err(place(directory))?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let target = Unfinished::at(directory, &format!(".{name}.restoring"))?;
-    let (custody, view) = unpacked(config, from, &target, &wrappers, clock.clone()).await?;
-    drop(custody);
-    closed(&target.0).await;
-    // Never over a store that another process has made meanwhile.
-    std::fs::hard_link(&target.0, path).map_err(|source| match source.kind() {
-        std::io::ErrorKind::AlreadyExists => exists(),
-        _ => failed(path)(source),
-    })?;
-    drop(target);
-    File::open(directory).and_then(|dir| dir.sync_all()).map_err(failed(directory))?;
-
-    let store: Arc<dyn Store> = Arc::new(redb::Redb::open(path, store_options(config))?);
-    let custody = opened(store, &wrappers, clock.clone()).await?;
+    let unpacked = unpacked(config, from, &target, &wrappers, signers.as_deref(), clock.clone());
+    let (custody, view) = unpacked.await?;
     let mut done = event("Restore", clock.now());
     done.details.insert("revision".into(), view.contents.revision.to_string());
     done.details.insert("created_at".into(), view.created_at.to_string());
@@ -137,23 +147,56 @@ pub async fn restore(
         false => None,
     };
     drop(custody);
-    closed(path).await;
+    closed(&target.path).await;
+    named(&target.path, path).map_err(|source| match source.kind() {
+        std::io::ErrorKind::AlreadyExists => RestoreFailure::Exists(path.clone()),
+        _ => place(path)(source),
+    })?;
+    File::open(directory).and_then(|dir| dir.sync_all()).map_err(place(directory))?;
     Ok((view, recovered))
 }
 
-/// What opens the root key: what was given, or else what the configuration names.
+fn place(path: &Path) -> impl FnOnce(std::io::Error) -> RestoreFailure {
+    let path = path.to_owned();
+    move |source| RestoreFailure::Place { path, source }
+}
+
+/// Gives a file its name, never over what another process has put there meanwhile.
+fn named(from: &Path, to: &Path) -> std::io::Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // Not every file system knows of that.
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => std::fs::hard_link(from, to),
+        done => Ok(done?),
+    }
+}
+
+/// Fails before any work where the master key is needed at the end and not to be had.
+async fn master_key(config: &Config, make: bool) -> Result<(), AppError> {
+    if let Wrapper::Local(MasterKeySource::File(path)) = &config.master_key
+        && make
+        && !path.exists()
+    {
+        return Ok(());
+    }
+    let opened = NamedWrapper::open_master(config).await;
+    opened.map(drop).map_err(|unusable| AppError::MasterKey(unusable.error))
+}
+
+/// What opens the root key, what was given, or else what the configuration names; and who must have signed
+/// the log.
 async fn opening(
     config: &Config,
-    key: Option<RecoveryKey>,
-) -> Result<Vec<Arc<dyn KeyWrapper>>, AppError> {
-    match key {
-        Some(key) => {
+    recovery: Option<Recovery>,
+) -> Result<(Vec<Arc<dyn KeyWrapper>>, Option<Vec<VerifyingKey>>), AppError> {
+    match recovery {
+        Some(Recovery { key, signers }) => {
             let recovery = RecoveryWrapper::with(key).map_err(RecoveryFailure::from)?;
-            Ok(vec![Arc::new(recovery)])
+            Ok((vec![Arc::new(recovery)], Some(signers)))
         }
         None => {
             let (named, _) = wrappers(config, Vec::new()).await?;
-            Ok(named.into_iter().map(|named| named.wrapper).collect())
+            Ok((named.into_iter().map(|named| named.wrapper).collect(), None))
         }
     }
 }
@@ -167,30 +210,32 @@ async fn opened(
     Custody::open(store, wrappers, nobody, clock).await
 }
 
-/// A store that is not whole yet. Dropped, it is gone.
-struct Unfinished(PathBuf);
+/// A store that is not whole yet, alone in its directory. Dropped, it is gone.
+struct Unfinished {
+    path: PathBuf,
+    // Locked for as long as this is there.
+    _directory: File,
+}
 
 impl Unfinished {
     fn at(directory: &Path, name: &str) -> Result<Self, RestoreFailure> {
+        let held = File::open(directory).map_err(place(directory))?;
+        // Another one would take this file for one that a killed process has left.
+        rustix::fs::flock(&held, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|error| place(directory)(error.into()))?;
         let path = directory.join(name);
-        // Left by a process that was killed; one that still writes it holds its lock.
-        match redb::Redb::open(&path, redb::Options::default()) {
-            Err(OpenError::NotFound { .. }) => return Ok(Self(path)),
-            Err(OpenError::InUse { .. }) => {
-                let source = std::io::ErrorKind::ResourceBusy.into();
-                return Err(RestoreFailure::Place { path, source });
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(place(&path)(error));
             }
-            Ok(_) | Err(_) => {}
+            _ => Ok(Self { path, _directory: held }),
         }
-        std::fs::remove_file(&path)
-            .map_err(|source| RestoreFailure::Place { path: path.clone(), source })?;
-        Ok(Self(path))
     }
 }
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
-        drop(std::fs::remove_file(&self.0));
+        drop(std::fs::remove_file(&self.path));
     }
 }
 
@@ -200,6 +245,7 @@ async fn unpacked(
     from: &Path,
     target: &Unfinished,
     wrappers: &[Arc<dyn KeyWrapper>],
+    signers: Option<&[VerifyingKey]>,
     clock: Clock,
 ) -> Result<(Arc<Custody>, BackupView), AppError> {
     let failed = |error| RestoreFailure::File { path: from.to_owned(), error };
@@ -210,15 +256,21 @@ async fn unpacked(
     let ring = opened(bare, wrappers, clock.clone()).await?.vault().ring();
     // One commit after the other, of many rows each: a journal would only write them twice.
     let options = redb::Options { journal_bytes: 0, ..store_options(config) };
-    let store = redb::Redb::create(&target.0, options)?;
+    let store = redb::Redb::create(&target.path, options)?;
     let contents = backup.unpack(&ring, &store).await.map_err(failed)?;
     drop(store);
-    closed(&target.0).await;
-    let store: Arc<dyn Store> = Arc::new(redb::Redb::open(&target.0, options)?);
+    closed(&target.path).await;
+    let store: Arc<dyn Store> = Arc::new(redb::Redb::open(&target.path, options)?);
     let custody = opened(store, wrappers, clock).await?;
     let report = custody.vault().verify(true, |_| {}).await?;
     if let Some(finding) = foreign(&report) {
         return Err(RestoreFailure::Records { path: from.to_owned(), finding }.into());
+    }
+    if let Some(signers) = signers {
+        let log = audit::verify_store(custody.vault(), signers, &[]).await?;
+        if !log.ok() || log.checkpoints == 0 {
+            return Err(RestoreFailure::Unproven(from.to_owned()).into());
+        }
     }
     let head = custody.vault().head();
     let view = BackupView {

@@ -175,10 +175,15 @@ impl Held for Inner {
     }
 
     fn unsettled(&self, key: &[u8; 16], out: &mut Vec<Touch>) {
-        let state = self.state.lock();
-        let queued = state.queue.iter().flat_map(|q| q.events.events());
-        let of_key = state.in_flight.events().chain(queued).filter(|(m, _)| m.is_about(key));
-        let events = of_key.filter_map(|(_, encoded)| line::decode(encoded));
+        let newest: Vec<Vec<u8>> = {
+            let state = self.state.lock();
+            let queued = state.queue.iter().flat_map(|q| q.events.events());
+            let all = state.in_flight.events().chain(queued);
+            let of_key = all.rev().filter(|(meaning, _)| meaning.is_about(key));
+            of_key.take(usage::RECENT).map(|(_, encoded)| encoded.to_vec()).collect()
+        };
+        // Decoded while nobody waits for the lock.
+        let events = newest.iter().rev().filter_map(|encoded| line::decode(encoded));
         out.extend(events.filter_map(|event| usage::touch(&event, u64::MAX)));
     }
 }

@@ -237,7 +237,7 @@ pub(crate) trait Held: Sync {
     fn with<T>(&self, f: impl FnOnce(&mut Usage) -> T) -> T;
     /// No leaf from this one on is taken from the log: a block in flight may be one of them.
     fn limit(&self) -> u64;
-    /// Touches of accepted events that have no leaf yet, in order.
+    /// Touches of the newest accepted events that have no leaf yet, in order.
     fn unsettled(&self, key: &Key, out: &mut Vec<Touch>);
 }
 

@@ -223,6 +223,18 @@ impl Authenticator {
         self.resolve(&session.verified, &session.caller.certificate).await
     }
 
+    /// As [`Self::recheck`], for work that was begun with a token in force and lasts longer than one: the
+    /// client, its certificate and revocations are looked at, the end of the token is not.
+    ///
+    /// # Errors
+    /// As [`Self::authenticate_request`].
+    pub async fn recheck_begun(&self, session: &Session) -> Result<Arc<Caller>, Error> {
+        if session.caller.epoch == self.directory.epoch() {
+            return Ok(Arc::clone(&session.caller));
+        }
+        self.resolve(&session.verified, &session.caller.certificate).await
+    }
+
     /// The client behind a verified token, if it is still all that it must be.
     async fn resolve(
         &self,

@@ -337,22 +337,24 @@ pub(super) fn print_report(
     if ok { Ok(()) } else { Err(CliError::silent(Exit::DataLoss)) }
 }
 
+/// A key that signs checkpoints: base64, or a file with it.
+pub(super) fn key(text: &str) -> Result<VerifyingKey, CliError> {
+    if let Some(key) = VerifyingKey::parse(text) {
+        return Ok(key);
+    }
+    VerifyingKey::parse(&value::text_file(Path::new(text))?).ok_or_else(|| {
+        CliError::usage(format!("{text}: no Ed25519 public key in base64"))
+            .hint("`polykey audit checkpoint` prints it.")
+    })
+}
+
 impl VerifyArgs {
     /// The keys given, each as base64 or as a file with it.
     ///
     /// # Errors
     /// One that is neither.
     pub fn keys(&self) -> Result<Vec<VerifyingKey>, CliError> {
-        let key = |text: &String| {
-            if let Some(key) = VerifyingKey::parse(text) {
-                return Ok(key);
-            }
-            VerifyingKey::parse(&value::text_file(Path::new(text))?).ok_or_else(|| {
-                CliError::usage(format!("{text}: no Ed25519 public key in base64"))
-                    .hint("`polykey audit checkpoint` prints it.")
-            })
-        };
-        self.public_keys.iter().map(key).collect()
+        self.public_keys.iter().map(|text| key(text)).collect()
     }
 
     /// The checkpoints given, each as its note or as JSON of `audit checkpoint`.

@@ -19,7 +19,7 @@ use crate::error::Error;
 use crate::keyring::Remember;
 
 /// More slots than anybody needs; opening tries each in turn.
-const MAX_SLOTS: usize = 32;
+pub(super) const MAX_SLOTS: usize = 32;
 /// How often a change begins again when another one was faster.
 const ATTEMPTS: usize = 8;
 

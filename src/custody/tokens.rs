@@ -172,7 +172,7 @@ impl Drop for Placed {
         let section = section(&self.name);
         self.runtime.spawn(async move {
             let id = data_encoding::HEXLOWER.encode(&key.id);
-            match token.destroy_resident(&key, Deadline::after(USE)).await {
+            match token.destroy_resident(&key, Deadline::after(MAKE + USE)).await {
                 Ok(()) => {
                     tracing::info!(id, "an object that no key uses was taken out of its token")
                 }

@@ -127,6 +127,17 @@ impl Admitted {
     }
 }
 
+impl Admitted {
+    /// As [`Self::again`], for one answer that may take longer than the token lasts.
+    pub(crate) async fn still(&self, deps: &Deps) -> Result<Self, Error> {
+        let mut next = Self { now: deps.now(), ..self.clone() };
+        if let Some(session) = &mut next.session {
+            session.caller = deps.authenticator.recheck_begun(session).await?;
+        }
+        Ok(next)
+    }
+}
+
 pub(crate) fn idempotency_key(metadata: &MetadataMap) -> Result<Option<String>, Error> {
     let mut values = metadata.get_all("idempotency-key").iter();
     let Some(value) = values.next() else { return Ok(None) };

@@ -204,14 +204,48 @@ async fn a_recovery_key_opens_a_backup_where_the_master_key_is_lost() {
     assert_eq!(code, 0, "{said}");
     let (code, said) = cli(&server, &["backup", "create", "--out", &out]);
     assert_eq!(code, 0, "{said}");
+    let (code, signer) = cli(&server, &["audit", "checkpoint"]);
+    assert_eq!(code, 0, "{signer}");
+    let signer: Value = serde_json::from_str(&signer).unwrap();
+    let signer = signer["public_key"].as_str().unwrap().to_owned();
+    // A stranger needs no more than the public half to make a backup that the private half opens.
+    let stranger = Server::dev();
+    let forged = file("forged");
+    let (code, said) = cli(&stranger, &["root", "slot", "add", "off", "--recovery-key", public]);
+    assert_eq!(code, 0, "{said}");
+    let (code, said) = cli(&stranger, &["backup", "create", "--out", &forged]);
+    assert_eq!(code, 0, "{said}");
+    stranger.stop();
     let _directory = server.stop().2;
     let place = away.path().join("restored");
     let config = without_store(&state, &place);
     fs::remove_file(place.join("master.key")).unwrap();
     let (code, said) = polykey(&["restore", "--config", &config, "--from", &out]);
     assert_eq!(code, 2, "{said}");
+    // It is asked for before any work, and so is the proof.
     let with = ["restore", "--config", &config, "--from", &out, "--key", &kept];
-    let (code, said) = polykey(&[&with[..], &["--generate-master-key"]].concat());
+    let (code, said) = polykey(&with);
+    assert_eq!(code, 2, "{said}");
+    assert!(said.contains("--public-key"), "{said}");
+    let proven = [&with[..], &["--public-key", &signer]].concat();
+    let (code, said) = polykey(&proven);
+    assert_eq!(code, 2, "{said}");
+    let whole = [&proven[..], &["--generate-master-key"]].concat();
+    let mut stranger = whole.clone();
+    stranger[4] = &forged;
+    let (code, said) = polykey(&stranger);
+    assert_eq!(code, 7, "{said}");
+    assert!(said.contains("anybody's"), "{said}");
+    assert!(fs::read_dir(&place).unwrap().all(|e| {
+        let name = e.unwrap().file_name().into_string().unwrap();
+        !name.contains("redb") && name != "master.key"
+    }));
+    // The journal of the store that stood there belongs to that one.
+    fs::write(place.join("polykey.redb-journal"), "changes").unwrap();
+    let (code, said) = polykey(&whole);
+    assert_eq!(code, 5, "{said}");
+    fs::remove_file(place.join("polykey.redb-journal")).unwrap();
+    let (code, said) = polykey(&whole);
     assert_eq!(code, 0, "{said}");
     let server = Server::serve(&place, &config, &Options::default())
         .unwrap_or_else(|ended| panic!("{}", ended.output));

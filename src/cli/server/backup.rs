@@ -3,15 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use polykey_hsm::recovery::RecoveryKey;
 use serde::Serialize;
 
 use super::super::App as Cli;
+use super::super::audit;
 use super::super::error::CliError;
 use super::super::output::{Human, View};
 use super::recover::recovery_key;
 use super::runtime;
-use crate::app::{self, AppError, BackupView};
+use crate::app::{self, AppError, BackupView, Recovery};
 use crate::config::Config;
 use crate::hardening;
 use crate::time::Clock;
@@ -21,19 +21,27 @@ use crate::time::Clock;
 #[group(multiple = true)]
 pub struct RecoveryArgs {
     /// The file with the private half of a recovery key; - for standard input.
-    #[arg(long, value_name = "FILE", conflicts_with = "shares")]
+    #[arg(long, value_name = "FILE", conflicts_with = "shares", requires = "public_keys")]
     pub key: Option<PathBuf>,
     /// A file with a share of it; as many as it takes.
-    #[arg(long = "share", value_name = "FILE")]
+    #[arg(long = "share", value_name = "FILE", requires = "public_keys")]
     pub shares: Vec<PathBuf>,
+    /// With a recovery key: the key that signs the checkpoints of the node's audit log, as `polykey audit
+    /// checkpoint` prints it, or a file with it. Anybody can make a backup that the recovery key opens; only
+    /// the node's log is signed with this.
+    #[arg(long = "public-key", value_name = "KEY")]
+    pub public_keys: Vec<String>,
 }
 
 impl RecoveryArgs {
-    fn key(&self) -> Result<Option<RecoveryKey>, CliError> {
+    fn given(&self) -> Result<Option<Recovery>, CliError> {
         if self.key.is_none() && self.shares.is_empty() {
             return Ok(None);
         }
-        recovery_key(self.key.as_deref(), &self.shares).map(Some)
+        let signers =
+            self.public_keys.iter().map(|text| audit::key(text)).collect::<Result<_, _>>()?;
+        let key = recovery_key(self.key.as_deref(), &self.shares)?;
+        Ok(Some(Recovery { key, signers }))
     }
 }
 
@@ -136,10 +144,10 @@ impl View for FoundView {
 pub(in crate::cli) fn backup_verify(cli: &Cli, args: VerifyBackupArgs) -> Result<(), CliError> {
     hardening::private_files();
     let config = Config::load(&args.config).map_err(AppError::from)?;
-    let key = args.recovery.key()?;
+    let recovery = args.recovery.given()?;
     let beside = args.from.parent().filter(|p| !p.as_os_str().is_empty());
     let scratch = args.scratch.as_deref().or(beside).unwrap_or(Path::new("."));
-    let verified = app::verify_backup(&config, &args.from, scratch, key, Clock::System);
+    let verified = app::verify_backup(&config, &args.from, scratch, recovery, Clock::System);
     let view = runtime()?.block_on(Box::pin(verified))?;
     cli.out.print(&FoundView::new(&args.from, &view))
 }
@@ -151,8 +159,9 @@ pub(in crate::cli) fn backup_verify(cli: &Cli, args: VerifyBackupArgs) -> Result
 pub(in crate::cli) fn restore(cli: &Cli, args: RestoreArgs) -> Result<(), CliError> {
     hardening::private_files();
     let config = Config::load(&args.config).map_err(AppError::from)?;
-    let key = args.recovery.key()?;
-    let restored = app::restore(&config, &args.from, key, args.generate_master_key, Clock::System);
+    let recovery = args.recovery.given()?;
+    let restored =
+        app::restore(&config, &args.from, recovery, args.generate_master_key, Clock::System);
     let (view, recovered) = runtime()?.block_on(Box::pin(restored))?;
     let mut view = FoundView::new(&args.from, &view);
     view.store = Some(config.storage.path.display().to_string());

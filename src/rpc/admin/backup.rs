@@ -37,11 +37,16 @@ impl AdminService {
         let place = Arc::clone(&self.0.backups).try_acquire_owned();
         let place = place.map_err(|_| Error::Exhausted { retry_after: LATER })?;
         let event = event(&cx, Action::BackupStore, decision, &[]);
+        if !self.directory().vault().intact() {
+            let text = "the store failed its verification: a backup of it would not be one";
+            return Err(Error::data_loss(text));
+        }
         let leaf = self.0.deps.trail.record(event).await?;
+        // Whoever restores it with a recovery key asks for a signed checkpoint.
+        self.0.deps.trail.checkpoint().await?;
         let service = self.clone();
         let (answers, receiver) = mpsc::channel(2);
         tokio::spawn(async move {
-            let _place = place;
             let last = match service.send(&admitted, &answers).await {
                 Ok(Some(Contents { revision, rows, bytes })) => {
                     piece(Part::Result(pb::CreateBackupResult {
@@ -54,8 +59,9 @@ impl AdminService {
                 Ok(None) => return,
                 Err(error) => Err(Status::from(error)),
             };
-            // Whoever has gone away has no whole file.
-            answers.send(last).await.ok();
+            drop(place);
+            // Whoever has gone away, or takes nothing, has no whole file.
+            tokio::time::timeout(STALL, answers.send(last)).await.ok();
         });
         Ok(Box::pin(ReceiverStream::new(receiver)))
     }
@@ -75,8 +81,8 @@ impl AdminService {
             futures::executor::block_on(backup::write(&vault, now, sink))
         });
         while let Some(data) = ready.recv().await {
-            let again = admitted.again(&self.0.deps).await?;
-            let cx = again.context(None, None)?;
+            let still = admitted.still(&self.0.deps).await?;
+            let cx = still.context(None, None)?;
             self.authorize(&cx, Resource::Node, commands::BackupStore).await?;
             let sent = answers.send(piece(Part::Data(data.into())));
             match tokio::time::timeout(STALL, sent).await {
