@@ -542,7 +542,7 @@ impl Vault {
     /// As [`Tx::commit`].
     pub async fn record(&self, events: impl AsRef<[AuditEvent]> + Send) -> Result<Receipt, Error> {
         let each = events.as_ref().iter();
-        let events = each.map(|event| LeafEvents::one(event)).collect();
+        let events = each.map(LeafEvents::one).collect();
         self.submit(Commit::new(), events, 0, u32::MAX).await
     }
 

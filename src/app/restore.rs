@@ -210,25 +210,36 @@ async fn opened(
     Custody::open(store, wrappers, nobody, clock).await
 }
 
-/// A store that is not whole yet, alone in its directory. Dropped, it is gone.
+/// A store that is not whole yet, in a directory of its own. Dropped, both are gone.
 struct Unfinished {
+    directory: PathBuf,
     path: PathBuf,
+    lock: PathBuf,
     // Locked for as long as this is there.
-    _directory: File,
+    _held: File,
 }
 
 impl Unfinished {
-    fn at(directory: &Path, name: &str) -> Result<Self, RestoreFailure> {
-        let held = File::open(directory).map_err(place(directory))?;
-        // Another one would take this file for one that a killed process has left.
-        rustix::fs::flock(&held, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|error| place(directory)(error.into()))?;
-        let path = directory.join(name);
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(place(&path)(error));
+    fn at(parent: &Path, name: &str) -> Result<Self, RestoreFailure> {
+        let directory = parent.join(name);
+        match std::fs::create_dir(&directory) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                return Err(place(&directory)(error));
             }
-            _ => Ok(Self { path, _directory: held }),
+            // What a process left that was killed, or another one's.
+            _ => {}
+        }
+        let (path, lock) = (directory.join("store"), directory.join("lock"));
+        let held = File::create(&lock).map_err(place(&lock))?;
+        let busy = || place(&directory)(std::io::ErrorKind::ResourceBusy.into());
+        rustix::fs::flock(&held, FlockOperation::NonBlockingLockExclusive).map_err(|_| busy())?;
+        if !lock.exists() {
+            // It ended just now and took the directory with it.
+            return Err(busy());
+        }
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(place(&path)(error)),
+            _ => Ok(Self { directory, path, lock, _held: held }),
         }
     }
 }
@@ -236,6 +247,8 @@ impl Unfinished {
 impl Drop for Unfinished {
     fn drop(&mut self) {
         drop(std::fs::remove_file(&self.path));
+        drop(std::fs::remove_file(&self.lock));
+        drop(std::fs::remove_dir(&self.directory));
     }
 }
 

@@ -118,16 +118,15 @@ impl State {
         self.queue.iter().map(|q| q.events.len()).sum::<usize>() + self.in_flight.len()
     }
 
-    /// The block that takes the next event.
-    fn filling(&mut self, options: &Options) -> &mut Queued {
-        let open = self.queue.back().is_some_and(|last| !last.is_full(options));
-        if !open {
-            // Blocks that follow one another are of one size.
-            let events = Filling::with_capacity(self.in_flight.bytes());
-            self.queue.push_back(Queued { events, waiters: Vec::new() });
+    /// The block that takes the next event, out of the queue.
+    fn filling(&mut self, options: &Options) -> Queued {
+        match self.queue.pop_back() {
+            Some(last) if !last.is_full(options) => return last,
+            full => self.queue.extend(full),
         }
-        let last = self.queue.len() - 1;
-        &mut self.queue[last]
+        // Blocks that follow one another are of one size.
+        let events = Filling::with_capacity(self.in_flight.bytes());
+        Queued { events, waiters: Vec::new() }
     }
 }
 
@@ -264,10 +263,11 @@ impl Trail {
             return Err(Error::Exhausted { retry_after: Duration::from_millis(100) });
         }
         let idle = state.queue.is_empty();
-        let block = state.filling(&inner.options);
+        let mut block = state.filling(&inner.options);
         let (bytes, meaning) = block.events.push(event);
         block.waiters.extend(waiter);
         let full = block.is_full(&inner.options);
+        state.queue.push_back(block);
         state.bytes += bytes;
         state.usage.accepted(&meaning);
         drop(state);

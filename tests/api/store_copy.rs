@@ -31,7 +31,7 @@ async fn a_store_goes_into_a_database_and_comes_back_whole() {
     let sealed = json!({"key_id": key, "plaintext": "aGVsbG8="});
     let sealed = admin.call("Encrypt", sealed).await.unwrap()["ciphertext"].clone();
 
-    let database = postgres::Server::shared();
+    let database = postgres::Server::start(&[]);
     let away = tempfile::tempdir().unwrap();
     let password = away.path().join("password").display().to_string();
     fs::write(&password, format!("{}\n", postgres::PASSWORD)).unwrap();
