@@ -14,7 +14,7 @@ Generated from the table in `hsm/src/algorithm/table.rs`; edit that and run
 
 A key is made for one purpose, the first of its type unless another one is asked for, and does nothing
 else. In the API a type is `KEY_TYPE_` and its name in capitals with underscores. Everything is aws-lc's
-work, except XChaCha20-Poly1305 (RustCrypto), which aws-lc lacks, and the expansion of an imported
+work, except HChaCha20 in XChaCha20-Poly1305 (RustCrypto), which aws-lc lacks, and the expansion of an imported
 ML-KEM seed. What takes more than 100 µs of CPU runs off the threads of requests, except that large
 streams are sealed and opened there, a message at a time.
 

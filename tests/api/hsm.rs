@@ -27,7 +27,8 @@ async fn passphrase_token_kms_and_shares_each_open_it_alone_and_without_any_it_s
     let state = server.state.clone();
     let file = state.join("words.txt");
     polykey::pki::write_file(&file, b"correct horse battery staple\n", 0o600).unwrap();
-    assert!(token.list().contains("polykey"), "{}", token.list());
+    let listed = token.list();
+    assert!(listed.contains("polykey"), "{listed}");
     // A key that is not there is not made by anything but the command for it.
     let (code, _, said) = server.cli(&["root", "slot", "add", "token", "--wrapper", "hsm"]);
     assert_ne!(code, 0);
