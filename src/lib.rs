@@ -45,6 +45,7 @@ pub mod limits;
 pub mod manual;
 pub mod metrics;
 pub mod net;
+pub mod nodes;
 pub mod pki;
 pub mod rpc;
 pub mod setup;
