@@ -10,6 +10,8 @@
 mod bootstrap;
 mod check;
 pub mod door;
+#[cfg(feature = "postgres")]
+mod epoch;
 mod error;
 pub mod locked;
 mod measured;
@@ -221,7 +223,22 @@ async fn unlock(
     clock: Clock,
 ) -> Result<Arc<Custody>, AppError> {
     let by: Vec<_> = wrappers.iter().map(|named| Arc::clone(&named.wrapper)).collect();
-    match Custody::open(store, &by, caches, clock).await {
+    let shared = store.peers().is_some();
+    let mut left = if shared { 5 } else { 1 };
+    let opened = loop {
+        left -= 1;
+        let opened = Custody::open(Arc::clone(&store), &by, Arc::clone(&caches), clock.clone());
+        match opened.await {
+            // Rows that another node was changing do not fit together.
+            Err(custody::OpenError::Damaged(_) | custody::OpenError::Replayed { .. })
+                if left > 0 =>
+            {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            opened => break opened,
+        }
+    };
+    match opened {
         Ok(custody) => {
             for unusable in unusable {
                 tracing::warn!(%unusable, "a wrapper cannot be used; another one opened the root key");

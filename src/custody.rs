@@ -333,7 +333,10 @@ impl Custody {
     fn adopt(&self, state: &mut State, candidate: Candidate) {
         state.root = candidate.root;
         // Durable by now: nothing is sealed under an epoch that a restart would not find.
-        self.vault.replace_ring(candidate.ring);
+        match self.vault.is_shared() {
+            true => self.vault.follow_ring(candidate.ring),
+            false => self.vault.replace_ring(candidate.ring),
+        }
     }
 
     async fn apply_slots(

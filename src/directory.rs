@@ -246,8 +246,11 @@ impl Directory {
             let full = page.len() == WALK;
             let mut last = Vec::new();
             for (key, loaded) in page {
-                if let Ok(loaded) = loaded {
-                    each(&key, loaded)?;
+                match loaded {
+                    Ok(loaded) => each(&key, loaded)?,
+                    // Of a root that is being opened: whoever asks again finds it.
+                    Err(error @ Error::Unavailable { .. }) => return Err(error),
+                    Err(_) => {}
                 }
                 last = key;
             }

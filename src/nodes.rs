@@ -58,7 +58,7 @@ pub struct Nodes {
 struct Following {
     /// Nothing remembered is older than this. None before the first look.
     seen: Option<Revision>,
-    told: Option<(Revision, Instant)>,
+    told: Option<(Revision, Moment)>,
 }
 
 impl Nodes {
@@ -197,9 +197,12 @@ impl Nodes {
         let last = changes.last().map_or(seen, |(revision, _)| *revision);
         let rows: Vec<&RowKey> = changes.iter().flat_map(|(_, rows)| rows).collect();
         if last > seen {
-            self.caches.invalidate(&rows);
+            // The root first: what cannot be opened yet is not to be remembered as missing.
             if rows.iter().any(|row| row.space == META && row.key == meta::SLOTS) {
                 self.custody.follow(&self.wrappers).await?;
+                self.caches.clear();
+            } else {
+                self.caches.invalidate(&rows);
             }
             self.vault.follow_head().await?;
         }
@@ -208,15 +211,23 @@ impl Nodes {
             self.freshness.looked(Moment::default());
             return Ok(());
         }
-        if following.told.is_none_or(|(_, at)| at.elapsed() < SILENT) {
+        // Others wait only for a node that has shown itself a short while ago.
+        let heard =
+            |told: Option<(Revision, Moment)>| told.is_some_and(|(_, at)| at.elapsed() < SILENT);
+        if heard(following.told) {
             self.freshness.looked(began);
         }
-        let due = |(told, at): (Revision, Instant)| told < last || at.elapsed() >= BEAT;
+        let due = |(told, at): (Revision, Moment)| told < last || at.elapsed() >= BEAT;
         if following.told.is_none_or(due) {
-            if peers.beat(last).await? {
-                following.told = Some((last, Instant::now()));
-            } else {
+            // Before it is sent: it may be committed at once and answered late.
+            let at = Moment::now();
+            if !peers.beat(last).await? {
                 self.announced.store(false, Ordering::SeqCst);
+                return Ok(());
+            }
+            following.told = Some((last, at));
+            if heard(following.told) {
+                self.freshness.looked(began);
             }
         }
         Ok(())

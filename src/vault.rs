@@ -125,6 +125,9 @@ pub struct Founding {
     pub events: Vec<AuditEvent>,
 }
 
+/// What another node has sealed is read a moment later.
+const ROOT_MOVED: &str = "another node has rotated the root key; it is being opened here";
+
 /// The sealed store.
 pub struct Vault {
     store: Arc<dyn Store>,
@@ -417,7 +420,9 @@ impl Vault {
 
     /// The record of a row. One that does not open is noted.
     fn opened<R: Record>(&self, sealer: &Sealer, key: &[u8], value: &[u8]) -> Result<R, Error> {
-        self.not_ahead(R::SPACE, value)?;
+        if self.is_shared() && !seal::known(sealer, R::SPACE, value) {
+            return Err(Error::unavailable(ROOT_MOVED));
+        }
         seal::open::<R>(sealer, key, value)
             .map(|(record, _)| record)
             .inspect_err(|error| self.damage.note(RowKey::new(R::SPACE, key), error))
@@ -430,8 +435,7 @@ impl Vault {
             epoch.is_ok_and(|epoch| epoch > self.ring.load().primary_epoch())
         };
         if self.is_shared() && ahead() {
-            let text = "another node has rotated the root key; it is being opened here";
-            return Err(Error::unavailable(text));
+            return Err(Error::unavailable(ROOT_MOVED));
         }
         Ok(())
     }
@@ -644,6 +648,16 @@ impl Vault {
         if self.witnesses.set(witnesses).is_err() {
             tracing::error!("the witnesses of a store are set once");
         }
+    }
+
+    /// Returns when every witness knows of whatever is durable now: for a request that finds its change
+    /// made, by a call whose acknowledgement may not have come to its end.
+    pub(crate) async fn rewitnessed(&self) -> Result<(), Error> {
+        if self.witnesses.get().is_none_or(Vec::is_empty) {
+            return Ok(());
+        }
+        let revision = self.read(self.store.snapshot().await)?.revision();
+        self.witnessed(revision, true).await
     }
 
     /// Returns when every witness knows of a change.

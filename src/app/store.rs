@@ -7,6 +7,8 @@ use polykey_storage::{Revision, Store, redb};
 use rustix::fs::FlockOperation;
 
 use super::{AppError, LAST_WORDS};
+#[cfg(feature = "postgres")]
+use crate::app::epoch;
 use crate::config::Config;
 
 /// How a store file of this configuration is opened.
@@ -52,10 +54,15 @@ async fn in_database(
     options.connect_timeout = options.connect_timeout.min(database.call_timeout);
     options.transaction_pooler = database.transaction_pooler;
     options.durable = database.durable;
+    // Long enough for a verification of everything.
+    options.snapshot_life = std::time::Duration::from_secs(1800);
+    let pin = epoch::Pin::read(&config.node.data_dir)?;
+    options.epoch = pin.as_ref().map(|pin| pin.epoch);
     let opened = tokio::task::spawn_blocking(move || Postgres::open(options));
     let store = opened
         .await
         .map_err(|e| crate::error::Error::internal(format!("opening the database: {e}")))??;
+    epoch::Pin::settle(pin, &config.node.data_dir, &store)?;
     let durability = store.durability();
     let weak = durability.weaknesses().join(", ");
     let standbys = durability.synchronous_standby_names.unwrap_or_default();
@@ -71,9 +78,16 @@ async fn in_database(
     } else {
         tracing::warn!(kind, weak, "the database may lose acknowledged commits, as was allowed");
     }
-    let fenced = matches!(store.status().health, polykey_storage::Health::NeedsReopen(_));
-    if fenced && database.when_fenced == WhenFenced::Read {
-        tracing::warn!("another node was promoted: this one only reads");
+    if matches!(store.status().health, polykey_storage::Health::NeedsReopen(_)) {
+        let does = match database.when_fenced {
+            WhenFenced::Read => "only reads",
+            WhenFenced::Refuse => "serves nothing",
+        };
+        let file = epoch::path(&config.node.data_dir);
+        tracing::error!(
+            file = %file.display(),
+            "another node was promoted, and this one {does}: if it is to write again, remove the file"
+        );
     }
     Ok(Arc::new(store))
 }

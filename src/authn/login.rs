@@ -514,6 +514,8 @@ impl Authenticator {
         }
         tx.event(event.clone());
         let receipt = tx.commit().await?;
+        // What was revoked by an earlier call may not be known everywhere yet.
+        self.directory.vault().rewitnessed().await?;
         Ok(Revocation { revoked_at, receipt })
     }
 }

@@ -47,9 +47,15 @@ fn database(section: &Section<'_, '_>) -> Option<Database> {
                 "write \"postgres://USER@HOST:PORT/DATABASE\"",
             );
         };
-        let authority = rest.split(['/', '?']).next().unwrap_or_default();
-        let user = authority.rsplit_once('@').map_or("", |(user, _)| user);
-        if user.contains(':') || rest.contains("password=") {
+        let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
+        // Up to the last one: a password may hold any other.
+        let user = place.rsplit_once('@').map_or("", |(user, _)| user);
+        let parameters = query.to_ascii_lowercase();
+        if user.contains([':', '/'])
+            || query.contains('@')
+            || parameters.contains("pass")
+            || parameters.contains("%70")
+        {
             return refuse(
                 "a connection string with a password in it",
                 "leave it out, and write password = { file = \"PATH\" }",
@@ -79,7 +85,7 @@ fn database(section: &Section<'_, '_>) -> Option<Database> {
         _ => refuse("not a way to go on", "write \"refuse\" or \"read\""),
     });
     let password = section.reference("password");
-    let connections = section.integer("connections", 1..=200, 8);
+    let connections = section.integer("connections", 2..=200, 8);
     let call_timeout = section.duration("call_timeout", ("100ms", "60s"), Duration::from_secs(5));
     let freshness = section.duration("freshness", ("200ms", "1s"), Duration::from_secs(1));
     let transaction_pooler = section.boolean("transaction_pooler", false);

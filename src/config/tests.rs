@@ -490,6 +490,7 @@ fn a_store_in_a_database_is_taken_apart_and_its_password_kept_out() {
         ("", "[storage] url"),
         ("url = \"mysql://p@db/keys\"", "not a connection string"),
         ("url = \"postgres://u:CANARY-hunter2-Zm9vYmFy@h/db\"", "with a password in it"),
+        ("url = \"postgres://u:CANARY-hunter2-Zm9vYmFy/ss@h/db\"", "with a password in it"),
         ("url = \"postgres://u@h/db?password=CANARY-hunter2-Zm9vYmFy\"", "with a password in it"),
         ("url = \"postgres://p@db/k\"\nschema = \"Bad;\"", "not the name of a schema"),
         ("url = \"postgres://p@db/k\"\nfreshness = \"2s\"", "from 200ms to 1s"),

@@ -120,6 +120,7 @@ impl Idempotency {
                     "was used for a different request; use a new one",
                 ));
             }
+            vault.rewitnessed().await?;
             return Ok(Some(record));
         }
         Ok(None)

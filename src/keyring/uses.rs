@@ -3,7 +3,6 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use polykey_proto::polykey::record::v1::{KeyRecord, UseCountRecord, job_record::Kind};
@@ -24,12 +23,31 @@ const ATTEMPTS: usize = 16;
 /// The count of one version.
 #[derive(Debug)]
 struct Counter {
-    /// Uses begun.
-    used: AtomicU64,
-    /// Uses that the store knows of.
-    reserved: AtomicU64,
+    /// The uses that are this node's to make.
+    block: Mutex<Block>,
     /// One reservation at a time.
     reserving: tokio::sync::Mutex<()>,
+}
+
+/// Numbers that the store knows of, and no other node has.
+#[derive(Clone, Copy, Debug)]
+struct Block {
+    /// The last one that was used.
+    used: u64,
+    /// The last one there is.
+    end: u64,
+}
+
+impl Counter {
+    /// The next number, if there is one.
+    fn draw(&self) -> Option<u64> {
+        let mut block = self.block.lock();
+        let next = block.used.saturating_add(1);
+        (next <= block.end).then(|| {
+            block.used = next;
+            next
+        })
+    }
 }
 
 /// The counts of the versions in use.
@@ -56,12 +74,12 @@ impl Keyring {
 
     async fn count_limited(&self, key: &Key, version: u32, limit: u64) -> Result<(), Error> {
         let counter = self.counter(key.id, version).await?;
-        let use_number = counter.used.fetch_add(1, Ordering::SeqCst).saturating_add(1);
-        if limit != 0 && use_number > limit {
+        let number = match counter.draw() {
+            Some(number) => number,
+            None => self.reserve(key, version, &counter).await?,
+        };
+        if limit != 0 && number > limit {
             return Err(Error::State(Reason::UsesExhausted));
-        }
-        if use_number > counter.reserved.load(Ordering::SeqCst) {
-            self.reserve(key, version, &counter, use_number).await?;
         }
         Ok(())
     }
@@ -75,8 +93,7 @@ impl Keyring {
         let stored = self.vault.get::<UseCountRecord>(&row).await?;
         let reserved = stored.map_or(0, |l| l.record.reserved);
         let counter = Counter {
-            used: AtomicU64::new(reserved),
-            reserved: AtomicU64::new(reserved),
+            block: Mutex::new(Block { used: reserved, end: reserved }),
             reserving: tokio::sync::Mutex::new(()),
         };
         // Whoever was first has the one that counts.
@@ -84,46 +101,34 @@ impl Keyring {
         Ok(Arc::clone(counters.entry((id, version)).or_insert_with(|| Arc::new(counter))))
     }
 
-    async fn reserve(
-        &self,
-        key: &Key,
-        version: u32,
-        counter: &Counter,
-        wanted: u64,
-    ) -> Result<(), Error> {
+    async fn reserve(&self, key: &Key, version: u32, counter: &Counter) -> Result<u64, Error> {
         let _turn = counter.reserving.lock().await;
         for _ in 0..ATTEMPTS {
-            let reserved = counter.reserved.load(Ordering::SeqCst);
-            if wanted <= reserved {
-                return Ok(());
+            if let Some(number) = counter.draw() {
+                return Ok(number);
             }
-            match self.reserve_block(key, version, counter, (wanted, reserved)).await {
-                // Another node has reserved a block.
+            match self.reserve_block(key, version).await {
+                Ok(block) => *counter.block.lock() = block,
+                // Another node has reserved one.
                 Err(Error::Conflict) => {}
-                result => return result,
+                Err(error) => return Err(error),
             }
         }
         Err(Error::unavailable("other nodes reserve uses of the key again and again"))
     }
 
-    async fn reserve_block(
-        &self,
-        key: &Key,
-        version: u32,
-        counter: &Counter,
-        (wanted, reserved): (u64, u64),
-    ) -> Result<(), Error> {
+    /// The numbers that follow all that any node has reserved.
+    async fn reserve_block(&self, key: &Key, version: u32) -> Result<Block, Error> {
         let number = Version::new(version).ok_or_else(|| Error::internal("version 0 in use"))?;
         let row = version_row(key.id, number);
         let mut tx = self.vault.begin().await?;
         let stored = tx.get::<UseCountRecord>(&row).await?.map_or(0, |l| l.record.reserved);
-        // What other nodes have reserved lies in between: uses begun here come after it.
-        let others = stored.saturating_sub(reserved);
-        let wanted = wanted.saturating_add(others);
-        if key.record.max_uses != 0 && wanted > key.record.max_uses {
+        let limit = key.record.max_uses;
+        if limit != 0 && stored >= limit {
             return Err(Error::State(Reason::UsesExhausted));
         }
-        let next = wanted.saturating_add(block(&key.record) - 1);
+        let most = if limit == 0 { u64::MAX } else { limit };
+        let next = stored.saturating_add(block(&key.record)).min(most);
         tx.put(&row, &UseCountRecord { reserved: next })?;
         let soft = key.record.rotate_after_uses;
         // Again with each block, because a key that was disabled did not rotate the first time.
@@ -132,8 +137,6 @@ impl Keyring {
             schedule(&mut tx, Kind::Rotate, now, key.id, version)?;
         }
         tx.commit().await?;
-        counter.used.fetch_add(others, Ordering::SeqCst);
-        counter.reserved.store(next, Ordering::SeqCst);
-        Ok(())
+        Ok(Block { used: stored, end: next })
     }
 }

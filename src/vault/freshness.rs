@@ -20,21 +20,35 @@ pub const LONGEST_LEASE: Duration = Duration::from_secs(1);
 /// The longest that a request of a strict node waits for a look.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// A moment that goes on while the machine sleeps, in nanoseconds since it was started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Moment(u64);
+/// A moment, in nanoseconds by two clocks: one that goes on while the machine sleeps, and that of the
+/// day, which goes on while a virtual machine is stopped if its host sets it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moment {
+    boot: u64,
+    day: u64,
+}
+
+fn nanos(clock: ClockId) -> u64 {
+    let now = clock_gettime(clock);
+    let part = |n: i64| u64::try_from(n).unwrap_or(0);
+    part(now.tv_sec).saturating_mul(1_000_000_000).saturating_add(part(now.tv_nsec))
+}
+
+fn count(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
 
 impl Moment {
     /// Now.
     #[must_use]
     pub fn now() -> Self {
-        let now = clock_gettime(ClockId::Boottime);
-        let part = |n: i64| u64::try_from(n).unwrap_or(0);
-        Self(part(now.tv_sec).saturating_mul(1_000_000_000).saturating_add(part(now.tv_nsec)))
+        Self { boot: nanos(ClockId::Boottime), day: nanos(ClockId::Realtime) }
     }
 
-    fn after(self, time: Duration) -> Self {
-        Self(self.0.saturating_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)))
+    /// How long ago it was.
+    #[must_use]
+    pub fn elapsed(&self) -> Duration {
+        Duration::from_nanos(nanos(ClockId::Boottime).saturating_sub(self.boot))
     }
 }
 
@@ -46,6 +60,8 @@ pub struct Freshness {
     /// Whether every request has a look of its own.
     strict: bool,
     until: AtomicU64,
+    /// By the clock of the day, which may end a lease and never prolongs one.
+    until_day: AtomicU64,
     looked: watch::Sender<u64>,
     asked: Notify,
     why: Mutex<String>,
@@ -59,6 +75,7 @@ impl Freshness {
             lease: lease.min(LONGEST_LEASE),
             strict,
             until: AtomicU64::new(0),
+            until_day: AtomicU64::new(0),
             looked: watch::Sender::new(0),
             asked: Notify::new(),
             why: Mutex::new("it has not looked at the store yet".into()),
@@ -67,10 +84,14 @@ impl Freshness {
 
     /// Nothing remembered here is older than the store was at `began`.
     pub(crate) fn looked(&self, began: Moment) {
-        self.until.fetch_max(began.after(self.lease).0, Ordering::SeqCst);
+        let lease = count(self.lease);
+        let until = began.boot.saturating_add(lease);
+        if self.until.fetch_max(until, Ordering::SeqCst) < until {
+            self.until_day.store(began.day.saturating_add(lease), Ordering::SeqCst);
+        }
         self.looked.send_if_modified(|at| {
-            let later = *at < began.0;
-            *at = began.0.max(*at);
+            let later = *at < began.boot;
+            *at = began.boot.max(*at);
             later
         });
     }
@@ -92,7 +113,9 @@ impl Freshness {
     }
 
     fn holds(&self) -> bool {
-        Moment::now().0 < self.until.load(Ordering::SeqCst)
+        let now = Moment::now();
+        now.boot < self.until.load(Ordering::SeqCst)
+            && now.day < self.until_day.load(Ordering::SeqCst)
     }
 
     /// Why nothing may be served, if so.
@@ -106,7 +129,7 @@ impl Freshness {
     /// [`Error::Unavailable`] if that cannot be told.
     pub async fn require(&self) -> Result<(), Error> {
         if self.strict {
-            let now = Moment::now().0;
+            let now = Moment::now().boot;
             let mut looks = self.looked.subscribe();
             self.asked.notify_one();
             let look = looks.wait_for(|began| *began >= now);
@@ -134,13 +157,17 @@ mod tests {
         let began = Moment::now();
         freshness.looked(began);
         freshness.require().await.unwrap();
-        assert!(freshness.until.load(Ordering::SeqCst) <= began.after(LONGEST_LEASE).0);
+        assert!(freshness.until.load(Ordering::SeqCst) <= began.boot + count(LONGEST_LEASE));
         // A look that took longer than the lease gives none.
         let late = Freshness::new(LONGEST_LEASE, false);
-        late.looked(Moment(began.0.saturating_sub(2_000_000_000)));
+        late.looked(Moment { boot: began.boot.saturating_sub(2_000_000_000), ..began });
         late.failed("the database does not answer".into());
         assert!(late.require().await.is_err());
         assert_eq!(late.stale().as_deref(), Some("the database does not answer"));
+        // Nor does one whose machine was stopped while its own clocks stood.
+        let stopped = Freshness::new(LONGEST_LEASE, false);
+        stopped.looked(Moment { day: began.day.saturating_sub(2_000_000_000), ..began });
+        assert!(stopped.require().await.is_err());
         freshness.end("this node has left");
         let refused = freshness.require().await.unwrap_err();
         assert!(refused.internal_text().unwrap().contains("this node has left"), "{refused:?}");

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use polykey_hsm::Ring;
-use polykey_storage::{Commit, CommitError, Committed, Health, Revision, RowKey, Store};
+use polykey_storage::{Abort, Commit, CommitError, Committed, Health, Revision, RowKey, Store};
 use tokio::sync::{mpsc, oneshot};
 
 use super::head::{Head, LeafEvents, Leaves, RootMoved, Sealing};
@@ -165,6 +165,7 @@ impl Writer {
         let mut events = Vec::with_capacity(group.len());
         let mut enabled = Vec::with_capacity(group.len());
         let mut replies = Vec::with_capacity(group.len());
+        let mut oldest = u32::MAX;
         let fence = self.fence.load(Ordering::SeqCst);
         for Proposal { commit, events: of_commit, enabled: delta, oldest_epoch, reply } in group {
             if oldest_epoch < fence {
@@ -172,6 +173,7 @@ impl Writer {
                 let _ = reply.send(Err(Error::Conflict));
                 continue;
             }
+            oldest = oldest.min(oldest_epoch);
             commits.push(commit);
             events.push(of_commit);
             enabled.push(delta);
@@ -182,7 +184,7 @@ impl Writer {
         }
         let rows: Vec<Vec<RowKey>> =
             commits.iter().map(|c| c.writes.iter().map(|w| w.row().clone()).collect()).collect();
-        let (result, head, leaves) = self.attempt(commits, events, enabled);
+        let (result, head, leaves) = self.attempt(commits, events, (enabled, oldest));
         match result {
             Ok(committed) => {
                 if committed.any() {
@@ -220,13 +222,13 @@ impl Writer {
         &self,
         commits: Vec<Commit>,
         events: Vec<Vec<LeafEvents>>,
-        enabled: Vec<i64>,
+        (enabled, oldest): (Vec<i64>, u32),
     ) -> (Result<Committed, CommitError>, Head, Vec<Leaves>) {
         let mut again = self.shared.then(|| (commits.clone(), events.clone()));
         let mut group = (commits, events);
         for _ in 0..OVERTAKEN {
             let (commits, events) = group;
-            let (result, head, leaves) = self.once(commits, events, enabled.clone());
+            let (result, head, leaves) = self.once(commits, events, (enabled.clone(), oldest));
             let overtaken = matches!(&result, Err(error) if overtaken(error));
             match again.clone().filter(|_| overtaken) {
                 Some(next) => group = next,
@@ -234,16 +236,21 @@ impl Writer {
             }
         }
         let (commits, events) = again.take().unwrap_or_default();
-        self.once(commits, events, enabled)
+        self.once(commits, events, (enabled, oldest))
     }
 
     fn once(
         &self,
         commits: Vec<Commit>,
         events: Vec<Vec<LeafEvents>>,
-        enabled: Vec<i64>,
+        (enabled, oldest): (Vec<i64>, u32),
     ) -> (Result<Committed, CommitError>, Head, Vec<Leaves>) {
         let ring = self.ring.load_full();
+        // After the ring: on top of a head of its epoch nothing of an earlier one comes.
+        if self.shared && oldest < self.fence.load(Ordering::SeqCst) {
+            let moved = CommitError::Aborted(Abort::new(RootMoved));
+            return (Err(moved), self.head.clone(), vec![Leaves::default(); events.len()]);
+        }
         let sealer = ring.sealer();
         let mut sealing = Sealing {
             ring: &ring,

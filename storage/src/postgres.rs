@@ -130,6 +130,8 @@ struct Inner {
     // One group at a time, and no reopening meanwhile.
     writer: tokio::sync::Mutex<Option<Connection>>,
     readers: Pool,
+    // What tells this node of others does not queue behind what it does for callers.
+    watchers: Pool,
     known: Mutex<Known>,
 }
 
@@ -260,6 +262,7 @@ impl Postgres {
             handle: runtime.handle().clone(),
             writer: tokio::sync::Mutex::new(None),
             readers: Pool::new(options.connections),
+            watchers: Pool::new(2),
             known: Mutex::new(Known {
                 kind: "postgres",
                 id: [0; 16],
@@ -412,7 +415,8 @@ impl Store for Postgres {
         limit: usize,
     ) -> BoxFuture<'_, Result<Changes, ChangesError>> {
         let inner = Arc::clone(&self.inner);
-        let task = self.run(async move { Ok(snapshot::changes(&inner, after, limit).await) });
+        let task = self
+            .run(async move { Ok(snapshot::changes(&inner, &inner.readers, after, limit).await) });
         Box::pin(async move { task.await? })
     }
 

@@ -1,93 +1,14 @@
 //! Several servers on one PostgreSQL.
 
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, kill_process};
 use serde_json::{Value, json};
-use tempfile::TempDir;
 use tonic::Code;
 
 use crate::common::client::{Client, refused};
-use crate::common::{Options, Server};
-use crate::store_copy::postgres;
-
-/// Servers that share a database.
-struct Cluster {
-    database: postgres::Server,
-    servers: Vec<Server>,
-    _directories: Vec<TempDir>,
-}
-
-fn in_database(text: &str, database: &postgres::Server, password: &Path, more: &str) -> String {
-    let section = format!(
-        "kind = \"postgres\"\nurl = \"postgres://{}@127.0.0.1:{}/keys?sslmode=disable\"\n\
-         password = {{ file = \"{}\" }}\n{more}",
-        postgres::ROLE,
-        database.port,
-        password.display(),
-    );
-    text.replace("path = \"polykey.redb\"", &section)
-}
-
-fn copy_state(from: &Path, to: &Path) {
-    use std::os::unix::fs::PermissionsExt as _;
-    std::fs::create_dir(to).unwrap();
-    std::fs::set_permissions(to, std::fs::Permissions::from_mode(0o700)).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        if entry.file_type().unwrap().is_file() && entry.file_name() != ".lock" {
-            std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
-        }
-    }
-}
-
-impl Cluster {
-    fn start(nodes: usize, more: &str) -> Self {
-        let database = postgres::Server::start(&[]);
-        let away = tempfile::tempdir().unwrap();
-        let password = away.path().join("password");
-        std::fs::write(&password, postgres::PASSWORD).unwrap();
-        {
-            use std::os::unix::fs::PermissionsExt as _;
-            let private = std::fs::Permissions::from_mode(0o600);
-            std::fs::set_permissions(&password, private).unwrap();
-        }
-        let first = Server::dev_configured(|text| in_database(&text, &database, &password, more));
-        let mut cluster = Self { database, servers: vec![first], _directories: vec![away] };
-        for _ in 1..nodes {
-            cluster.join();
-        }
-        cluster
-    }
-
-    fn join(&mut self) {
-        let directory = tempfile::tempdir().unwrap();
-        let state = directory.path().join("state");
-        copy_state(&self.servers[0].state, &state);
-        let config = state.join("polykey.toml").display().to_string();
-        let server = Server::serve(&state, &config, &Options::default())
-            .unwrap_or_else(|ended| panic!("{}", ended.output));
-        self.servers.push(server);
-        self._directories.push(directory);
-    }
-
-    async fn admins(&self) -> Vec<Client> {
-        let mut admins = Vec::new();
-        for server in &self.servers {
-            admins.push(server.admin().await);
-        }
-        admins
-    }
-}
-
-/// The same caller at another server.
-fn at(client: &Client, server: &Server) -> Client {
-    let mut moved = Client::new(&server.address, client.files.clone(), &client.id, &client.api_key);
-    moved.token.clone_from(&client.token);
-    moved
-}
+use crate::common::cluster::{Cluster, at};
 
 async fn encrypt(client: &Client, key: &str) -> Result<Value, crate::common::client::Fail> {
     client.call("Encrypt", json!({"key_id": key, "plaintext": "aGVsbG8="})).await

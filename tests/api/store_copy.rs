@@ -1,13 +1,10 @@
 //! A store moved into PostgreSQL and back: the node serves from what came back.
 
-#[allow(dead_code, reason = "shared with the tests of the store")]
-#[path = "../../storage/tests/postgres/server.rs"]
-pub(crate) mod postgres;
-
 use std::fs;
 
 use serde_json::{Value, json};
 
+use crate::common::cluster::postgres;
 use crate::common::{Options, POLYKEY, Server};
 
 fn copy(args: &[&str]) -> (i32, String) {

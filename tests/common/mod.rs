@@ -3,6 +3,8 @@
 #[cfg(feature = "aws")]
 pub(crate) mod aws;
 pub(crate) mod client;
+#[cfg(feature = "postgres")]
+pub(crate) mod cluster;
 pub(crate) mod softhsm;
 pub(crate) mod steps;
 pub(crate) mod wire;

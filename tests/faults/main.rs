@@ -22,6 +22,8 @@ mod first_start;
 mod kill;
 #[cfg(feature = "aws")]
 mod migration;
+#[cfg(feature = "postgres")]
+mod nodes;
 mod races;
 mod revocation;
 mod support;

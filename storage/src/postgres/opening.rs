@@ -30,6 +30,7 @@ pub(super) async fn reopen(inner: &Arc<Inner>) -> Result<Revision, OpenError> {
         known.generation
     };
     inner.readers.close();
+    inner.watchers.close();
     let mut backoff = Backoff::new();
     loop {
         let refused = match open(inner, generation, deadline).await {

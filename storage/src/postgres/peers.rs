@@ -26,7 +26,7 @@ impl Peers for Postgres {
         let inner = Arc::clone(&self.inner);
         let name: String = name.chars().take(MAX_NAME).collect();
         joined(self.inner.handle.spawn(async move {
-            snapshot::alone(&inner, |lease| {
+            snapshot::with(&inner, &inner.watchers, |lease| {
                 let (id, name) = (inner.context.instance.as_str(), name.as_str());
                 async move {
                     lease.connection.query(Query::Announce, &[&id, &name]).await?;
@@ -46,7 +46,7 @@ impl Peers for Postgres {
         let inner = Arc::clone(&self.inner);
         joined(self.inner.handle.spawn(async move {
             let (changes, nodes) =
-                join(snapshot::changes(&inner, after, limit), nodes(&inner)).await;
+                join(snapshot::changes(&inner, &inner.watchers, after, limit), nodes(&inner)).await;
             Ok(Look { changes, nodes: nodes? })
         }))
     }
@@ -55,7 +55,7 @@ impl Peers for Postgres {
         let inner = Arc::clone(&self.inner);
         joined(self.inner.handle.spawn(async move {
             let seen = big(seen.0).map_err(|failure| ReadError::Store(failure.error))?;
-            let told = snapshot::alone(&inner, |lease| {
+            let told = snapshot::with(&inner, &inner.watchers, |lease| {
                 let id = inner.context.instance.as_str();
                 async move { lease.connection.query(Query::Beat, &[&id, &seen]).await }
             });
@@ -68,7 +68,7 @@ impl Peers for Postgres {
         joined(self.inner.handle.spawn(async move {
             let beats = i64::try_from(beats)
                 .map_err(|_| ReadError::Store(StoreError::Damaged("the beats of a node".into())))?;
-            snapshot::alone(&inner, |lease| {
+            snapshot::with(&inner, &inner.watchers, |lease| {
                 let id = id.as_str();
                 async move {
                     lease.connection.query(Query::Strike, &[&id, &beats]).await?;
@@ -81,7 +81,7 @@ impl Peers for Postgres {
 }
 
 async fn nodes(inner: &Arc<Inner>) -> Result<Vec<Peer>, ReadError> {
-    let rows = snapshot::alone(inner, |lease| async move {
+    let rows = snapshot::with(inner, &inner.watchers, |lease| async move {
         let rows = lease.connection.query(Query::Nodes, &[]).await?;
         rows.iter().map(peer).collect::<Result<Vec<_>, Failure>>()
     });

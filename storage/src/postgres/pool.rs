@@ -23,6 +23,8 @@ use crate::StoreError;
 pub(super) struct Pool {
     idle: Mutex<Vec<Connection>>,
     permits: Arc<Semaphore>,
+    // Fewer: what reads within a snapshot may need one more connection for a single statement.
+    snapshots: Arc<Semaphore>,
     limit: usize,
 }
 
@@ -36,20 +38,43 @@ pub(super) struct Lease {
 
 impl Pool {
     pub(super) fn new(limit: usize) -> Self {
-        Self { idle: Mutex::default(), permits: Arc::new(Semaphore::new(limit)), limit }
+        let snapshots = limit.saturating_sub(limit.div_ceil(4)).max(1);
+        let semaphore = |n| Arc::new(Semaphore::new(n));
+        Self {
+            idle: Mutex::default(),
+            permits: semaphore(limit),
+            snapshots: semaphore(snapshots),
+            limit,
+        }
+    }
+
+    /// The right to hold one of the connections for a snapshot.
+    pub(super) async fn snapshot(
+        &self,
+        deadline: Instant,
+    ) -> Result<OwnedSemaphorePermit, Failure> {
+        match timeout_at(deadline, Arc::clone(&self.snapshots).acquire_owned()).await {
+            Ok(Ok(permit)) => Ok(permit),
+            _ => Err(self.all_in_use()),
+        }
+    }
+
+    fn all_in_use(&self) -> Failure {
+        let why = format!("all {} connections that read are in use", self.limit);
+        Failure::answer(StoreError::Other(why))
     }
 
     /// A connection of the opening `generation`.
     pub(super) async fn lease(
+        &self,
         inner: &Arc<Inner>,
         generation: u64,
         deadline: Instant,
     ) -> Result<Lease, Failure> {
-        let pool = &inner.readers;
+        let pool = self;
         let permit = timeout_at(deadline, Arc::clone(&pool.permits).acquire_owned()).await;
         let Ok(Ok(permit)) = permit else {
-            let why = format!("all {} connections that read are in use", pool.limit);
-            return Err(Failure::answer(StoreError::Other(why)));
+            return Err(pool.all_in_use());
         };
         let idle = pool.take(generation);
         if let Some(connection) = idle {

@@ -8,7 +8,7 @@ use std::{
 use bytes::Bytes;
 use futures::future::{BoxFuture, join, join3};
 use parking_lot::Mutex;
-use tokio::time::Instant;
+use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 use tokio_postgres::Row;
 
 use super::{
@@ -40,6 +40,7 @@ pub(super) struct PostgresSnapshot {
 struct Open {
     inner: Arc<Inner>,
     lease: Option<Lease>,
+    _turn: OwnedSemaphorePermit,
 }
 
 impl Drop for Open {
@@ -97,8 +98,9 @@ async fn open(
     floor: Revision,
     deadline: Instant,
 ) -> Result<(Open, Revision), Failure> {
-    let lease = Pool::lease(inner, generation, deadline).await?;
-    let open = Open { inner: Arc::clone(inner), lease: Some(lease) };
+    let turn = inner.readers.snapshot(deadline).await?;
+    let lease = inner.readers.lease(inner, generation, deadline).await?;
+    let open = Open { inner: Arc::clone(inner), lease: Some(lease), _turn: turn };
     let Some(Lease { connection, reused, .. }) = &open.lease else {
         return Err(Failure::damaged("no connection"));
     };
@@ -295,8 +297,17 @@ fn after(mut key: Vec<u8>) -> Vec<u8> {
 }
 
 // Runs statements that need no transaction, as often as it takes.
-pub(super) async fn alone<T, F>(
+async fn alone<T, F>(inner: &Arc<Inner>, read: impl Fn(Arc<Lease>) -> F) -> Result<T, ReadError>
+where
+    F: Future<Output = Result<T, Failure>>,
+{
+    with(inner, &inner.readers, read).await
+}
+
+/// As [`alone`], over a connection of this pool.
+pub(super) async fn with<T, F>(
     inner: &Arc<Inner>,
+    pool: &Pool,
     read: impl Fn(Arc<Lease>) -> F,
 ) -> Result<T, ReadError>
 where
@@ -306,14 +317,14 @@ where
     let deadline = inner.deadline();
     let mut backoff = Backoff::new();
     loop {
-        let result = match Pool::lease(inner, generation, deadline).await {
+        let result = match pool.lease(inner, generation, deadline).await {
             Err(failure) => Err(failure),
             Ok(lease) => {
                 let lease = Arc::new(lease);
                 let result = within(deadline, read(Arc::clone(&lease))).await;
                 let closed = lease.reused && lease.connection.is_closed();
                 if let Some(lease) = Arc::into_inner(lease) {
-                    inner.readers.put(lease);
+                    pool.put(lease);
                 }
                 again_if_closed(result, closed)
             }
@@ -367,6 +378,7 @@ pub(super) async fn scan(
 /// What was written after a revision, all of it seen at one revision.
 pub(super) async fn changes(
     inner: &Arc<Inner>,
+    pool: &Pool,
     after: Revision,
     limit: usize,
 ) -> Result<Changes, ChangesError> {
@@ -374,7 +386,7 @@ pub(super) async fn changes(
     let limit = i64::try_from(limit).unwrap_or(i64::MAX);
     // No store comes so far.
     let from = i64::try_from(after.0).unwrap_or(i64::MAX);
-    let read = alone(inner, |lease| async move {
+    let read = with(inner, pool, |lease| async move {
         let begin = lease.connection.begin_reading();
         let read = async {
             let (begun, (head, oldest, changes)) = join(
