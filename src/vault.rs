@@ -16,10 +16,11 @@ mod tests;
 pub mod tree;
 mod tx;
 mod verify;
+mod witness;
 
 use std::ops::Bound;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -40,6 +41,7 @@ use space::{Record, meta};
 use tree::{Frontier, Hash};
 pub use tx::Tx;
 pub use verify::{Progress, VerifyReport};
+pub use witness::Witness;
 
 /// Audit leaves read at a time; each may have a MiB.
 const LEAVES: usize = 32;
@@ -150,6 +152,7 @@ pub struct Vault {
     damage: Damage,
     metrics: Arc<Metrics>,
     sequencer: Sequencer,
+    witnesses: OnceLock<Vec<Arc<dyn Witness>>>,
     clock: Clock,
 }
 
@@ -278,6 +281,7 @@ impl Vault {
             damage: Damage::default(),
             metrics,
             sequencer,
+            witnesses: OnceLock::new(),
             clock,
         })
     }
@@ -602,6 +606,28 @@ impl Vault {
     pub async fn record_block(&self, events: Bytes) -> Result<Receipt, Error> {
         let events = vec![LeafEvents::block(events)];
         self.submit(Commit::new(), events, 0, u32::MAX).await
+    }
+
+    /// Has these know of every change before it is acknowledged. Once, before anything is served.
+    pub fn set_witnesses(&self, witnesses: Vec<Arc<dyn Witness>>) {
+        if self.witnesses.set(witnesses).is_err() {
+            tracing::error!("the witnesses of a store are set once");
+        }
+    }
+
+    /// Returns when every witness knows of a change.
+    async fn witnessed(&self, revision: Revision, urgent: bool) -> Result<(), Error> {
+        for witness in self.witnesses.get().into_iter().flatten() {
+            witness.witness(revision, urgent).await.map_err(|error| {
+                let cause = error.internal_text().map_or_else(|| error.to_string(), str::to_owned);
+                Error::OutcomeUnknown {
+                    internal: format!(
+                        "revision {revision} is durable and not yet witnessed: {cause}"
+                    ),
+                }
+            })?;
+        }
+        Ok(())
     }
 
     async fn submit(

@@ -12,7 +12,7 @@ use polykey_storage::{
 
 use super::head::LeafEvents;
 use super::space::Record;
-use super::{Loaded, Receipt, Vault, seal};
+use super::{Loaded, Receipt, Vault, seal, witness};
 use crate::error::Error;
 
 enum Pending {
@@ -241,6 +241,7 @@ impl<'v> Tx<'v> {
         let Self { vault, snapshot, requires, pending, events, enabled, oldest_epoch, .. } = self;
         // A store on disk cannot reuse pages that a snapshot sees.
         drop(snapshot);
+        let urgent = pending.keys().any(|row| witness::urgent(row, requires.get(row).copied()));
         let mut commit = Commit::new();
         commit.requires = requires.into_iter().collect();
         commit.writes = pending
@@ -250,7 +251,9 @@ impl<'v> Tx<'v> {
                 Pending::Deleted => Write::Delete { row },
             })
             .collect();
-        vault.submit(commit, events, enabled, oldest_epoch).await
+        let receipt = vault.submit(commit, events, enabled, oldest_epoch).await?;
+        vault.witnessed(receipt.revision, urgent).await?;
+        Ok(receipt)
     }
 }
 

@@ -143,11 +143,19 @@ pub struct Applied<'a> {
     pub accepted: &'a [usize],
     /// Every write of the accepted commits, in order.
     pub replaced: &'a [Replaced],
+    /// The values of [`Finish::beneath`], in its order.
+    pub beneath: &'a [Option<Bytes>],
 }
 
 /// Appends rows that depend on what a group turned out to be: its revision, its head, its audit
 /// records.
 pub trait Finish: Send {
+    /// Rows whose values [`Self::finish`] asks for: those that the group is about to be put on top
+    /// of, which another node may have written a moment ago. Asked once a group, before it.
+    fn beneath(&self) -> Vec<RowKey> {
+        Vec::new()
+    }
+
     /// Called at most once a group, after the accepted commits are applied and before anything
     /// is durable. What it returns is written after them, in order. It must not call the store.
     ///

@@ -17,7 +17,7 @@ use std::{
 use bytes::Bytes;
 
 use crate::{
-    Abort, Applied, ChangesError, Commit, CommitError, Direction, Entry, MAX_KEY_BYTES,
+    Abort, Applied, ChangesError, Commit, CommitError, Direction, Entry, Finish, MAX_KEY_BYTES,
     MAX_VALUE_BYTES, Replaced, Require, Revision, RowKey, Snapshot, Space, Store, TooLarge, Write,
     all, prefix,
 };
@@ -383,15 +383,23 @@ impl Run {
         let group = group(&mut self.rng, &self.model);
         let appended = appended(&mut self.rng);
         self.commits += group.len();
+        // Some that the group writes, some that it does not, and some that are not there.
+        let mut asked: Vec<RowKey> = (0..self.rng.below(4)).map(|_| row(&mut self.rng)).collect();
+        let written = group.iter().flat_map(|commit| &commit.writes).map(|w| w.row().clone());
+        asked.extend(written.take(self.rng.below(2)));
+        let value = |row| self.model.rows.get(row).map(|(_, value)| value.clone());
+        let beneath: Vec<_> = asked.iter().map(value).collect();
         let expected = self.model.commit(&group, &appended);
         let mut calls = 0;
-        let mut finish = |applied: &Applied<'_>| {
+        let finish = |applied: &Applied<'_>| {
             calls += 1;
             assert_eq!(applied.revision, self.model.revision);
             assert_eq!(applied.accepted, expected.accepted);
             assert_eq!(applied.replaced, expected.replaced);
+            assert_eq!(applied.beneath, beneath);
             Ok(appended.clone())
         };
+        let mut finish = Asking(asked, finish);
         let committed = store.commit(group, &mut finish).await.unwrap();
         assert_eq!(calls, usize::from(!expected.accepted.is_empty()));
         assert_eq!(committed.revision, self.model.revision);
@@ -542,4 +550,20 @@ async fn fixed_cases<S: Store>(store: &S) {
     store.commit(group.clone(), &mut finish).await.unwrap();
     model.commit(&group, std::slice::from_ref(&write));
     model.compare(store).await.unwrap();
+}
+
+// A finish that wants to know what some rows were before the group.
+struct Asking<F>(Vec<RowKey>, F);
+
+impl<F> Finish for Asking<F>
+where
+    F: FnMut(&Applied<'_>) -> Result<Vec<Write>, Abort> + Send,
+{
+    fn beneath(&self) -> Vec<RowKey> {
+        self.0.clone()
+    }
+
+    fn finish(&mut self, applied: &Applied<'_>) -> Result<Vec<Write>, Abort> {
+        (self.1)(applied)
+    }
 }

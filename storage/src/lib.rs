@@ -27,6 +27,7 @@ mod commit;
 pub mod conformance;
 mod error;
 pub mod memory;
+mod peers;
 #[cfg(feature = "postgres")]
 pub mod postgres;
 mod range;
@@ -47,6 +48,7 @@ pub use commit::{
 pub use error::{
     Abort, ChangesError, CommitError, OpenError, ReadError, ReopenError, StoreError, TooLarge,
 };
+pub use peers::{Look, Peer, Peers};
 pub use range::{KeyRange, all, from, prefix};
 
 /// A namespace of rows. What the numbers mean is the caller's business.
@@ -258,6 +260,11 @@ pub trait Store: Send + Sync + 'static {
 
     /// What the store says about itself.
     fn status(&self) -> StoreStatus;
+
+    /// The other nodes that have the store open, where several may.
+    fn peers(&self) -> Option<&dyn Peers> {
+        None
+    }
 
     /// [`Snapshot::get`] on a fresh snapshot.
     ///

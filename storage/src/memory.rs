@@ -88,8 +88,12 @@ impl Memory {
                 replaced.push(Replaced { row: row.clone(), old, new });
             }
         }
+        let beneath = finish.beneath();
+        let beneath: Vec<_> =
+            beneath.iter().map(|row| state.rows.get(row).map(|(_, value)| value.clone())).collect();
+        let accepted = &admitted.accepted;
         let appended = finish
-            .finish(&Applied { revision, accepted: &admitted.accepted, replaced: &replaced })
+            .finish(&Applied { revision, accepted, replaced: &replaced, beneath: &beneath })
             .map_err(CommitError::Aborted)?;
         commit::writes_size(&appended)?;
         for write in appended {

@@ -35,6 +35,7 @@ mod faults;
 mod group;
 mod opening;
 mod options;
+mod peers;
 mod pool;
 mod schema;
 mod snapshot;
@@ -62,7 +63,7 @@ use self::{
 };
 use crate::{
     Applied, Changes, ChangesError, Commit, CommitError, Committed, Direction, Entry, Finish,
-    Health, KeyRange, OpenError, ReadError, ReopenError, Revision, Snapshot, Space, Store,
+    Health, KeyRange, OpenError, Peers, ReadError, ReopenError, Revision, Snapshot, Space, Store,
     StoreError, StoreStatus, commit, memory,
 };
 
@@ -70,7 +71,7 @@ pub use options::{Durability, Options};
 pub use target::PasswordSource;
 
 /// The version of the tables that this program makes, and the newest it works with.
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 
 /// Threads that drive the connections.
 const THREADS: usize = 2;
@@ -380,10 +381,12 @@ impl Store for Postgres {
             commit::check_group(&group)?;
             let (ask, asked) = oneshot::channel::<Question>();
             let inner = Arc::clone(&self.inner);
-            let task = self.inner.handle.spawn(group::commit(inner, group, ask));
+            let beneath = finish.beneath();
+            let task = self.inner.handle.spawn(group::commit(inner, (group, beneath), ask));
             // Asked here, because it may borrow anything of the caller's.
-            if let Ok(Question { revision, accepted, replaced, reply }) = asked.await {
-                let applied = Applied { revision, accepted: &accepted, replaced: &replaced };
+            if let Ok(Question { revision, accepted, replaced, beneath, reply }) = asked.await {
+                let (accepted, replaced) = (&accepted, &replaced);
+                let applied = Applied { revision, accepted, replaced, beneath: &beneath };
                 let answer = finish.finish(&applied).map_err(CommitError::Aborted);
                 let answer = answer.and_then(|writes| {
                     commit::writes_size(&writes)?;
@@ -438,6 +441,10 @@ impl Store for Postgres {
                 Some(failure) => Health::NeedsReopen(failure),
             },
         }
+    }
+
+    fn peers(&self) -> Option<&dyn Peers> {
+        Some(self)
     }
 
     fn get<'a>(

@@ -350,13 +350,26 @@ impl Redb {
         }
 
         let revision = Revision(before.0.saturating_add(1));
+        let beneath = finish.beneath();
+        let beneath = match beneath.is_empty() {
+            true => Vec::new(),
+            false => {
+                let view = View::new(database)?;
+                let value = |row: &RowKey| {
+                    let entry = view.get(row.space, &row.key)?;
+                    Ok(entry.map(|entry| entry.value))
+                };
+                beneath.iter().map(value).collect::<Result<_, Failure>>()?
+            }
+        };
         let mut transaction = begin_write(database)?;
         let mut accepted = admitted.accepted.iter().copied().peekable();
         let writes = group.into_iter().enumerate().filter_map(|(index, commit)| {
             accepted.next_if_eq(&index).map(|_| commit.writes.into_iter())
         });
         let filled = self.fill(&transaction, (before, revision), writes.flatten(), |replaced| {
-            finish.finish(&Applied { revision, accepted: &admitted.accepted, replaced })
+            let accepted = &admitted.accepted;
+            finish.finish(&Applied { revision, accepted, replaced, beneath: &beneath })
         });
         let filled = filled.and_then(|filled| {
             let kept = self.make_durable(&mut transaction, journal, revision, &filled)?;

@@ -30,13 +30,14 @@ pub(super) struct Question {
     pub(super) revision: Revision,
     pub(super) accepted: Vec<usize>,
     pub(super) replaced: Vec<Replaced>,
+    pub(super) beneath: Vec<Option<Bytes>>,
     pub(super) reply: oneshot::Sender<Result<Vec<Write>, CommitError>>,
 }
 
-/// Commits a group, asking `ask` at most once.
+/// Commits a group, asking `ask` at most once, and then with the values of the rows `beneath`.
 pub(super) async fn commit(
     inner: Arc<Inner>,
-    group: Vec<Commit>,
+    (group, beneath): (Vec<Commit>, Vec<RowKey>),
     ask: oneshot::Sender<Question>,
 ) -> Result<Committed, CommitError> {
     let deadline = inner.deadline();
@@ -48,7 +49,8 @@ pub(super) async fn commit(
     if inner.known.lock().fenced_by.is_some() {
         return Err(CommitError::ReadOnly);
     }
-    let mut work = Work { inner: &inner, group, ask: Some(ask), plan: None, floor, deadline };
+    let ask = Some(ask);
+    let mut work = Work { inner: &inner, group, beneath, ask, plan: None, floor, deadline };
     let mut backoff = Backoff::new();
     loop {
         let failed = match connection(&inner, &mut writer, deadline).await {
@@ -129,6 +131,8 @@ impl From<Failure> for Failed {
 struct Work<'a> {
     inner: &'a Inner,
     group: Vec<Commit>,
+    // What is asked about besides the rows of the group.
+    beneath: Vec<RowKey>,
     // None once it was asked.
     ask: Option<oneshot::Sender<Question>>,
     // What is written, once that is settled.
@@ -154,7 +158,10 @@ type Old = (Revision, Option<Bytes>);
 
 impl Work<'_> {
     async fn attempt(&mut self, connection: &Connection) -> Result<Committed, Failed> {
-        let lookup = if self.plan.is_none() { Lookup::of(&self.group) } else { Lookup::default() };
+        let lookup = match self.plan {
+            None => Lookup::of(&self.group, &self.beneath),
+            Some(_) => Lookup::default(),
+        };
         let begin = connection.begin_writing();
         let (begun, head, old) = within(self.deadline, async {
             Ok(join3(
@@ -235,7 +242,10 @@ impl Work<'_> {
             }
         }
         let (reply, answer) = oneshot::channel();
-        let question = Question { revision, accepted: admitted.accepted, replaced, reply };
+        let value = |row| old.get(row).and_then(|(_, value): &Old| value.clone());
+        let beneath = self.beneath.iter().map(value).collect();
+        let accepted = admitted.accepted;
+        let question = Question { revision, accepted, replaced, beneath, reply };
         let gone = || Failed::Certain(Failure::answer(super::interrupted()));
         let asked = self.ask.take().is_some_and(|ask| ask.send(question).is_ok());
         if !asked {
@@ -251,7 +261,7 @@ impl Work<'_> {
             };
             written.insert(row, new);
         }
-        let looked_up = Lookup::rows(&self.group);
+        let looked_up = Lookup::rows(&self.group, &self.beneath);
         let (mut added, mut unread) = (0_i64, Vec::new());
         for (row, new) in &written {
             added += i64::from(new.is_some());
@@ -276,7 +286,7 @@ struct Lookup {
 
 impl Lookup {
     // Every row, and whether its value is of interest: it is where it is replaced.
-    fn rows(group: &[Commit]) -> BTreeMap<&RowKey, bool> {
+    fn rows<'a>(group: &'a [Commit], beneath: &'a [RowKey]) -> BTreeMap<&'a RowKey, bool> {
         let mut rows = BTreeMap::new();
         for commit in group {
             for (row, _) in &commit.requires {
@@ -286,11 +296,12 @@ impl Lookup {
                 rows.insert(write.row(), true);
             }
         }
+        rows.extend(beneath.iter().map(|row| (row, true)));
         rows
     }
 
-    fn of(group: &[Commit]) -> Self {
-        let rows = Self::rows(group).into_iter();
+    fn of(group: &[Commit], beneath: &[RowKey]) -> Self {
+        let rows = Self::rows(group, beneath).into_iter();
         Self { rows: rows.map(|(row, value)| (row.clone(), value)).collect() }
     }
 

@@ -16,7 +16,8 @@ use super::{
 use crate::{StoreError, memory};
 
 /// What leads to each version from the one before it.
-const MIGRATIONS: [&str; SCHEMA as usize] = [include_str!("schema.sql")];
+const MIGRATIONS: [&str; SCHEMA as usize] =
+    [include_str!("schema.sql"), include_str!("schema-2.sql")];
 
 /// Why a schema cannot be worked with.
 #[derive(Debug)]

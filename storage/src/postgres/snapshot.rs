@@ -295,7 +295,10 @@ fn after(mut key: Vec<u8>) -> Vec<u8> {
 }
 
 // Runs statements that need no transaction, as often as it takes.
-async fn alone<T, F>(inner: &Arc<Inner>, read: impl Fn(Arc<Lease>) -> F) -> Result<T, ReadError>
+pub(super) async fn alone<T, F>(
+    inner: &Arc<Inner>,
+    read: impl Fn(Arc<Lease>) -> F,
+) -> Result<T, ReadError>
 where
     F: Future<Output = Result<T, Failure>>,
 {

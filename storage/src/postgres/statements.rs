@@ -24,6 +24,10 @@ pub(super) enum Query {
     Count { bounded: bool },
     OldestChange,
     Changes,
+    Announce,
+    Nodes,
+    Beat,
+    Strike,
 }
 
 /// How many old revisions a [`Query::Trim`] removes at most, and every how many revisions one runs:
@@ -169,6 +173,27 @@ impl Query {
                      WHERE revision > $1::int8 ORDER BY revision LIMIT $2::int8"
                 ),
                 &[Type::INT8, Type::INT8],
+            ),
+            Self::Announce => (
+                format!(
+                    "INSERT INTO {schema}.nodes (node, name, seen, beats, since) \
+                     VALUES ($1::text, $2::text, 0, 0, now()) ON CONFLICT (node) DO NOTHING"
+                ),
+                &[Type::TEXT, Type::TEXT],
+            ),
+            Self::Nodes => {
+                (format!("SELECT node, name, seen, beats FROM {schema}.nodes ORDER BY node"), &[])
+            }
+            Self::Beat => (
+                format!(
+                    "UPDATE {schema}.nodes SET seen = $2::int8, beats = beats + 1 \
+                     WHERE node = $1::text RETURNING beats"
+                ),
+                &[Type::TEXT, Type::INT8],
+            ),
+            Self::Strike => (
+                format!("DELETE FROM {schema}.nodes WHERE node = $1::text AND beats = $2::int8"),
+                &[Type::TEXT, Type::INT8],
             ),
         }
     }

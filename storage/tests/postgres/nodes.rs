@@ -4,8 +4,8 @@ use std::{thread, time::Duration};
 
 use futures::executor::block_on;
 use polykey_storage::{
-    Abort, Applied, Commit, CommitError, Direction, Health, NoFinish, OpenError, Require, Revision,
-    Space, Store, StoreError, all,
+    Abort, Applied, Commit, CommitError, Direction, Health, NoFinish, OpenError, Peer, Require,
+    Revision, Space, Store, StoreError, all,
     postgres::{Options, Overtaken, Postgres},
 };
 
@@ -32,7 +32,7 @@ fn eight_nodes_make_the_tables_at_once() {
     let ids: Vec<[u8; 16]> = stores.iter().map(|store| store.status().id).collect();
     assert!(ids.iter().all(|id| *id == ids[0] && *id != [0; 16]), "{ids:?}");
     assert_eq!(server.sql(&format!("SELECT count(*) FROM {schema}.head")), "1");
-    assert_eq!(server.sql(&format!("SELECT max(version) FROM {schema}.migrations")), "1");
+    assert_eq!(server.sql(&format!("SELECT max(version) FROM {schema}.migrations")), "2");
     for (count, store) in stores.iter().enumerate() {
         let put = Commit::new().put(SPACE, [u8::try_from(count).unwrap()], "v");
         block_on(store.commit(vec![put], &mut NoFinish)).unwrap();
@@ -215,4 +215,46 @@ fn a_group_that_was_decided_before_a_promotion_is_not_committed_after_it() {
          SELECT revision FROM {schema}.head"
     ));
     assert_eq!(told, "0");
+}
+
+#[test]
+fn nodes_see_what_others_have_changed_and_who_they_are() {
+    let server = Server::shared();
+    let schema = schema();
+    let stores = [server.open(&schema), server.open(&schema)];
+    let [one, other] = stores.each_ref().map(|store| store.peers().unwrap());
+    assert_ne!(one.id(), other.id());
+    // Nobody is there before it is announced, and twice is once.
+    assert!(!block_on(one.beat(Revision(0))).unwrap());
+    block_on(one.announce("berlin-1")).unwrap();
+    block_on(other.announce("berlin-2")).unwrap();
+    block_on(one.announce("another name")).unwrap();
+
+    let put = |key: &[u8]| Commit::new().put(SPACE, key, "v");
+    block_on(stores[0].commit(vec![put(b"a")], &mut NoFinish)).unwrap();
+    block_on(stores[0].commit(vec![put(b"b"), put(b"c")], &mut NoFinish)).unwrap();
+    let look = block_on(other.look(Revision(1), 10)).unwrap();
+    let changes = look.changes.unwrap();
+    assert_eq!(changes.len(), 1);
+    let (revision, rows) = &changes[0];
+    assert_eq!(*revision, Revision(2));
+    let rows: Vec<&[u8]> = rows.iter().map(|row| row.key.as_slice()).collect();
+    assert_eq!(rows, [b"b", b"c"]);
+
+    assert!(block_on(other.beat(Revision(2))).unwrap());
+    let found = |nodes: &[Peer], id| nodes.iter().find(|node| node.id == id).cloned();
+    let nodes = block_on(one.look(Revision(2), 10)).unwrap().nodes;
+    let first = found(&nodes, one.id()).unwrap();
+    let second = found(&nodes, other.id()).unwrap();
+    assert_eq!((first.name.as_str(), first.seen, first.beats), ("berlin-1", Revision(0), 0));
+    assert_eq!((second.name.as_str(), second.seen, second.beats), ("berlin-2", Revision(2), 1));
+
+    // Struck out only as it was read: one that has shown itself since stays.
+    assert!(block_on(other.beat(Revision(2))).unwrap());
+    block_on(one.strike(&second)).unwrap();
+    assert!(block_on(other.beat(Revision(2))).unwrap());
+    let nodes = block_on(one.look(Revision(2), 10)).unwrap().nodes;
+    block_on(one.strike(&found(&nodes, other.id()).unwrap())).unwrap();
+    assert!(!block_on(other.beat(Revision(2))).unwrap());
+    assert_eq!(block_on(other.look(Revision(2), 10)).unwrap().nodes.len(), 1);
 }
