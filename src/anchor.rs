@@ -127,10 +127,14 @@ impl Unanchored {
         }
     }
 
-    /// Whether it speaks against the store, and not against the anchor.
+    /// Names a store that was made of a backup by the revision of the backup.
     #[must_use]
-    pub fn is_of_store(&self) -> bool {
-        matches!(self, Self::Older { .. } | Self::Forked { .. })
+    pub fn as_of(mut self, revision: u64) -> Self {
+        if let Self::Older { anchored, found, .. } | Self::Forked { anchored, found, .. } = &mut self {
+            (anchored.store, found.store) = (None, None);
+            found.revision = revision;
+        }
+        self
     }
 
     /// Where anchor and store stand, where that is known.

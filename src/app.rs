@@ -63,7 +63,7 @@ use crate::net::{self, Connections, DrainReport, Listener, NetMetrics, Served};
 use crate::pki::Authority;
 use crate::rpc;
 use crate::time::{Clock, Time};
-use crate::vault::{Invalidate, Vault};
+use crate::vault::{Invalidate, Vault, Witness};
 
 pub use bootstrap::{Admin, Bootstrapped, bootstrap};
 pub use check::{Finding, check};
@@ -342,6 +342,7 @@ impl App {
         wrappers.retain(|named| named.wrapper.kind() != SlotKind::Recovery);
         let vault = Arc::clone(custody.vault());
         let anchor = Box::pin(anchor::admit(&config, &vault, &clock, founding)).await?;
+        vault.set_witnesses(anchor.iter().map(|it| Arc::clone(it) as Arc<dyn Witness>).collect());
 
         let now = clock.now();
         if let Some(seed) = signing_key {

@@ -9,6 +9,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
+use polykey_hsm::BoxFuture;
 use polykey_storage::Revision;
 use tokio::sync::oneshot;
 
@@ -16,10 +17,10 @@ use super::{Anchored, file};
 use crate::error::Error;
 use crate::health::State;
 use crate::time::Time;
-use crate::vault::Vault;
+use crate::vault::{Vault, Witness};
 
-/// How long the first change without an anchor waits for others that go into the same one.
-const GATHER: Duration = Duration::from_millis(500);
+/// How often it is looked whether the store has changed.
+const LOOK: Duration = Duration::from_millis(500);
 /// How long a change that takes a right away waits.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// A write that takes longer than this is told in health.
@@ -40,12 +41,12 @@ pub struct Status {
 
 #[derive(Default)]
 struct Work {
-    /// Since when there has been a change without an anchor.
-    since: Option<Instant>,
     waiting: Vec<oneshot::Sender<()>>,
     /// When the write began that goes on.
     writing: Option<Instant>,
     anchored: Option<(Revision, Time)>,
+    /// The counter of the head that is anchored.
+    counter: Option<u64>,
     trouble: Option<String>,
     stop: bool,
 }
@@ -101,35 +102,31 @@ impl Keeper {
         }
     }
 
-    /// Notes that the store has changed. With `urgent`, waits until that is anchored, or until it is known
-    /// that it cannot be for now.
-    pub async fn changed(&self, urgent: bool) {
+    /// Waits until the store is anchored as it is now, or until it is known that it cannot be for now.
+    pub async fn now(&self) {
         let answer = {
             let mut work = self.shared.work.lock();
-            work.since.get_or_insert_with(Instant::now);
             // Nobody waits for a medium that does not answer already.
-            let hangs = work.writing.is_some_and(|began| began.elapsed() >= PATIENCE);
-            (urgent && !hangs).then(|| {
-                let (tell, answer) = oneshot::channel();
-                work.waiting.push(tell);
-                answer
-            })
+            if work.writing.is_some_and(|began| began.elapsed() >= PATIENCE) {
+                return;
+            }
+            let (tell, answer) = oneshot::channel();
+            work.waiting.push(tell);
+            answer
         };
         self.shared.wake.notify_all();
-        if let Some(answer) = answer {
-            let timer = self.runtime.spawn(tokio::time::sleep(PATIENCE));
-            let stop = timer.abort_handle();
-            futures::future::select(answer, timer).await;
-            stop.abort();
-        }
+        let timer = self.runtime.spawn(tokio::time::sleep(PATIENCE));
+        let stop = timer.abort_handle();
+        futures::future::select(answer, timer).await;
+        stop.abort();
     }
 
-    /// Anchors the store as it is.
+    /// As [`Self::now`], and tells of a failure.
     ///
     /// # Errors
     /// [`Error::Unavailable`] with the reason.
     pub async fn settle(&self) -> Result<(), Error> {
-        self.changed(true).await;
+        self.now().await;
         match self.status().trouble {
             None => Ok(()),
             Some(trouble) => {
@@ -153,43 +150,63 @@ impl std::fmt::Debug for Keeper {
     }
 }
 
+impl Witness for Keeper {
+    fn witness(&self, _: Revision, urgent: bool) -> BoxFuture<'_, Result<(), Error>> {
+        Box::pin(async move {
+            // Whatever else changes is found by looking.
+            if urgent {
+                self.now().await;
+            }
+            Ok(())
+        })
+    }
+}
+
 impl Shared {
     fn run(&self, vault: &Weak<Vault>) {
         while let Some(waiting) = self.next() {
             let Some(vault) = vault.upgrade() else { return };
             // After whoever asked: what is published is durable, so this is never ahead.
             let anchored = Anchored::now(&vault);
-            let text = anchored.encode(&vault.ring());
-            // The store may be closed while the medium takes its time.
-            drop(vault);
-            let written = file::replace(&self.path, &text);
-            self.done(&anchored, written);
+            let written = if self.begin(anchored.mark.counter) {
+                let text = anchored.encode(&vault.ring());
+                // The store may be closed while the medium takes its time.
+                drop(vault);
+                Some(file::replace(&self.path, &text))
+            } else {
+                None
+            };
+            if let Some(written) = written {
+                self.done(&anchored, written);
+            }
             // Whoever has gone away has its anchor all the same.
-            waiting.into_iter().for_each(|waiter| drop(waiter.send(())));
+            for waiter in waiting {
+                let _ = waiter.send(());
+            }
         }
     }
 
-    /// Waits until something is to be written; `None` at the end.
+    /// Waits until it is time to look, or until somebody asks; `None` at the end.
     fn next(&self) -> Option<Vec<oneshot::Sender<()>>> {
         let mut work = self.work.lock();
-        loop {
-            if work.stop {
-                return None;
-            }
-            let pause = if work.trouble.is_some() { AGAIN } else { GATHER };
-            match work.since {
-                Some(_) if !work.waiting.is_empty() => break,
-                Some(since) if since.elapsed() >= pause => break,
-                Some(since) => {
-                    let rest = pause.saturating_sub(since.elapsed());
-                    self.wake.wait_for(&mut work, rest);
-                }
-                None => self.wake.wait(&mut work),
+        let pause = if work.trouble.is_some() { AGAIN } else { LOOK };
+        let until = Instant::now() + pause;
+        while !work.stop && work.waiting.is_empty() {
+            if self.wake.wait_until(&mut work, until).timed_out() {
+                break;
             }
         }
-        work.since = None;
+        (!work.stop).then(|| std::mem::take(&mut work.waiting))
+    }
+
+    /// Whether there is anything to write.
+    fn begin(&self, counter: u64) -> bool {
+        let mut work = self.work.lock();
+        if work.counter == Some(counter) && work.trouble.is_none() {
+            return false;
+        }
         work.writing = Some(Instant::now());
-        Some(std::mem::take(&mut work.waiting))
+        true
     }
 
     fn done(&self, anchored: &Anchored, written: std::io::Result<()>) {
@@ -199,8 +216,10 @@ impl Shared {
         match written {
             Ok(()) => {
                 work.anchored = Some((anchored.mark.revision, anchored.at));
+                work.counter = Some(anchored.mark.counter);
                 if work.trouble.take().is_some() {
-                    tracing::info!(%path, revision = anchored.mark.revision.0, "the anchor is written again");
+                    let revision = anchored.mark.revision.0;
+                    tracing::info!(%path, revision, "the anchor is written again");
                 }
             }
             Err(error) => {
@@ -208,7 +227,6 @@ impl Shared {
                     tracing::error!(%path, %error, "the anchor cannot be written; changes go on without it");
                 }
                 work.trouble = Some(error.to_string());
-                work.since.get_or_insert_with(Instant::now);
             }
         }
     }

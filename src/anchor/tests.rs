@@ -10,7 +10,7 @@ use polykey_storage::{Store, replica};
 use super::*;
 use crate::health::State;
 use crate::time::Clock;
-use crate::vault::Invalidate;
+use crate::vault::{Invalidate, Witness};
 
 const NODE: [u8; 16] = [3; 16];
 
@@ -103,7 +103,8 @@ async fn a_store_is_told_from_an_older_one_and_from_one_of_another_history() {
         event(&vault, &n.to_string()).await;
     }
     compare(&path, &vault).await.unwrap().unwrap();
-    compare(&path, &copied(&vault, &ring).await).await.unwrap().unwrap();
+    let copy = copied(&vault, &ring).await;
+    compare(&path, &copy).await.unwrap().unwrap();
     anchor(&path, &vault);
     let refused = compare(&path, &old).await.unwrap().unwrap_err();
     let Unanchored::Older { anchored, found, .. } = &refused else { panic!("{refused}") };
@@ -134,12 +135,11 @@ async fn what_is_urgent_is_anchored_when_it_is_answered_and_a_medium_that_is_awa
     };
     for n in 0..20 {
         event(&vault, &n.to_string()).await;
-        keeper.changed(true).await;
+        keeper.witness(vault.mark().revision, true).await.unwrap();
         assert_eq!(stands(), vault.mark());
     }
     // Others follow by themselves.
     event(&vault, "later").await;
-    keeper.changed(false).await;
     let began = std::time::Instant::now();
     while stands() != vault.mark() {
         assert!(began.elapsed().as_secs() < 5);
@@ -147,7 +147,7 @@ async fn what_is_urgent_is_anchored_when_it_is_answered_and_a_medium_that_is_awa
     }
     std::fs::rename(&place, dir.path().join("away")).unwrap();
     event(&vault, "unanchored").await;
-    keeper.changed(true).await;
+    keeper.witness(vault.mark().revision, true).await.unwrap();
     assert!(matches!(keeper.state(), State::Degraded(_)), "{keeper:?}");
     assert!(keeper.settle().await.is_err());
     std::fs::rename(dir.path().join("away"), &place).unwrap();

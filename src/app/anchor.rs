@@ -30,15 +30,22 @@ async fn vouched(
     Anchor { file, tolerate }: &Anchor,
     vault: &Vault,
     clock: &Clock,
+    backup: Option<u64>,
 ) -> Result<Option<AuditEvent>, AppError> {
     let Err(refused) = anchor::compare(file, vault).await? else { return Ok(None) };
+    let refused = match backup {
+        Some(revision) => refused.as_of(revision),
+        None => refused,
+    };
     match (tolerate, &refused) {
         (Tolerate::Rollback, _) | (Tolerate::Missing, Unanchored::Missing(_)) => {}
         _ => return Err(refused.into()),
     }
     tracing::warn!(%refused, "accepted, as asked");
     let mut event = event("AcceptRollback", clock.now());
-    let mut detail = |name: &str, text: String| drop(event.details.insert(name.into(), text));
+    let mut detail = |name: &str, text: String| {
+        event.details.insert(name.into(), text);
+    };
     detail("why", refused.word().to_owned());
     if let Some((anchored, found)) = refused.places() {
         detail("anchored", anchored.to_string());
@@ -61,7 +68,7 @@ pub(super) async fn admit(
         event.details.insert("why".into(), "no-store".into());
         vault.record([event]).await?;
     }
-    if !founded && let Some(accepted) = vouched(told, vault, clock).await? {
+    if !founded && let Some(accepted) = vouched(told, vault, clock, None).await? {
         vault.record([accepted]).await?;
         afresh = true;
     }
@@ -74,15 +81,16 @@ pub(super) async fn admit(
     Ok(Some(keeper))
 }
 
-/// Refuses a backup that is older than the anchor of the configuration, or of another history. Where there
+/// Refuses a backup of this revision that is older than the anchor of the configuration, or of another history. Where there
 /// is no anchor, nothing is known, and one is made. What is accepted becomes an event.
 pub(super) async fn restoring(
     config: &Config,
     vault: &Vault,
     clock: &Clock,
+    revision: u64,
 ) -> Result<Option<AuditEvent>, AppError> {
     let Some(anchor) = &config.anchor else { return Ok(None) };
-    match vouched(anchor, vault, clock).await {
+    match vouched(anchor, vault, clock, Some(revision)).await {
         Err(AppError::Anchor(refused)) if matches!(*refused, Unanchored::Missing(_)) => Ok(None),
         accepted => accepted,
     }

@@ -1,6 +1,7 @@
 //! `polykey dev|init|serve|check`, and what else needs the store itself: they bring a runtime of their own.
 
 mod backup;
+mod compact;
 mod copy;
 mod dev;
 mod hsm;
@@ -29,6 +30,8 @@ use crate::vault::space::{META, meta};
 
 pub use backup::{RestoreArgs, VerifyBackupArgs};
 pub(super) use backup::{backup_verify, restore};
+pub use compact::CompactArgs;
+pub(super) use compact::store_compact;
 pub use copy::CopyArgs;
 pub(super) use copy::store_copy;
 pub use dev::{DevArgs, dev};
