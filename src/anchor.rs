@@ -130,7 +130,9 @@ impl Unanchored {
     /// Names a store that was made of a backup by the revision of the backup.
     #[must_use]
     pub fn as_of(mut self, revision: u64) -> Self {
-        if let Self::Older { anchored, found, .. } | Self::Forked { anchored, found, .. } = &mut self {
+        if let Self::Older { anchored, found, .. } | Self::Forked { anchored, found, .. } =
+            &mut self
+        {
             (anchored.store, found.store) = (None, None);
             found.revision = revision;
         }
@@ -298,12 +300,14 @@ pub async fn compare(
         Err(refused) => return Ok(Err(refused)),
     };
     let found = vault.mark();
-    let older = found.counter < anchored.mark.counter || found.log.size() < anchored.mark.log.size();
+    let mut older = found.log.size() < anchored.mark.log.size();
     if !older {
         // What was served must be how the log of the store begins.
         let mut log = anchored.mark.log.clone();
         vault.grow(&mut log, found.log.size()).await?;
-        if log == found.log {
+        // Changes without an event are told by the counter alone.
+        older = log == found.log && found.counter < anchored.mark.counter;
+        if log == found.log && !older {
             return Ok(Ok(anchored));
         }
     }

@@ -375,9 +375,8 @@ impl App {
         let jobs = Runner::new(Arc::clone(&vault), alarm, handler(&keyring, &directory, &clock));
         jobs.resume().await?;
         let stopping = Arc::new(AtomicBool::new(false));
-        let health = Health::new(report::checks(
-            &vault, &trail, &tls, &jobs, &backends, &stopping, &anchor,
-        ));
+        let health =
+            Health::new(report::checks(&vault, &trail, &tls, &jobs, &backends, &stopping, &anchor));
         Ok(Self {
             config: Arc::new(config),
             started_at: now,

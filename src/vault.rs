@@ -381,7 +381,9 @@ impl Vault {
             let before = log.size();
             for entry in entries {
                 let hash = entry.value.first_chunk::<32>();
-                let (Some(hash), true) = (hash, entry.key == log.size().to_be_bytes()) else { break };
+                let (Some(hash), true) = (hash, entry.key == log.size().to_be_bytes()) else {
+                    break;
+                };
                 log.push(*hash);
             }
             if log.size() == before {

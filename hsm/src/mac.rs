@@ -90,7 +90,8 @@ impl MacKeys {
     }
 
     fn key(&self, purpose: MacPurpose) -> &hmac::Key {
-        let Self([row, principal, api, page, metadata, idempotency, set, audit, login, anchor]) = self;
+        let Self([row, principal, api, page, metadata, idempotency, set, audit, login, anchor]) =
+            self;
         match purpose {
             MacPurpose::RowName => row,
             MacPurpose::Principal => principal,

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use polykey_proto::polykey::record::v1::AuditEvent;
+use polykey_proto::polykey::record::v1::{AliasRecord, AuditEvent};
 use polykey_storage::memory::Memory;
 use polykey_storage::{Store, replica};
 
@@ -93,7 +93,7 @@ async fn a_store_is_told_from_an_older_one_and_from_one_of_another_history() {
     compare(&path, &old).await.unwrap().unwrap();
     // Changes without an event are told as well, by the counter.
     let mut tx = vault.begin().await.unwrap();
-    tx.insert_clear(polykey_storage::Space(99), b"row".to_vec(), b"value".to_vec());
+    tx.insert(b"row", &AliasRecord { name: "alias".into(), ..AliasRecord::default() }).unwrap();
     tx.commit().await.unwrap();
     anchor(&path, &vault);
     let refused = compare(&path, &old).await.unwrap().unwrap_err();

@@ -104,8 +104,7 @@ pub(super) fn anew(
     let file = config.anchor.as_ref()?.file.clone();
     let text = Anchored::now(vault).encode(&vault.ring());
     Some(move || {
-        anchor::replace(&file, &text)
-            .map_err(|source| AppError::Unwritable { path: file, source })
+        anchor::replace(&file, &text).map_err(|source| AppError::Unwritable { path: file, source })
     })
 }
 
@@ -139,7 +138,8 @@ pub(super) fn look(config: &Config) -> Result<String, AppError> {
     rustix::fs::access(&directory, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK)
         .map_err(|error| AppError::Unwritable { path: file.clone(), source: error.into() })?;
     let device = |path: &std::path::Path| rustix::fs::stat(path).ok().map(|found| found.st_dev);
-    let same = device(&directory).is_some_and(|it| device(&parent(&config.storage.path)) == Some(it));
+    let same =
+        device(&directory).is_some_and(|it| device(&parent(&config.storage.path)) == Some(it));
     Ok(match same {
         true => format!(
             "{said}; on the file system of the store, so that whoever puts back all of it puts back both"

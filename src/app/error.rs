@@ -201,9 +201,9 @@ impl AppError {
         }
         match self {
             Self::Anchor(refused) => match **refused {
-                Unanchored::Older { .. } | Unanchored::Forked { .. } | Unanchored::Damaged { .. } => {
-                    Fault::Damaged
-                }
+                Unanchored::Older { .. }
+                | Unanchored::Forked { .. }
+                | Unanchored::Damaged { .. } => Fault::Damaged,
                 Unanchored::Missing(_) | Unanchored::OtherNode { .. } => Fault::Given,
                 Unanchored::NoStore { .. } => Fault::Conflict,
                 Unanchored::Unreadable { .. } => Fault::Machine,

@@ -141,7 +141,8 @@ pub async fn restore(
     let mut done = event("Restore", clock.now());
     done.details.insert("revision".into(), view.contents.revision.to_string());
     done.details.insert("created_at".into(), view.created_at.to_string());
-    let accepted = anchor::restoring(config, custody.vault(), &clock, view.contents.revision).await?;
+    let accepted =
+        anchor::restoring(config, custody.vault(), &clock, view.contents.revision).await?;
     let events: Vec<_> = [done].into_iter().chain(accepted).collect();
     custody.vault().record(events).await?;
     let recovered = match recovering {

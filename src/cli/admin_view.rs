@@ -469,7 +469,8 @@ impl View for StoreView {
             None => ("anchor", "none: an older copy would be served".to_owned()),
             Some(anchor) => {
                 let at = short(anchor.written_at.as_ref());
-                let stands = anchor.revision.map(|revision| format!(", revision {revision} at {at}"));
+                let stands =
+                    anchor.revision.map(|revision| format!(", revision {revision} at {at}"));
                 ("anchor", anchor.file.clone() + &stands.unwrap_or_default())
             }
         });

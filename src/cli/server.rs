@@ -67,7 +67,8 @@ fn accept_rollback(config: &mut Config, accept: bool) -> Result<(), CliError> {
     match &mut config.anchor {
         Some(anchor) if accept => anchor.tolerate = Tolerate::Rollback,
         None if accept => {
-            let text = "--accept-rollback: the configuration has no [anchor], so that no store is refused";
+            let text =
+                "--accept-rollback: the configuration has no [anchor], so that no store is refused";
             return Err(CliError::usage(text));
         }
         _ => {}

@@ -11,8 +11,8 @@ use tracing::level_filters::LevelFilter;
 
 use super::read::{ConfigErrors, Document, Refused, Section, path, refuse, string};
 use super::{
-    Anchor, Audit, Bootstrap, Ca, Config, DataPlane, Hardened, Limits, Listen, Log, LogFormat, Login, Node,
-    Runtime, Storage, TlsReferences, Tolerate, Tokens, Unlock, Wrapper, wrapper,
+    Anchor, Audit, Bootstrap, Ca, Config, DataPlane, Hardened, Limits, Listen, Log, LogFormat,
+    Login, Node, Runtime, Storage, TlsReferences, Tokens, Tolerate, Unlock, Wrapper, wrapper,
 };
 use crate::custody::MASTER_KEY;
 use crate::net::NetConfig;

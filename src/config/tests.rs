@@ -426,8 +426,7 @@ fn wrappers_are_read_as_the_master_key_is() {
 fn the_example_documents_every_option() {
     // The options themselves tell their names when one is unknown.
     let mut text = String::new();
-    let sections =
-        "node listen storage anchor master_key hardened tokens login audit policies limits log ca runtime";
+    let sections = "node listen storage anchor master_key hardened tokens login audit policies limits log ca runtime";
     for section in sections.split(' ') {
         text.push_str(&format!("[{section}]\nxxxxxxxxxxxxxxxx = 1\n"));
     }
