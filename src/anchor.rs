@@ -306,7 +306,7 @@ pub async fn compare(
         let mut log = anchored.mark.log.clone();
         vault.grow(&mut log, found.log.size()).await?;
         // Changes without an event are told by the counter alone.
-        older = log == found.log && found.counter < anchored.mark.counter;
+        older = log == found.log && found.precedes(&anchored.mark);
         if log == found.log && !older {
             return Ok(Ok(anchored));
         }

@@ -19,12 +19,12 @@ mod reload;
 mod report;
 mod restore;
 mod secrets;
+pub mod store;
 mod tasks;
 #[cfg(test)]
 mod tests;
 
 use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -35,9 +35,7 @@ use polykey_proto::grpc::health::v1::health_server::HealthServer;
 use polykey_proto::polykey::record::v1::AuditEvent;
 use polykey_proto::polykey::record::v1::audit_event::Outcome;
 use polykey_proto::polykey::record::v1::job_record::Kind;
-use polykey_storage::redb;
 use polykey_storage::{Revision, RowKey, Store};
-use rustix::fs::FlockOperation;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -60,10 +58,11 @@ use crate::keyring::{Forge, KeyCaches, Keyring};
 use crate::metrics::RequestMetrics;
 use crate::net::tls::TlsState;
 use crate::net::{self, Connections, DrainReport, Listener, NetMetrics, Served};
+use crate::nodes::Nodes;
 use crate::pki::Authority;
 use crate::rpc;
 use crate::time::{Clock, Time};
-use crate::vault::{Invalidate, Vault, Witness};
+use crate::vault::{Freshness, Invalidate, Vault, Witness};
 
 pub use bootstrap::{Admin, Bootstrapped, bootstrap};
 pub use check::{Finding, check};
@@ -125,6 +124,25 @@ impl audit::Signer for CheckpointSigner {
     }
 }
 
+/// The nodes of a store that several may share. From here on nothing is served that others may have
+/// revoked.
+fn nodes(
+    config: &Config,
+    custody: &Arc<Custody>,
+    wrappers: &[NamedWrapper],
+    caches: Arc<dyn Invalidate>,
+) -> Option<Arc<Nodes>> {
+    let database = config.storage.database.as_ref()?;
+    let freshness = Arc::new(Freshness::new(database.freshness, database.strict));
+    let named = database.name.clone();
+    let machine = || rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let wrappers = wrappers.iter().map(|named| Arc::clone(&named.wrapper)).collect();
+    let who = (named.unwrap_or_else(machine), database.when_fenced);
+    let nodes = Nodes::new(custody, wrappers, caches, who, Arc::clone(&freshness))?;
+    custody.vault().set_freshness(freshness);
+    Some(nodes)
+}
+
 /// Everything of a node that is open, without tasks and without a listener.
 pub struct App {
     /// What it was told.
@@ -149,6 +167,8 @@ pub struct App {
     pub keyring: Arc<Keyring>,
     /// What hardened keys lie under.
     pub backends: Arc<Backends>,
+    /// The other nodes of a store that several share.
+    pub nodes: Option<Arc<Nodes>>,
     /// The schedule.
     pub jobs: Arc<Runner>,
     /// Certificates.
@@ -173,15 +193,6 @@ pub struct App {
 impl std::fmt::Debug for App {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("App").field("health", &self.health).finish_non_exhaustive()
-    }
-}
-
-/// How a store file of this configuration is opened.
-fn store_options(config: &Config) -> redb::Options {
-    redb::Options {
-        cache_bytes: config.storage.cache_mib.saturating_mul(1024 * 1024),
-        changes: config.storage.changes,
-        ..redb::Options::default()
     }
 }
 
@@ -298,12 +309,7 @@ impl App {
         // What an operator gave opens the store or nothing does, so that the audit log is right.
         let only_given = given.clone();
         let (mut wrappers, unusable) = Box::pin(wrappers(&config, given)).await?;
-        let (path, options) = (&config.storage.path, store_options(&config));
-        let store = match found {
-            true => redb::Redb::open_or_create(path, options)?,
-            false => redb::Redb::open(path, options)?,
-        };
-        let store: Arc<dyn Store> = Arc::new(store);
+        let store = store::open(&config, found).await?;
 
         let keys = Arc::new(KeyCaches::new(config.limits.key_cache));
         let security = Arc::new(SecurityCaches::new(config.limits.directory_cache));
@@ -313,11 +319,11 @@ impl App {
             Arc::clone(&keys) as Arc<dyn Invalidate>,
             Arc::clone(&alarm) as Arc<dyn Invalidate>,
         ];
-        let caches = Arc::new(Rememberers(rememberers));
+        let caches: Arc<dyn Invalidate> = Arc::new(Rememberers(rememberers));
         let founding = found && store.status().revision == Revision::EMPTY;
         let custody = if founding {
             if let Err(refused) = anchor::founding(&config) {
-                unmake(path);
+                store::unmake(&config);
                 return Err(refused);
             }
             // The first slot is that of the master key, whatever else could open it.
@@ -327,22 +333,32 @@ impl App {
             };
             let (slot, wrapper) = (first.slot(FIRST_SLOT), Arc::clone(&first.wrapper));
             let event = event("InitialiseStore", clock.now());
-            let founded =
-                Custody::init(Arc::clone(&store), wrapper, slot, event, caches, clock.clone())
-                    .await;
+            let founded = Custody::init(
+                Arc::clone(&store),
+                wrapper,
+                slot,
+                event,
+                Arc::clone(&caches),
+                clock.clone(),
+            )
+            .await;
             if matches!(&founded, Err(InitError::Wrap { .. } | InitError::BadLabel)) {
                 // Nothing is in it. It is ours still, and left there it would look like a store.
-                unmake(path);
+                store::unmake(&config);
             }
             founded?
         } else {
             let by = if only_given.is_empty() { &wrappers } else { &only_given };
-            unlock(store, (by, unusable), caches, clock.clone()).await?
+            unlock(store, (by, unusable), Arc::clone(&caches), clock.clone()).await?
         };
         wrappers.retain(|named| named.wrapper.kind() != SlotKind::Recovery);
         let vault = Arc::clone(custody.vault());
         let anchor = Box::pin(anchor::admit(&config, &vault, &clock, founding)).await?;
-        vault.set_witnesses(anchor.iter().map(|it| Arc::clone(it) as Arc<dyn Witness>).collect());
+
+        let nodes = nodes(&config, &custody, &wrappers, caches);
+        let others = nodes.iter().map(|nodes| Arc::clone(nodes) as Arc<dyn Witness>);
+        let anchors = anchor.iter().map(|anchor| Arc::clone(anchor) as Arc<dyn Witness>);
+        vault.set_witnesses(others.chain(anchors).collect());
 
         let now = clock.now();
         if let Some(seed) = signing_key {
@@ -390,6 +406,7 @@ impl App {
             trail,
             keyring,
             backends,
+            nodes,
             jobs,
             tls,
             authority,
@@ -493,9 +510,9 @@ impl App {
     /// As [`Trail::shutdown`].
     pub async fn close(self) -> Result<(), Error> {
         let result = self.rest().await;
-        let path = self.config.storage.path.clone();
+        let config = Arc::clone(&self.config);
         drop(self);
-        closed(&path).await;
+        store::closed(&config).await;
         result
     }
 
@@ -510,34 +527,6 @@ impl App {
             tracing::warn!(%error, detail = error.internal_text(), "the last changes are not anchored");
         }
         durable
-    }
-}
-
-/// Removes a store that was just made, with its journal.
-fn unmake(path: &Path) {
-    for path in [path.to_owned(), redb::journal_path(path)] {
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                tracing::warn!(path = %path.display(), %error, "an empty store could not be removed");
-            }
-            _ => {}
-        }
-    }
-}
-
-/// Waits until nobody has the store file any more: its writer's thread ends by itself.
-async fn closed(path: &Path) {
-    let free = || {
-        let Ok(file) = std::fs::File::open(path) else { return true };
-        rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).is_ok()
-    };
-    let wait = async {
-        while !free() {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-    };
-    if tokio::time::timeout(LAST_WORDS, wait).await.is_err() {
-        tracing::warn!(path = %path.display(), "the store is still open");
     }
 }
 
@@ -642,11 +631,11 @@ impl Running {
         self.tasks.close();
         self.tasks.wait().await;
         let last = self.app.rest().await;
-        let path = self.app.config.storage.path.clone();
+        let config = Arc::clone(&self.app.config);
         // Whoever else still holds the app closes the store when it lets go.
         if let Some(app) = Arc::into_inner(self.app) {
             drop(app);
-            closed(&path).await;
+            store::closed(&config).await;
         }
         if let Err(error) = &last {
             let detail = error.internal_text().unwrap_or_default();

@@ -11,6 +11,7 @@
 mod read;
 mod sections;
 pub mod show;
+mod storage;
 #[cfg(test)]
 mod tests;
 mod wrapper;
@@ -175,8 +176,10 @@ pub struct TlsReferences {
 /// `[storage]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Storage {
-    /// The store file.
+    /// The store file; of no meaning where there is a database.
     pub path: PathBuf,
+    /// `kind = "postgres"`: the store is in a database.
+    pub database: Option<Database>,
     /// Memory for cached pages, in MiB.
     pub cache_mib: usize,
     /// How many revisions the change log goes back.
@@ -202,6 +205,44 @@ pub enum Tolerate {
     Missing,
     /// Everything; it is audited, and the store anchored as it is.
     Rollback,
+}
+
+/// What a node does once another one was promoted in its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum WhenFenced {
+    /// It serves nothing.
+    #[default]
+    Refuse,
+    /// It goes on answering what takes no commit.
+    Read,
+}
+
+/// `[storage]` of `kind = "postgres"`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Database {
+    /// Where it is, without a password.
+    pub url: String,
+    /// The password.
+    pub password: Option<SecretSource>,
+    /// The schema of the tables.
+    pub schema: String,
+    /// The most connections that read.
+    pub connections: usize,
+    /// By when each call ends.
+    pub call_timeout: Duration,
+    /// Whether a pooler gives each transaction another session.
+    pub transaction_pooler: bool,
+    /// Whether a database that would lose acknowledged commits is refused.
+    pub durable: bool,
+    /// What this node is called among those of the store.
+    /// None: the name of the machine.
+    pub name: Option<String>,
+    /// How long what is remembered is served without a look at the store.
+    pub freshness: Duration,
+    /// Whether every request looks.
+    pub strict: bool,
+    /// What happens once another node was promoted.
+    pub when_fenced: WhenFenced,
 }
 
 /// `[tokens]`

@@ -15,6 +15,7 @@ mod change;
 #[cfg(test)]
 pub(crate) mod device;
 mod error;
+mod follow;
 mod reseal;
 pub mod signing;
 mod slots;
@@ -320,6 +321,10 @@ impl Custody {
             self.adopt(state, candidate);
         }
         if !slots::authentic(&table, &state.root) {
+            if self.vault.is_shared() {
+                // Another node has rotated the root, a moment ago: what was read is of yesterday.
+                return Err(Error::Conflict);
+            }
             return Err(Error::data_loss("the slot table does not authenticate"));
         }
         Ok((table, at))

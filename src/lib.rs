@@ -46,6 +46,7 @@ pub mod limits;
 pub mod manual;
 pub mod metrics;
 pub mod net;
+pub mod nodes;
 pub mod pki;
 pub mod rpc;
 pub mod setup;

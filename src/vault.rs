@@ -6,7 +6,9 @@
 mod damage;
 #[cfg(test)]
 pub(crate) mod faulty;
+pub mod freshness;
 mod head;
+mod lane;
 mod reseal;
 mod seal;
 mod sequencer;
@@ -33,6 +35,7 @@ use polykey_storage::{
 use crate::error::Error;
 use crate::time::{Clock, Time};
 use damage::Damage;
+pub use freshness::Freshness;
 use head::{Head, LeafEvents};
 pub use reseal::{Position, Stale};
 pub use sequencer::Receipt;
@@ -112,17 +115,27 @@ pub struct HeadView {
     pub last_time: Time,
 }
 
-/// One moment of a store's history: of two, the one of the greater counter is later.
+/// One moment of a store's history.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mark {
     /// The store's id: copies of a file share it, a store that was restored or copied has its own.
     pub store_id: [u8; 16],
     /// The revision, which counts anew in a store that was restored or copied.
     pub revision: Revision,
-    /// The record counter of the head, which grows with every group and goes on wherever the records go.
+    /// The record counter of the head. It grows with every group, in each lane for itself, and goes on
+    /// wherever the records go.
     pub counter: u64,
     /// The audit tree.
     pub log: Frontier,
+}
+
+impl Mark {
+    /// Whether the counters show that it is before `other`. Those of two lanes show nothing.
+    #[must_use]
+    pub fn precedes(&self, other: &Self) -> bool {
+        let lane = |mark: &Self| mark.counter >> lane::LANE_BITS;
+        lane(self) == lane(other) && self.counter < other.counter
+    }
 }
 
 /// What the first group of a new store holds besides the head.
@@ -153,17 +166,24 @@ pub struct Vault {
     metrics: Arc<Metrics>,
     sequencer: Sequencer,
     witnesses: OnceLock<Vec<Arc<dyn Witness>>>,
+    /// None where no other node can change what this one remembers.
+    freshness: OnceLock<Arc<Freshness>>,
     clock: Clock,
 }
 
 async fn load_head(store: &dyn Store, sealer: &Sealer) -> Result<Head, Error> {
     let entry = store.get(HeadRecord::SPACE, meta::HEAD).await?;
     let entry = entry.ok_or_else(|| Error::data_loss("the store has no head"))?;
-    let (record, counter) = seal::open::<HeadRecord>(sealer, meta::HEAD, &entry.value)?;
-    if counter != record.counter {
-        return Err(Error::data_loss("the head's counter is not its own"));
-    }
-    Head::from_record(&record).ok_or_else(|| Error::data_loss("the head is malformed"))
+    Head::open(sealer, &entry.value)
+}
+
+/// Shows a head to readers, unless they have seen a later one.
+fn publish(published: &ArcSwap<Head>, head: &Head) {
+    let head = Arc::new(head.clone());
+    published.rcu(|shown| {
+        let later = shown.frontier.size() > head.frontier.size();
+        if later { Arc::clone(shown) } else { Arc::clone(&head) }
+    });
 }
 
 impl Vault {
@@ -236,7 +256,11 @@ impl Vault {
             return Err(Error::data_loss("the canary is of another node"));
         }
         let head = load_head(&*store, &sealer).await?;
-        Self::assemble(store, ring, node_id, head, caches, clock)
+        let vault = Self::assemble(store, ring, node_id, head, caches, clock)?;
+        if vault.store.peers().is_some() {
+            lane::take(&vault).await?;
+        }
+        Ok(vault)
     }
 
     fn assemble(
@@ -266,6 +290,7 @@ impl Vault {
             metrics: Arc::clone(&metrics),
             clock: clock.clone(),
             nudged: Arc::default(),
+            shared: store.peers().is_some(),
         })
         .map_err(|e| Error::internal(format!("starting the writer thread: {e}")))?;
         Ok(Self {
@@ -282,6 +307,7 @@ impl Vault {
             metrics,
             sequencer,
             witnesses: OnceLock::new(),
+            freshness: OnceLock::new(),
             clock,
         })
     }
@@ -451,9 +477,23 @@ impl Vault {
 
     /// The record of a row. One that does not open is noted.
     fn opened<R: Record>(&self, sealer: &Sealer, key: &[u8], value: &[u8]) -> Result<R, Error> {
+        self.not_ahead(R::SPACE, value)?;
         seal::open::<R>(sealer, key, value)
             .map(|(record, _)| record)
             .inspect_err(|error| self.damage.note(RowKey::new(R::SPACE, key), error))
+    }
+
+    /// Refuses what another node has sealed under an epoch that is not in force here yet.
+    fn not_ahead(&self, space: Space, value: &[u8]) -> Result<(), Error> {
+        let ahead = || {
+            let epoch = seal::epoch_of(space, value);
+            epoch.is_ok_and(|epoch| epoch > self.ring.load().primary_epoch())
+        };
+        if self.is_shared() && ahead() {
+            let text = "another node has rotated the root key; it is being opened here";
+            return Err(Error::unavailable(text));
+        }
+        Ok(())
     }
 
     /// A snapshot, and a ring that holds every epoch in it.
@@ -610,6 +650,55 @@ impl Vault {
         self.submit(Commit::new(), events, 0, u32::MAX).await
     }
 
+    /// Has requests wait for, or be refused by, the freshness of what is remembered here. Once, before
+    /// anything is served.
+    pub fn set_freshness(&self, freshness: Arc<Freshness>) {
+        if self.freshness.set(freshness).is_err() {
+            tracing::error!("the freshness of a store is set once");
+        }
+    }
+
+    /// Whether what is remembered here holds: nothing of it was revoked on another node, with an
+    /// acknowledgement, before this call.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if that cannot be told.
+    pub async fn fresh(&self) -> Result<(), Error> {
+        match self.freshness.get() {
+            None => Ok(()),
+            Some(freshness) => freshness.require().await,
+        }
+    }
+
+    /// Whether other nodes may have the store open.
+    #[must_use]
+    pub fn is_shared(&self) -> bool {
+        self.store.peers().is_some()
+    }
+
+    /// Why this node may not be fresh, if it is not.
+    #[must_use]
+    pub fn behind(&self) -> Option<String> {
+        self.freshness.get()?.stale()
+    }
+
+    /// Shows the head that other nodes have written.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] or [`Error::DataLoss`] if it cannot be read.
+    pub(crate) async fn follow_head(&self) -> Result<(), Error> {
+        let head = load_head(&*self.store, &self.ring.load().sealer()).await?;
+        publish(&self.head, &head);
+        Ok(())
+    }
+
+    /// Puts the ring of another node's rotation in force. What was sealed under older epochs and is
+    /// not committed yet will not be.
+    pub(crate) fn follow_ring(&self, ring: Ring) {
+        self.fence.fetch_max(ring.primary_epoch(), Ordering::SeqCst);
+        self.ring.store(Arc::new(ring));
+    }
+
     /// Has these know of every change before it is acknowledged. Once, before anything is served.
     pub fn set_witnesses(&self, witnesses: Vec<Arc<dyn Witness>>) {
         if self.witnesses.set(witnesses).is_err() {
@@ -618,7 +707,7 @@ impl Vault {
     }
 
     /// Returns when every witness knows of a change.
-    async fn witnessed(&self, revision: Revision, urgent: bool) -> Result<(), Error> {
+    pub(crate) async fn witnessed(&self, revision: Revision, urgent: bool) -> Result<(), Error> {
         for witness in self.witnesses.get().into_iter().flatten() {
             witness.witness(revision, urgent).await.map_err(|error| {
                 let cause = error.internal_text().map_or_else(|| error.to_string(), str::to_owned);

@@ -185,6 +185,15 @@ impl SecretSource {
         LocalError::Unreadable { origin: self.to_string(), reason: reason.to_string() }
     }
 
+    /// The secret as it is now, up to 64 KiB.
+    ///
+    /// # Errors
+    /// [`LocalError`] if it is not to be had, with the reason; SSM parameters are to be
+    /// [resolved](crate::bootstrap::resolve) instead.
+    pub fn read_now(&self) -> Result<Zeroizing<Vec<u8>>, LocalError> {
+        self.read(64 * 1024)
+    }
+
     /// The secret bytes, at most `limit` of them.
     pub(crate) fn read(&self, limit: usize) -> Result<Zeroizing<Vec<u8>>, LocalError> {
         let read = |path, private| self.read_file(path, private, limit);

@@ -117,7 +117,8 @@ pub(super) fn look(config: &Config) -> Result<String, AppError> {
         AppError::from(Unanchored::Unreadable { path: file.clone(), error: error.to_string() })
     };
     let text = anchor::read(file).map_err(unreadable)?;
-    let store = config.storage.path.exists();
+    // Of a database, only a start knows whether there is a store in it.
+    let store = config.storage.database.is_none() && config.storage.path.exists();
     let said = match text {
         None if store => return Err(Unanchored::Missing(file.clone()).into()),
         None => format!("{} is made by `polykey init` or `polykey restore`", file.display()),

@@ -114,7 +114,7 @@ pub async fn check(config: &Config) -> Vec<Finding> {
     findings.extend(further.map(|result| Finding { subject: "wrappers", result }));
     findings.extend([
         Finding { subject: "data directory", result: data_directory(&config.node.data_dir) },
-        Finding { subject: "store", result: store(&config.storage.path) },
+        Finding { subject: "store", result: store(config) },
         Finding { subject: "anchor", result: anchor::look(config) },
     ]);
     findings
@@ -138,7 +138,12 @@ fn data_directory(path: &Path) -> Result<String, AppError> {
 }
 
 /// Opening a store may repair it, which would be touching it: only the outside is looked at.
-fn store(path: &Path) -> Result<String, AppError> {
+fn store(config: &Config) -> Result<String, AppError> {
+    if config.storage.database.is_some() {
+        let name = super::store::name(config);
+        return Ok(format!("{name}, which is asked when the node is started"));
+    }
+    let path = config.storage.path.as_path();
     use polykey_storage::OpenError;
     let unreadable = |source| AppError::Unreadable { path: path.to_owned(), source };
     let refused = |reason: &str| {

@@ -343,6 +343,11 @@ impl AppError {
             Self::Restore(RestoreFailure::Exists(_)) => {
                 "Move it away, with the files beside it, if the backup is to take its place.".into()
             }
+            Self::Restore(RestoreFailure::IntoDatabase) => {
+                "Restore into a file, by a configuration with kind = \"redb\", and move it with \
+                 `polykey store copy`."
+                    .into()
+            }
             Self::AlreadyInitialised(_) => {
                 "Start it with `polykey serve --config FILE`.".into()
             }

@@ -4,9 +4,8 @@ use std::sync::Arc;
 
 use polykey_hsm::recovery::{RecoveryKey, RecoveryWrapper};
 use polykey_hsm::{KeyWrapper, MasterKeySource};
-use polykey_storage::{Store, redb};
 
-use super::{AppError, closed, event, store_options};
+use super::{AppError, event, store};
 use crate::config::{Config, Wrapper};
 use crate::custody::{self, Custody, NamedWrapper, RECOVERY, Rewrap, SlotSpec, Terms};
 use crate::setup;
@@ -54,8 +53,7 @@ pub async fn recover(
 ) -> Result<Recovered, AppError> {
     let recovery = RecoveryWrapper::with(key).map_err(RecoveryFailure::from)?;
     let public = recovery.public().to_string();
-    let path = &config.storage.path;
-    let store: Arc<dyn Store> = Arc::new(redb::Redb::open(path, store_options(config))?);
+    let store = store::open(config, false).await?;
     let recovery: Arc<dyn KeyWrapper> = Arc::new(recovery);
     let nobody = Arc::new(Vec::<Arc<dyn crate::vault::Invalidate>>::new());
     let opened = Custody::open(store, &[recovery], nobody, clock.clone()).await;
@@ -65,7 +63,7 @@ pub async fn recover(
     })?;
     let recovered = give_back(&custody, config, make_master_key, clock).await;
     drop(custody);
-    closed(path).await;
+    store::closed(config).await;
     recovered
 }
 

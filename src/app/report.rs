@@ -48,6 +48,8 @@ pub(super) fn checks(
                 State::NotServing("the store failed its verification; writing has stopped")
             } else if !store.writable() {
                 State::NotServing("the store takes no commits")
+            } else if store.behind().is_some() {
+                State::NotServing("this node cannot tell what others change: the log says why")
             } else if store.unread() {
                 State::Degraded(
                     "the store could not be read to the end by its last verification".into(),

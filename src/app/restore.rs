@@ -12,7 +12,7 @@ use polykey_storage::{Store, redb};
 use rustix::fs::FlockOperation;
 
 use super::recover::{Recovered, RecoveryFailure, give_back};
-use super::{AppError, anchor, closed, event, store_options, wrappers};
+use super::{AppError, anchor, event, store, wrappers};
 use crate::audit::{self, VerifyingKey};
 use crate::backup::{Backup, BackupError, Contents};
 use crate::config::{Config, Wrapper};
@@ -42,6 +42,11 @@ pub enum RestoreFailure {
     /// There is a store already, or the journal of one.
     #[error("there is a store, or what is left of one, at {}; nothing was changed", .0.display())]
     Exists(PathBuf),
+    /// The configuration's store is in a database.
+    #[error(
+        "a backup becomes a store in a file, and the configuration has its store in a database"
+    )]
+    IntoDatabase,
     /// It is not shown to be of the node that the operator means.
     #[error(
         "{}: no checkpoint in it is signed by the key that was given: it may be anybody's", .0.display()
@@ -101,7 +106,7 @@ pub async fn verify_backup(
     let (custody, view) =
         unpacked(config, from, &target, &wrappers, signers.as_deref(), clock).await?;
     drop(custody);
-    closed(&target.path).await;
+    store::closed_at(&target.path).await;
     Ok(view)
 }
 
@@ -118,6 +123,9 @@ pub async fn restore(
     make_master_key: bool,
     clock: Clock,
 ) -> Result<(BackupView, Option<Recovered>), AppError> {
+    if config.storage.database.is_some() {
+        return Err(RestoreFailure::IntoDatabase.into());
+    }
     let path = &config.storage.path;
     let mut journal = path.clone().into_os_string();
     journal.push("-journal");
@@ -151,7 +159,7 @@ pub async fn restore(
     };
     let anchor = anchor::anew(config, custody.vault());
     drop(custody);
-    closed(&target.path).await;
+    store::closed_at(&target.path).await;
     named(&target.path, path).map_err(|source| match source.kind() {
         std::io::ErrorKind::AlreadyExists => RestoreFailure::Exists(path.clone()),
         _ => place(path)(source),
@@ -274,11 +282,11 @@ async fn unpacked(
     let bare = backup.root_rows().await.map_err(failed)?;
     let ring = opened(bare, wrappers, clock.clone()).await?.vault().ring();
     // One commit after the other, of many rows each: a journal would only write them twice.
-    let options = redb::Options { journal_bytes: 0, ..store_options(config) };
+    let options = redb::Options { journal_bytes: 0, ..store::file_options(config) };
     let store = redb::Redb::create(&target.path, options)?;
     let contents = backup.unpack(&ring, &store).await.map_err(failed)?;
     drop(store);
-    closed(&target.path).await;
+    store::closed_at(&target.path).await;
     let store: Arc<dyn Store> = Arc::new(redb::Redb::open(&target.path, options)?);
     let custody = opened(store, wrappers, clock).await?;
     let report = custody.vault().verify(true, |_| {}).await?;

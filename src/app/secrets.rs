@@ -86,6 +86,30 @@ pub(super) async fn signing_key(config: &Config) -> Result<Option<Zeroizing<Vec<
     })
 }
 
+/// What gives the password of a database each time a connection is made. Only a parameter of SSM is
+/// read once.
+#[cfg(feature = "postgres")]
+pub(super) async fn password(
+    config: &Config,
+    source: &SecretSource,
+    setting: &'static str,
+) -> Result<polykey_storage::postgres::PasswordSource, AppError> {
+    let first = resolve(config, &[(setting, source)]).await?;
+    let first = first.into_iter().next().unwrap_or_default();
+    let text = |bytes: &[u8]| {
+        let text = std::str::from_utf8(bytes).map_err(|error| error.to_string())?;
+        Ok(Zeroizing::new(text.trim_end_matches(['\r', '\n']).to_owned()))
+    };
+    let source = source.clone();
+    Ok(match source {
+        SecretSource::Ssm(_) => Arc::new(move || text(&first)),
+        source => Arc::new(move || {
+            let read = source.read_now().map_err(|error| error.to_string())?;
+            text(&read)
+        }),
+    })
+}
+
 /// Makes the seed the key that signs tokens, unless the store has seen it before: then the roll-over
 /// of keys is the store's business.
 pub(super) async fn adopt(

@@ -238,7 +238,11 @@ impl Inner {
         let mut tx = self.vault.begin().await?;
         let key = checkpoint.size.to_be_bytes().to_vec();
         tx.insert_clear(space::CHECKPOINTS, key, record.encode_to_vec());
-        tx.commit().await?;
+        match tx.commit().await {
+            // Another node has signed the same log at the same moment.
+            Err(Error::Conflict) if self.vault.is_shared() => return latest(&self.vault).await,
+            result => result?,
+        };
         self.checkpointed.store(checkpoint.size, Ordering::Relaxed);
         Ok(Some(checkpoint))
     }

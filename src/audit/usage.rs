@@ -187,7 +187,25 @@ impl Usage {
 
     /// A block of accepted events has become a leaf.
     pub(super) fn block(&mut self, leaf: u64, block: &Block) {
-        self.pending.insert(leaf, touches(leaf, block).into());
+        let touches = touches(leaf, block);
+        if leaf < self.mark {
+            // Another node has read it from the log and written it already.
+            touches.iter().for_each(|touch| self.settle(touch));
+        } else {
+            self.pending.insert(leaf, touches.into());
+        }
+    }
+
+    /// The stored rows hold what had been counted beyond them.
+    fn settle(&mut self, touch: &Touch) {
+        if touch.uses > 0
+            && let Some(delta) = self.deltas.get_mut(&touch.key)
+        {
+            delta.count = delta.count.saturating_sub(touch.uses);
+            if delta.count == 0 {
+                self.deltas.remove(&touch.key);
+            }
+        }
     }
 
     /// A single event has become a leaf.
@@ -208,16 +226,17 @@ impl Usage {
     fn advance(&mut self, mark: u64) {
         let rest = self.pending.split_off(&mark);
         for touch in std::mem::replace(&mut self.pending, rest).values().flat_map(|t| t.iter()) {
-            if touch.uses > 0
-                && let Some(delta) = self.deltas.get_mut(&touch.key)
-            {
-                delta.count = delta.count.saturating_sub(touch.uses);
-                if delta.count == 0 {
-                    self.deltas.remove(&touch.key);
-                }
-            }
+            self.settle(touch);
         }
         self.mark = mark;
+    }
+
+    /// Another node has written the leaves before `mark`.
+    fn follow(&mut self, mark: u64) {
+        if mark > self.mark {
+            self.advance(mark);
+            self.base.clear();
+        }
     }
 
     fn merged(&self, key: &Key, base: Access) -> Access {
@@ -263,6 +282,8 @@ async fn consistent<T>(
         let done = held.with(|usage| (usage.mark == mark).then(|| f(usage, record)));
         match done {
             Some(value) => return Ok(value),
+            // Another node has written the use of keys, from the log.
+            None if held.vault().is_shared() => held.with(|usage| usage.follow(mark)),
             // The write-behind is between its commit and its bookkeeping.
             None => tokio::time::sleep(std::time::Duration::from_millis(1)).await,
         }
@@ -473,7 +494,11 @@ pub(crate) async fn flush(held: &impl Held, all: bool) -> Result<(), Error> {
             written.push((*key, access_of(&record)));
         }
         tx.put(meta::USAGE_MARK, &UsageMark { next_leaf: to })?;
-        tx.commit().await?;
+        match tx.commit().await {
+            // Another node was faster with these leaves.
+            Err(Error::Conflict) if vault.is_shared() => continue,
+            result => result?,
+        };
         held.with(|usage| {
             usage.advance(to);
             for (key, access) in written {

@@ -145,6 +145,7 @@ impl Authenticator {
         token: &str,
         attempt: &Attempt<'_>,
     ) -> Result<Session, Error> {
+        self.directory.vault().fresh().await?;
         let now = self.directory.time(attempt.now);
         if token.len() > MAX_TOKEN {
             self.tokens_by_address.failed(network(attempt.address.ip()), now);
@@ -214,6 +215,7 @@ impl Authenticator {
     /// # Errors
     /// As [`Self::authenticate_request`].
     pub async fn recheck(&self, session: &Session, now: Time) -> Result<Arc<Caller>, Error> {
+        self.directory.vault().fresh().await?;
         if session.verified.claims.expires_at <= self.directory.time(now) {
             return Err(Error::Unauthenticated);
         }
@@ -229,6 +231,7 @@ impl Authenticator {
     /// # Errors
     /// As [`Self::authenticate_request`].
     pub async fn recheck_begun(&self, session: &Session) -> Result<Arc<Caller>, Error> {
+        self.directory.vault().fresh().await?;
         if session.caller.epoch == self.directory.epoch() {
             return Ok(Arc::clone(&session.caller));
         }

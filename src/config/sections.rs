@@ -31,7 +31,7 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
     let root = Section::root(&document, &table);
     let node = node(root.section("node"));
     let listen = listen(root.section("listen"));
-    let storage = storage(root.section("storage"), node.as_ref());
+    let storage = super::storage::storage(root.section("storage"), node.as_ref());
     let anchor = anchor(root.section("anchor"), storage.as_ref());
     let master_key = wrapper::section(root.section("master_key"));
     let others = root.section("wrappers");
@@ -180,29 +180,6 @@ fn listen(section: Section<'_, '_>) -> Option<Listen> {
     };
     let tls = TlsFiles { certificate: certificate.0, key: key.0, client_ca: client_ca.0, crl };
     Some(Listen { address: socket, tls, references, net, allow_common_name, health })
-}
-
-fn storage(section: Section<'_, '_>, node: Option<&Node>) -> Option<Storage> {
-    section.get("kind", |value| match string(value)? {
-        "redb" => Ok(()),
-        "memory" => refuse(
-            "a store that forgets everything is not offered",
-            "write \"redb\"; to lose it on purpose, put `path` on a tmpfs",
-        ),
-        "postgres" | "postgresql" => refuse(
-            "a node does not serve from PostgreSQL yet",
-            "write \"redb\"; `polykey store copy` keeps a copy there",
-        ),
-        _ => refuse("not a kind of store", "write \"redb\""),
-    });
-    let path = section.path("path");
-    let storage = Storage {
-        path: path.or_else(|| Some(node?.data_dir.join("polykey.redb"))).unwrap_or_default(),
-        cache_mib: section.integer("cache_mib", 1..=65_536, 32),
-        changes: section.integer("changes", 1_000..=10_000_000, 100_000),
-    };
-    section.finish();
-    Some(storage)
 }
 
 fn anchor(section: Section<'_, '_>, storage: Option<&Storage>) -> Option<Anchor> {

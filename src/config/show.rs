@@ -7,7 +7,7 @@ use std::time::Duration;
 use polykey_hsm::MasterKeySource;
 use polykey_hsm::aws::AwsConnection;
 
-use super::{Bootstrap, Config, DataPlane, LogFormat, Wrapper};
+use super::{Bootstrap, Config, DataPlane, Database, LogFormat, Storage, WhenFenced, Wrapper};
 use crate::custody::SlotSpec;
 
 /// One setting in effect.
@@ -64,6 +64,53 @@ fn connection(section: &str, connection: &AwsConnection) -> Vec<(String, String)
         ("attempt_timeout", time(*attempt_timeout)),
     ];
     all.into_iter().map(|(name, value)| (format!("{section}.{name}"), value)).collect()
+}
+
+/// Where the store is.
+fn stored(storage: &Storage) -> Vec<(String, String)> {
+    let Storage { path: file, database, cache_mib, changes } = storage;
+    let mut all = vec![("changes", changes.to_string())];
+    match database {
+        None => all.extend([
+            ("kind", "redb".to_owned()),
+            ("path", path(file)),
+            ("cache_mib", cache_mib.to_string()),
+        ]),
+        Some(database) => {
+            let Database {
+                url,
+                password,
+                schema,
+                connections,
+                call_timeout,
+                transaction_pooler,
+                durable,
+                name,
+                freshness,
+                strict,
+                when_fenced,
+            } = database;
+            let when_fenced = match when_fenced {
+                WhenFenced::Refuse => "refuse",
+                WhenFenced::Read => "read",
+            };
+            all.extend([
+                ("kind", "postgres".to_owned()),
+                ("url", url.clone()),
+                ("password", optional(password.as_ref(), |source| source.to_string())),
+                ("schema", schema.clone()),
+                ("connections", connections.to_string()),
+                ("call_timeout", time(*call_timeout)),
+                ("transaction_pooler", transaction_pooler.to_string()),
+                ("durable", durable.to_string()),
+                ("name", name.clone().unwrap_or_default()),
+                ("freshness", time(*freshness)),
+                ("strict", strict.to_string()),
+                ("when_fenced", when_fenced.to_owned()),
+            ]);
+        }
+    }
+    all.into_iter().map(|(name, value)| (format!("storage.{name}"), value)).collect()
 }
 
 /// Every setting, by name.
@@ -134,11 +181,7 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         ("listen.connection_age", time(net.max_age.unwrap_or_default())),
         ("listen.connection_age_grace", time(net.max_age_grace)),
         ("listen.drain_timeout", time(net.drain_timeout)),
-        ("storage.kind", "redb".to_owned()),
         ("master_key.kind", key_kind.to_owned()),
-        ("storage.path", path(&storage.path)),
-        ("storage.cache_mib", storage.cache_mib.to_string()),
-        ("storage.changes", storage.changes.to_string()),
         ("anchor.file", optional(anchor.as_ref(), |anchor| path(&anchor.file))),
         (key_setting, place(master_key)),
         ("wrappers", others.collect::<Vec<_>>().join(", ")),
@@ -193,6 +236,7 @@ pub fn entries(config: &Config) -> Vec<Entry> {
     if let Wrapper::Aws(settings) = master_key {
         all.extend(connection("master_key", &settings.connection));
     }
+    all.extend(stored(storage));
     let Bootstrap { aws, deadline } = bootstrap;
     all.extend(connection("bootstrap", aws));
     all.push(("bootstrap.deadline".to_owned(), time(*deadline)));

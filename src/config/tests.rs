@@ -123,7 +123,8 @@ const BROKEN: &[Case] = &[
     (9, "[log]\nlevel = \"verbose\"", "10:9", "[log] level: not one of its words", "\"off\" or \"error\""),
     (9, "[log]\nformat = \"xml\"", "10:10", "[log] format: not one", "\"json\" or \"pretty\""),
     (9, "[storage]\nkind = \"memory\"", "10:8", "[storage] kind: a store that forgets everything", "tmpfs"),
-    (9, "[storage]\nkind = \"postgres\"", "10:8", "does not serve from PostgreSQL", "polykey store copy"),
+    #[cfg(not(feature = "postgres"))]
+    (9, "[storage]\nkind = \"postgres\"", "10:8", "this build knows no databases", "feature `postgres`"),
     (9, "[storage]\nkind = \"sqlite\"", "10:8", "not a kind of store", "write \"redb\""),
     (9, "[anchor]", "9:2", "[anchor] file: missing", "add `file = "),
     (9, "[anchor]\nfile = \"d/polykey.redb\"", "10:8", "the store itself", "another medium"),
@@ -466,5 +467,37 @@ proptest::proptest! {
         drop(parse(&String::from_utf8_lossy(&bytes)));
         bytes.truncate(at);
         drop(parse(&String::from_utf8_lossy(&bytes)));
+    }
+}
+
+#[cfg(feature = "postgres")]
+#[test]
+fn a_store_in_a_database_is_taken_apart_and_its_password_kept_out() {
+    let database = |text: &str| {
+        let text = format!("[storage]\nkind = \"postgres\"\n{text}");
+        parse(&edited(9, &text)).map(|config| config.storage.database.unwrap())
+    };
+    let found = database("url = \"postgres://p@db/keys\"").unwrap();
+    assert_eq!((found.schema.as_str(), found.connections, found.durable), ("polykey", 8, true));
+    assert_eq!((found.freshness, found.strict), (Duration::from_secs(1), false));
+    assert_eq!(found.when_fenced, WhenFenced::Refuse);
+    let whole = "url = \"postgresql://p@a:1,b:2/keys\"\npassword = { env = \"PGPW\" }\n\
+                 schema = \"s_1\"\nname = \"n1\"\nfreshness = \"500ms\"\nstrict = true\n\
+                 when_fenced = \"read\"";
+    let found = database(whole).unwrap();
+    assert_eq!(found.password, Some(SecretSource::Env("PGPW".into())));
+    assert_eq!(found.when_fenced, WhenFenced::Read);
+    for (text, said) in [
+        ("", "[storage] url"),
+        ("url = \"mysql://p@db/keys\"", "not a connection string"),
+        ("url = \"postgres://u:CANARY-hunter2-Zm9vYmFy@h/db\"", "with a password in it"),
+        ("url = \"postgres://u@h/db?password=CANARY-hunter2-Zm9vYmFy\"", "with a password in it"),
+        ("url = \"postgres://p@db/k\"\nschema = \"Bad;\"", "not the name of a schema"),
+        ("url = \"postgres://p@db/k\"\nfreshness = \"2s\"", "from 200ms to 1s"),
+        ("url = \"postgres://p@db/k\"\nwhen_fenced = \"write\"", "\"refuse\" or \"read\""),
+        ("url = \"postgres://p@db/k\"\npath = \"x\"", "`path`"),
+    ] {
+        let errors = database(text).unwrap_err().to_string();
+        assert!(errors.contains(said) && !errors.contains(CANARY), "{text}: {errors}");
     }
 }

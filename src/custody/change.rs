@@ -17,6 +17,7 @@ use super::slots::{self, SlotSpec};
 use super::{Change, Custody, State};
 use crate::error::Error;
 use crate::keyring::Remember;
+use crate::vault::Vault;
 
 /// More slots than anybody needs; opening tries each in turn.
 pub(super) const MAX_SLOTS: usize = 32;
@@ -132,7 +133,7 @@ impl Custody {
         event: AuditEvent,
     ) -> Result<Option<u64>, ChangeError> {
         let this = Arc::clone(self);
-        detached(async move {
+        detached(Arc::clone(&self.vault), async move {
             let Rewrap { slot: name, kind, source, label, terms } = rewrap;
             let node_id = this.vault.node_id();
             for _ in 0..ATTEMPTS {
@@ -177,7 +178,7 @@ impl Custody {
     ) -> Result<([u8; 16], Option<u64>), ChangeError> {
         spec.check()?;
         let this = Arc::clone(self);
-        detached(async move {
+        detached(Arc::clone(&self.vault), async move {
             let id = random::array().map_err(|e| Error::internal(e.to_string()))?;
             for _ in 0..ATTEMPTS {
                 let Seen { mut table, at, root } = this.see().await?;
@@ -215,7 +216,7 @@ impl Custody {
         event: AuditEvent,
     ) -> Result<([u8; 16], Option<u64>), ChangeError> {
         let this = Arc::clone(self);
-        detached(async move {
+        detached(Arc::clone(&self.vault), async move {
             let Removal { slot: name, wrappers, terms } = removal;
             for _ in 0..ATTEMPTS {
                 let Seen { mut table, at, root } = this.see().await?;
@@ -285,7 +286,7 @@ impl Custody {
         remember: Option<Remember>,
     ) -> Result<([u8; 16], u32, Option<u64>), ChangeError> {
         let this = Arc::clone(self);
-        detached(async move {
+        detached(Arc::clone(&self.vault), async move {
             let node_id = this.vault.node_id();
             for _ in 0..ATTEMPTS {
                 let Seen { mut table, at, root: old } = this.see().await?;
@@ -324,11 +325,18 @@ impl Custody {
     }
 }
 
-/// Runs a change to its end even if whoever asked for it goes away.
+/// Runs a change to its end even if whoever asked for it goes away. Witnesses hear of it when nothing
+/// is locked any more: another node that is to know of it may have to open its own way to the root.
 async fn detached<T: Send + 'static>(
+    vault: Arc<Vault>,
     change: impl Future<Output = Result<T, ChangeError>> + Send + 'static,
 ) -> Result<T, ChangeError> {
-    match tokio::spawn(change).await {
+    let witnessed = async move {
+        let changed = change.await?;
+        vault.witnessed(vault.store().status().revision, true).await?;
+        Ok(changed)
+    };
+    match tokio::spawn(witnessed).await {
         Ok(result) => result,
         Err(error) => Err(Error::internal(format!("a change of slots: {error}")).into()),
     }

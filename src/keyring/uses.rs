@@ -18,6 +18,9 @@ const BLOCK: u64 = 65_536;
 /// A block is at most this part of the limits, so that a crash costs little of them.
 const PART: u64 = 16;
 
+/// How often a block is reserved anew because another node was faster.
+const ATTEMPTS: usize = 16;
+
 /// The count of one version.
 #[derive(Debug)]
 struct Counter {
@@ -89,16 +92,38 @@ impl Keyring {
         wanted: u64,
     ) -> Result<(), Error> {
         let _turn = counter.reserving.lock().await;
-        let reserved = counter.reserved.load(Ordering::SeqCst);
-        if wanted <= reserved {
-            return Ok(());
+        for _ in 0..ATTEMPTS {
+            let reserved = counter.reserved.load(Ordering::SeqCst);
+            if wanted <= reserved {
+                return Ok(());
+            }
+            match self.reserve_block(key, version, counter, (wanted, reserved)).await {
+                // Another node has reserved a block.
+                Err(Error::Conflict) => {}
+                result => return result,
+            }
         }
+        Err(Error::unavailable("other nodes reserve uses of the key again and again"))
+    }
+
+    async fn reserve_block(
+        &self,
+        key: &Key,
+        version: u32,
+        counter: &Counter,
+        (wanted, reserved): (u64, u64),
+    ) -> Result<(), Error> {
         let number = Version::new(version).ok_or_else(|| Error::internal("version 0 in use"))?;
         let row = version_row(key.id, number);
-        let next = wanted.saturating_add(block(&key.record) - 1);
         let mut tx = self.vault.begin().await?;
         let stored = tx.get::<UseCountRecord>(&row).await?.map_or(0, |l| l.record.reserved);
-        let next = next.max(stored);
+        // What other nodes have reserved lies in between: uses begun here come after it.
+        let others = stored.saturating_sub(reserved);
+        let wanted = wanted.saturating_add(others);
+        if key.record.max_uses != 0 && wanted > key.record.max_uses {
+            return Err(Error::State(Reason::UsesExhausted));
+        }
+        let next = wanted.saturating_add(block(&key.record) - 1);
         tx.put(&row, &UseCountRecord { reserved: next })?;
         let soft = key.record.rotate_after_uses;
         // Again with each block, because a key that was disabled did not rotate the first time.
@@ -107,6 +132,7 @@ impl Keyring {
             schedule(&mut tx, Kind::Rotate, now, key.id, version)?;
         }
         tx.commit().await?;
+        counter.used.fetch_add(others, Ordering::SeqCst);
         counter.reserved.store(next, Ordering::SeqCst);
         Ok(())
     }

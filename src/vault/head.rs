@@ -13,6 +13,7 @@ use super::seal::{self, counter_of};
 use super::space::{self, Record, meta};
 use super::tree::{Frontier, Hash, leaf_hash};
 use crate::audit::line;
+use crate::error::Error;
 use crate::time::Time;
 
 /// The head as the sequencer carries it from group to group.
@@ -27,6 +28,15 @@ pub(crate) struct Head {
 }
 
 impl Head {
+    /// The head as it is stored.
+    pub(crate) fn open(sealer: &Sealer, value: &[u8]) -> Result<Self, Error> {
+        let (record, counter) = seal::open::<HeadRecord>(sealer, meta::HEAD, value)?;
+        if counter != record.counter {
+            return Err(Error::data_loss("the head's counter is not its own"));
+        }
+        Self::from_record(&record).ok_or_else(|| Error::data_loss("the head is malformed"))
+    }
+
     pub(crate) fn from_record(record: &HeadRecord) -> Option<Self> {
         let roots = record.frontier.iter().map(|h| h.as_ref().try_into().ok());
         let roots = roots.collect::<Option<Vec<Hash>>>()?;
@@ -75,6 +85,7 @@ pub(crate) struct Leaves {
 
 /// The events of one leaf: all of its body that is known before its index, encoded on the thread of
 /// whoever proposes it.
+#[derive(Clone)]
 pub(crate) struct LeafEvents {
     data_plane: bool,
     encoded: Bytes,
@@ -120,6 +131,25 @@ pub(crate) struct Sealing<'a> {
     pub(crate) enabled: Vec<i64>,
     pub(crate) leaves: Vec<Leaves>,
     pub(crate) now: Time,
+    /// Other nodes may have moved the head.
+    pub(crate) shared: bool,
+}
+
+/// The head is sealed under a storage key that this node does not hold: another one has rotated the
+/// root.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RootMoved;
+
+impl std::fmt::Display for RootMoved {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("another node has rotated the root key")
+    }
+}
+
+impl std::error::Error for RootMoved {}
+
+fn head_row() -> RowKey {
+    RowKey::new(HeadRecord::SPACE, meta::HEAD)
 }
 
 impl Sealing<'_> {
@@ -142,8 +172,35 @@ impl Sealing<'_> {
     }
 }
 
+impl Sealing<'_> {
+    /// Goes on from the head as it is stored, whoever has put it there.
+    fn follow(&mut self, stored: Option<&Bytes>) -> Result<(), Abort> {
+        let Some(stored) = stored else {
+            // Only a store that is being founded has none.
+            let new = self.head.frontier.size() == 0 && self.head.rows == 0;
+            return if new { Ok(()) } else { Err(Abort::new("the store has no head any more")) };
+        };
+        if !seal::known(self.sealer, HeadRecord::SPACE, stored) {
+            return Err(Abort::new(RootMoved));
+        }
+        let head = Head::open(self.sealer, stored).map_err(Abort::new)?;
+        if head.frontier.size() < self.head.frontier.size() {
+            return Err(Abort::new("the stored head is older than one that this node has seen"));
+        }
+        self.head = head;
+        Ok(())
+    }
+}
+
 impl Finish for Sealing<'_> {
+    fn beneath(&self) -> Vec<RowKey> {
+        if self.shared { vec![head_row()] } else { Vec::new() }
+    }
+
     fn finish(&mut self, applied: &Applied<'_>) -> Result<Vec<Write>, Abort> {
+        if let Some(stored) = applied.beneath.first() {
+            self.follow(stored.as_ref())?;
+        }
         for replaced in applied.replaced {
             if !space::counted(&replaced.row) {
                 continue;
@@ -177,10 +234,7 @@ impl Finish for Sealing<'_> {
         self.head.counter = own;
         let record = self.head.to_record();
         let value = seal::seal(self.sealer, &record, meta::HEAD, own).map_err(Abort::new)?;
-        writes.push(Write::Put {
-            row: RowKey::new(HeadRecord::SPACE, meta::HEAD),
-            value: value.into(),
-        });
+        writes.push(Write::Put { row: head_row(), value: value.into() });
         Ok(writes)
     }
 }

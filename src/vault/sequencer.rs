@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use polykey_hsm::Ring;
-use polykey_storage::{Commit, CommitError, Health, Revision, RowKey, Store};
+use polykey_storage::{Commit, CommitError, Committed, Health, Revision, RowKey, Store};
 use tokio::sync::{mpsc, oneshot};
 
-use super::head::{Head, LeafEvents, Leaves, Sealing};
-use super::{Invalidate, Metrics, load_head};
+use super::head::{Head, LeafEvents, Leaves, RootMoved, Sealing};
+use super::{Invalidate, Metrics, load_head, publish};
 use crate::error::Error;
 use crate::time::Clock;
 
@@ -26,6 +26,19 @@ const GROUP_BYTES: usize = 8 * 1024 * 1024;
 /// The largest single commit, in bytes: together with a group that has just not stopped growing it
 /// stays below what the store takes, so that it cannot take others with it.
 const COMMIT_BYTES: usize = 48 * 1024 * 1024;
+
+/// How often a group is formed anew because another node was faster.
+const OVERTAKEN: usize = 8;
+
+/// Whether another node was faster than a group, which was not applied.
+fn overtaken(error: &CommitError) -> bool {
+    #[cfg(feature = "postgres")]
+    if let CommitError::Aborted(reason) = error {
+        return reason.downcast_ref::<polykey_storage::postgres::Overtaken>().is_some();
+    }
+    let _ = error;
+    false
+}
 
 /// A change that waits for its group.
 pub(crate) struct Proposal {
@@ -70,6 +83,8 @@ pub(crate) struct Writer {
     pub(crate) clock: Clock,
     /// Whether a proposal of [`Sequencer::nudge`] waits.
     pub(crate) nudged: Arc<AtomicBool>,
+    /// Other nodes write to the store.
+    pub(crate) shared: bool,
 }
 
 impl Sequencer {
@@ -167,26 +182,12 @@ impl Writer {
         }
         let rows: Vec<Vec<RowKey>> =
             commits.iter().map(|c| c.writes.iter().map(|w| w.row().clone()).collect()).collect();
-        let ring = self.ring.load_full();
-        let sealer = ring.sealer();
-        let mut sealing = Sealing {
-            ring: &ring,
-            sealer: &sealer,
-            node_id: self.node_id,
-            counter: &self.counter,
-            head: self.head.clone(),
-            leaves: vec![Leaves::default(); events.len()],
-            events,
-            enabled,
-            now: self.clock.now(),
-        };
-        let result = futures::executor::block_on(self.store.commit(commits, &mut sealing));
-        let Sealing { head, leaves, .. } = sealing;
+        let (result, head, leaves) = self.attempt(commits, events, enabled);
         match result {
             Ok(committed) => {
                 if committed.any() {
                     self.head = head;
-                    self.published.store(Arc::new(self.head.clone()));
+                    publish(&self.published, &self.head);
                     self.metrics.group(committed.outcomes.iter().filter(|o| o.is_ok()).count());
                 }
                 // Every cache forgets before any caller hears: what starts after the answer
@@ -214,6 +215,53 @@ impl Writer {
         }
     }
 
+    /// Commits a group; again where another node was faster, as long as that takes.
+    fn attempt(
+        &self,
+        commits: Vec<Commit>,
+        events: Vec<Vec<LeafEvents>>,
+        enabled: Vec<i64>,
+    ) -> (Result<Committed, CommitError>, Head, Vec<Leaves>) {
+        let mut again = self.shared.then(|| (commits.clone(), events.clone()));
+        let mut group = (commits, events);
+        for _ in 0..OVERTAKEN {
+            let (commits, events) = group;
+            let (result, head, leaves) = self.once(commits, events, enabled.clone());
+            let overtaken = matches!(&result, Err(error) if overtaken(error));
+            match again.clone().filter(|_| overtaken) {
+                Some(next) => group = next,
+                None => return (result, head, leaves),
+            }
+        }
+        let (commits, events) = again.take().unwrap_or_default();
+        self.once(commits, events, enabled)
+    }
+
+    fn once(
+        &self,
+        commits: Vec<Commit>,
+        events: Vec<Vec<LeafEvents>>,
+        enabled: Vec<i64>,
+    ) -> (Result<Committed, CommitError>, Head, Vec<Leaves>) {
+        let ring = self.ring.load_full();
+        let sealer = ring.sealer();
+        let mut sealing = Sealing {
+            ring: &ring,
+            sealer: &sealer,
+            node_id: self.node_id,
+            counter: &self.counter,
+            head: self.head.clone(),
+            leaves: vec![Leaves::default(); events.len()],
+            events,
+            enabled,
+            now: self.clock.now(),
+            shared: self.shared,
+        };
+        let result = futures::executor::block_on(self.store.commit(commits, &mut sealing));
+        let Sealing { head, leaves, .. } = sealing;
+        (result, head, leaves)
+    }
+
     /// What callers hear of a group that failed; stops writing where the store must be reopened.
     fn failed(&self, error: &CommitError) -> Error {
         self.metrics.failed();
@@ -234,6 +282,13 @@ impl Writer {
                 Error::unavailable(error.to_string())
             }
             CommitError::TooLarge(_) => Error::invalid("request", error.to_string()),
+            // Nothing was applied.
+            CommitError::Aborted(reason) if reason.downcast_ref::<RootMoved>().is_some() => {
+                Error::unavailable("another node has rotated the root key; it is being opened here")
+            }
+            CommitError::Aborted(_) if overtaken(error) => {
+                Error::unavailable("other nodes were faster again and again")
+            }
             CommitError::Aborted(reason) => Error::data_loss(format!("group aborted: {reason}")),
         }
     }
@@ -276,7 +331,9 @@ impl Writer {
             let head = load_head(&*self.store, &ring.sealer())
                 .await
                 .map_err(|e| e.internal_text().map_or_else(|| e.to_string(), str::to_owned))?;
-            self.counter.fetch_max(head.counter, Ordering::SeqCst);
+            if !self.shared {
+                self.counter.fetch_max(head.counter, Ordering::SeqCst);
+            }
             self.head = head;
             self.published.store(Arc::new(self.head.clone()));
             Ok(())

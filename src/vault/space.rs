@@ -36,7 +36,7 @@ macro_rules! records {
 
 records! {
     /// Single rows of the node: see the constants of [`meta`].
-    META = 0 { CanaryRecord = 1, HeadRecord = 2, UsageMark = 3, ResealRecord = 4, ClockRecord = 5 }
+    META = 0 { CanaryRecord = 1, HeadRecord = 2, UsageMark = 3, ResealRecord = 4, ClockRecord = 5, LaneRecord = 6 }
     /// Keys: `key id`.
     KEYS = 1 { KeyRecord = 10 }
     /// Versions: `key id ‖ version (u32 BE)`.
@@ -89,6 +89,8 @@ pub mod meta {
     pub const RESEAL: &[u8] = b"reseal";
     /// [`super::record::ClockRecord`].
     pub const CLOCK: &[u8] = b"clock";
+    /// [`super::record::LaneRecord`].
+    pub const LANES: &[u8] = b"lanes";
 }
 
 /// Whether a row is sealed and counted in the set hash. The others stand in the clear and carry
@@ -111,6 +113,7 @@ pub fn kind(row: &RowKey) -> Option<u8> {
             meta::USAGE_MARK => Some(record::UsageMark::KIND),
             meta::RESEAL => Some(record::ResealRecord::KIND),
             meta::CLOCK => Some(record::ClockRecord::KIND),
+            meta::LANES => Some(record::LaneRecord::KIND),
             _ => None,
         };
     }

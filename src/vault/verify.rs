@@ -5,9 +5,9 @@ use std::sync::atomic::Ordering;
 
 use polykey_proto::polykey::record::v1::{
     AliasRecord, AuditLeaf, CanaryRecord, ClientRecord, ClockRecord, HeadRecord, IdempotencyRecord,
-    IdentityRecord, ImportRecord, JobRecord, KeyRecord, ListRow, ResealRecord, RevokedTokenRecord,
-    RoleRecord, SigningKeyRecord, TokenFamilyRecord, UsageMark, UsageRecord, UseCountRecord,
-    VersionRecord,
+    IdentityRecord, ImportRecord, JobRecord, KeyRecord, LaneRecord, ListRow, ResealRecord,
+    RevokedTokenRecord, RoleRecord, SigningKeyRecord, TokenFamilyRecord, UsageMark, UsageRecord,
+    UseCountRecord, VersionRecord,
 };
 use polykey_storage::{Direction, RowKey, Space};
 
@@ -132,6 +132,10 @@ impl Vault {
             Err(Error::DataLoss { .. }) => None,
             read => read?,
         };
+        if let Some(entry) = &entry {
+            // The head is of the newest epoch of its snapshot.
+            self.not_ahead(HeadRecord::SPACE, &entry.value)?;
+        }
         let head = entry
             .as_ref()
             .and_then(|e| seal::open::<HeadRecord>(&sealer, meta::HEAD, &e.value).ok())
@@ -258,6 +262,7 @@ fn open_any(sealer: &polykey_hsm::Sealer, row: &RowKey, value: &[u8]) -> Result<
             meta::USAGE_MARK => check::<UsageMark>(sealer, row, value),
             meta::RESEAL => check::<ResealRecord>(sealer, row, value),
             meta::CLOCK => check::<ClockRecord>(sealer, row, value),
+            meta::LANES => check::<LaneRecord>(sealer, row, value),
             _ => Err(Error::data_loss("no such row belongs there")),
         };
     }

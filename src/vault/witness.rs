@@ -1,14 +1,12 @@
 //! Who must know of a change before it is acknowledged.
 
 use polykey_hsm::BoxFuture;
-use polykey_storage::Revision;
+use polykey_storage::{Require, Revision, RowKey};
 
 use super::space::{
-    CLIENTS, IDENTITIES, KEYS, META, REVOKED_TOKENS, ROLES, SIGNING_KEYS, TOKEN_FAMILIES, VERSIONS,
-    meta,
+    CLIENTS, IDENTITIES, KEYS, REVOKED_TOKENS, ROLES, SIGNING_KEYS, TOKEN_FAMILIES, VERSIONS,
 };
 use crate::error::Error;
-use polykey_storage::{Require, RowKey};
 
 /// Something outside this process that is to know of changes: other nodes, an anchor.
 pub trait Witness: Send + Sync + 'static {
@@ -28,7 +26,7 @@ pub(super) fn urgent(row: &RowKey, require: Option<Require>) -> bool {
         // Whoever was not a client, had no role or no key to sign with may be remembered as such.
         CLIENTS | IDENTITIES | ROLES | REVOKED_TOKENS | SIGNING_KEYS => true,
         KEYS | VERSIONS | TOKEN_FAMILIES => require != Some(Require::Absent),
-        META => row.key == meta::SLOTS,
+        // That of slots has them witnessed when its lock is free again.
         _ => false,
     }
 }
@@ -36,25 +34,24 @@ pub(super) fn urgent(row: &RowKey, require: Option<Require>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vault::space;
+    use crate::vault::space::{AUDIT, IDEMPOTENCY, JOBS, LIST, META, USAGE, meta};
 
     #[test]
     fn what_takes_a_right_away_is_urgent_and_what_makes_a_key_is_not() {
         let row = |space, key: &[u8]| RowKey::new(space, key);
         let at = Some(Require::At(Revision(1)));
-        for space in [space::KEYS, space::VERSIONS, space::TOKEN_FAMILIES] {
+        for space in [KEYS, VERSIONS, TOKEN_FAMILIES] {
             assert!(!urgent(&row(space, b"k"), Some(Require::Absent)), "{space:?}");
             assert!(urgent(&row(space, b"k"), at), "{space:?}");
             assert!(urgent(&row(space, b"k"), None), "{space:?}");
         }
-        for space in [space::CLIENTS, space::ROLES, space::REVOKED_TOKENS, space::SIGNING_KEYS] {
+        for space in [CLIENTS, ROLES, REVOKED_TOKENS, SIGNING_KEYS] {
             assert!(urgent(&row(space, b"k"), Some(Require::Absent)), "{space:?}");
         }
-        assert!(urgent(&row(space::META, meta::SLOTS), at));
-        for key in [meta::HEAD, meta::USAGE_MARK, meta::CANARY, meta::CLOCK] {
-            assert!(!urgent(&row(space::META, key), at));
+        for key in [meta::SLOTS, meta::HEAD, meta::USAGE_MARK, meta::CANARY, meta::CLOCK] {
+            assert!(!urgent(&row(META, key), at));
         }
-        for space in [space::AUDIT, space::USAGE, space::LIST, space::JOBS, space::IDEMPOTENCY] {
+        for space in [AUDIT, USAGE, LIST, JOBS, IDEMPOTENCY] {
             assert!(!urgent(&row(space, b"k"), at), "{space:?}");
         }
     }

@@ -44,6 +44,12 @@ pub trait Peers: Send + Sync {
     /// [`ReadError`]; it may be announced all the same.
     fn announce<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<(), ReadError>>;
 
+    /// Every announced node, as it is after the call has begun.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    fn nodes(&self) -> BoxFuture<'_, Result<Vec<Peer>, ReadError>>;
+
     /// What has changed after `after`, at most `limit` revisions of it, and who is announced. All of it
     /// is read after the call has begun.
     ///

@@ -808,6 +808,13 @@ pub struct ImportRecord {
     #[prost(int64, tag = "4")]
     pub expires_at: i64,
 }
+/// Which numbers the records' counters of the next process may have, on a store that several nodes share.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LaneRecord {
+    /// The next lane that nobody has: counters from it times 2^44 on, up to the next one's.
+    #[prost(uint64, tag = "1")]
+    pub next: u64,
+}
 /// Where clock and time since boot were last believed, so that a restart does not take a clock as it
 /// finds it.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

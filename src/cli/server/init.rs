@@ -11,7 +11,7 @@ use super::super::App as Cli;
 use super::super::error::CliError;
 use super::super::output::{Human, View};
 use super::runtime;
-use crate::app::{Admin, App, AppError, bootstrap};
+use crate::app::{Admin, App, AppError, bootstrap, store};
 use crate::authn::certificate::CertificateIdentity;
 use crate::config::{Config, Tolerate, Wrapper};
 use crate::pki::{self, Authority, KeyKind, Validity};
@@ -114,11 +114,12 @@ async fn make(mut config: Config, args: InitArgs) -> Result<InitView, AppError> 
     }
     setup::private_directory(&directory)?;
     let pending = directory.join(PENDING);
-    if !config.storage.path.exists() {
+    let exists = store::exists(&config).await?;
+    if !exists {
         pki::write_file(&pending, b"polykey init has not come to its end\n", 0o600)?;
     }
     if !pending.exists() {
-        return Err(AppError::AlreadyInitialised(config.storage.path));
+        return Err(AppError::AlreadyInitialised(store::name(&config).into()));
     }
     if let Some(parent) = config.storage.path.parent().filter(|p| !p.as_os_str().is_empty()) {
         setup::private_directory(parent)?;
@@ -128,8 +129,8 @@ async fn make(mut config: Config, args: InitArgs) -> Result<InitView, AppError> 
         Wrapper::Local(MasterKeySource::File(path))
             if args.generate_master_key && !path.exists() =>
         {
-            if config.storage.path.exists() {
-                let store = config.storage.path.clone();
+            if exists {
+                let store = store::name(&config).into();
                 return Err(setup::SetupError::MasterKeyLost { key: path.clone(), store }.into());
             }
             setup::master_key(path)?;
@@ -154,14 +155,14 @@ async fn make(mut config: Config, args: InitArgs) -> Result<InitView, AppError> 
         _ => None,
     };
     let (profile, profile_needs) = profile(&app.config, &admin.id, (&api_key, &out), issue)?;
-    let (store, file) = (app.config.storage.path.clone(), app.config.file.clone());
+    let (store, file) = (store::name(&app.config), app.config.file.clone());
     let node_id = data_encoding::HEXLOWER.encode(&app.vault.node_id());
     app.close().await?;
     std::fs::remove_file(&pending)
         .map_err(|source| AppError::Unreadable { path: pending, source })?;
     let shown = |path: &Path| path.display().to_string();
     Ok(InitView {
-        store: shown(&store),
+        store,
         node_id,
         master_key_made,
         admin: admin.id,

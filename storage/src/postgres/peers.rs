@@ -37,6 +37,11 @@ impl Peers for Postgres {
         }))
     }
 
+    fn nodes(&self) -> BoxFuture<'_, Result<Vec<Peer>, ReadError>> {
+        let inner = Arc::clone(&self.inner);
+        joined(self.inner.handle.spawn(async move { nodes(&inner).await }))
+    }
+
     fn look(&self, after: Revision, limit: usize) -> BoxFuture<'_, Result<Look, ReadError>> {
         let inner = Arc::clone(&self.inner);
         joined(self.inner.handle.spawn(async move {
