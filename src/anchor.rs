@@ -88,7 +88,7 @@ pub enum Unanchored {
         /// Where the anchor is.
         path: PathBuf,
         /// The node.
-        node: String,
+        node: Box<str>,
         /// Where the anchor stands.
         anchored: Place,
         /// Where the store stands.
@@ -104,7 +104,7 @@ pub enum Unanchored {
         /// Where the anchor is.
         path: PathBuf,
         /// The node.
-        node: String,
+        node: Box<str>,
         /// Where the anchor stands.
         anchored: Place,
         /// Where the store stands.
@@ -159,12 +159,13 @@ pub struct Place {
     /// Leaves of the audit log.
     pub leaves: u64,
     // Where revisions count anew, they are told apart by the store.
-    store: Option<String>,
+    store: Option<Box<str>>,
 }
 
 impl Place {
     fn of(mark: &Mark, other: &Mark) -> Self {
-        let store = (mark.store_id != other.store_id).then(|| HEXLOWER.encode(&mark.store_id));
+        let store =
+            (mark.store_id != other.store_id).then(|| HEXLOWER.encode(&mark.store_id).into());
         Self { revision: mark.revision.0, leaves: mark.log.size(), store }
     }
 }
@@ -311,7 +312,7 @@ pub async fn compare(
             return Ok(Ok(anchored));
         }
     }
-    let node = HEXLOWER.encode(&anchored.node_id);
+    let node = HEXLOWER.encode(&anchored.node_id).into();
     let places = (Place::of(&anchored.mark, &found), Place::of(&found, &anchored.mark));
     let (path, (anchored, found)) = (path.to_owned(), places);
     Ok(Err(match older {
