@@ -7,6 +7,7 @@
 //! ```
 //! Nothing binds a port before the store's canary has opened under the root key.
 
+mod anchor;
 mod bootstrap;
 mod check;
 pub mod door;
@@ -40,6 +41,7 @@ use polykey_storage::{Revision, RowKey, Store};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::anchor::Keeper;
 use crate::audit::{self, Trail};
 use crate::authn::limiter::Allowance;
 use crate::authn::session::{Authenticator, Settings};
@@ -153,6 +155,8 @@ pub struct App {
     pub custody: Arc<Custody>,
     /// The sealed store.
     pub vault: Arc<Vault>,
+    /// Whoever keeps its anchor, if it has one.
+    pub anchor: Option<Arc<Keeper>>,
     /// Clients and roles.
     pub directory: Arc<Directory>,
     /// Who callers are.
@@ -333,7 +337,12 @@ impl App {
             Arc::clone(&alarm) as Arc<dyn Invalidate>,
         ];
         let caches: Arc<dyn Invalidate> = Arc::new(Rememberers(rememberers));
-        let custody = if found && store.status().revision == Revision::EMPTY {
+        let founding = found && store.status().revision == Revision::EMPTY;
+        let custody = if founding {
+            if let Err(refused) = anchor::founding(&config) {
+                store::unmake(&config);
+                return Err(refused);
+            }
             // The first slot is that of the master key, whatever else could open it.
             let first = match wrappers.first().filter(|named| named.name == MASTER_KEY) {
                 Some(first) => first,
@@ -361,11 +370,12 @@ impl App {
         };
         wrappers.retain(|named| named.wrapper.kind() != SlotKind::Recovery);
         let vault = Arc::clone(custody.vault());
+        let anchor = Box::pin(anchor::admit(&config, &vault, &clock, founding)).await?;
 
         let nodes = nodes(&config, &custody, &wrappers, caches);
-        if let Some(nodes) = &nodes {
-            vault.set_witnesses(vec![Arc::clone(nodes) as Arc<dyn Witness>]);
-        }
+        let others = nodes.iter().map(|nodes| Arc::clone(nodes) as Arc<dyn Witness>);
+        let anchors = anchor.iter().map(|anchor| Arc::clone(anchor) as Arc<dyn Witness>);
+        vault.set_witnesses(others.chain(anchors).collect());
 
         let now = clock.now();
         if let Some(seed) = signing_key {
@@ -398,13 +408,15 @@ impl App {
         let jobs = Runner::new(Arc::clone(&vault), alarm, handler(&keyring, &directory, &clock));
         jobs.resume().await?;
         let stopping = Arc::new(AtomicBool::new(false));
-        let health = Health::new(report::checks(&vault, &trail, &tls, &jobs, &backends, &stopping));
+        let health =
+            Health::new(report::checks(&vault, &trail, &tls, &jobs, &backends, &stopping, &anchor));
         Ok(Self {
             config: Arc::new(config),
             started_at: now,
             clock,
             custody,
             vault,
+            anchor,
             directory,
             authenticator,
             authorizer,
@@ -500,6 +512,7 @@ impl App {
             authority: self.authority.clone(),
             config: Arc::clone(&self.config),
             loaded_at: self.started_at,
+            anchor: self.anchor.clone(),
             wrappers: self.wrappers.clone(),
         };
         let service = rpc::service(deps, admin, |routes| routes.add_service(health));
@@ -524,7 +537,13 @@ impl App {
     async fn rest(&self) -> Result<(), Error> {
         self.jobs.shutdown();
         self.jobs.note_clock().await;
-        self.trail.shutdown(LAST_WORDS).await
+        let durable = self.trail.shutdown(LAST_WORDS).await;
+        if let Some(anchor) = &self.anchor
+            && let Err(error) = anchor.settle().await
+        {
+            tracing::warn!(%error, detail = error.internal_text(), "the last changes are not anchored");
+        }
+        durable
     }
 }
 

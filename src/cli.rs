@@ -210,6 +210,7 @@ pub fn run(cli: Cli) -> Result<(), CliError> {
         Command::Restore(args) => server::restore(&app, args),
         Command::Backup(backup::BackupCommand::Verify(args)) => server::backup_verify(&app, args),
         Command::Store(node::StoreCommand::Copy(args)) => server::store_copy(&app, args),
+        Command::Store(node::StoreCommand::Compact(args)) => server::store_compact(&app, args),
         Command::Lock(args) => server::lock(&app, &args),
         Command::Unlock(args) => server::unlock(&app, &args),
         Command::Hsm(command) => server::hsm(&app, command),

@@ -47,6 +47,8 @@ pub struct Config {
     pub listen: Listen,
     /// `[storage]`
     pub storage: Storage,
+    /// `[anchor]`
+    pub anchor: Option<Anchor>,
     /// `[master_key]`
     pub master_key: Wrapper,
     /// `[wrappers.NAME]`: what else may open the root key, by its name.
@@ -182,6 +184,27 @@ pub struct Storage {
     pub cache_mib: usize,
     /// How many revisions the change log goes back.
     pub changes: u64,
+}
+
+/// `[anchor]`: what the node is known to have served, kept outside the store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Anchor {
+    /// Its file.
+    pub file: PathBuf,
+    /// What the operator accepts at this start. No setting: it is said on the command line.
+    pub tolerate: Tolerate,
+}
+
+/// What is accepted of a store for which its anchor does not vouch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Tolerate {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// That there is no anchor yet.
+    Missing,
+    /// Everything; it is audited, and the store anchored as it is.
+    Rollback,
 }
 
 /// What a node does once another one was promoted in its place.

@@ -19,6 +19,7 @@
     allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
 )]
 
+pub mod anchor;
 pub mod app;
 pub mod audit;
 pub mod authn;

@@ -41,10 +41,13 @@ pub use reseal::{Position, Stale};
 pub use sequencer::Receipt;
 use sequencer::{Sequencer, Writer};
 use space::{Record, meta};
-use tree::Hash;
+use tree::{Frontier, Hash};
 pub use tx::Tx;
 pub use verify::{Progress, VerifyReport};
 pub use witness::Witness;
+
+/// Audit leaves read at a time; each may have a MiB.
+const LEAVES: usize = 32;
 
 /// Whoever remembers rows and must forget them before a change is acknowledged.
 pub trait Invalidate: Send + Sync + 'static {
@@ -110,6 +113,29 @@ pub struct HeadView {
     pub keys: u64,
     /// The latest time a commit carried.
     pub last_time: Time,
+}
+
+/// One moment of a store's history.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// The store's id: copies of a file share it, a store that was restored or copied has its own.
+    pub store_id: [u8; 16],
+    /// The revision, which counts anew in a store that was restored or copied.
+    pub revision: Revision,
+    /// The record counter of the head. It grows with every group, in each lane for itself, and goes on
+    /// wherever the records go.
+    pub counter: u64,
+    /// The audit tree.
+    pub log: Frontier,
+}
+
+impl Mark {
+    /// Whether the counters show that it is before `other`. Those of two lanes show nothing.
+    #[must_use]
+    pub fn precedes(&self, other: &Self) -> bool {
+        let lane = |mark: &Self| mark.counter >> lane::LANE_BITS;
+        lane(self) == lane(other) && self.counter < other.counter
+    }
 }
 
 /// What the first group of a new store holds besides the head.
@@ -360,6 +386,40 @@ impl Vault {
             keys: head.keys,
             last_time: head.last_time,
         }
+    }
+
+    /// Where the store stands. All of it is durable.
+    #[must_use]
+    pub fn mark(&self) -> Mark {
+        let head = self.head.load_full();
+        let status = self.store.status();
+        let (counter, log) = (head.counter, head.frontier.clone());
+        Mark { store_id: status.id, revision: status.revision, counter, log }
+    }
+
+    /// Appends to `log` the hashes of the leaves from its size up to `size`, as they stand in the store.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if the store cannot be read, [`Error::DataLoss`] if a leaf is missing.
+    pub async fn grow(&self, log: &mut Frontier, size: u64) -> Result<(), Error> {
+        while log.size() < size {
+            let range = polykey_storage::from(log.size().to_be_bytes());
+            let step = usize::try_from(size - log.size()).unwrap_or(LEAVES).min(LEAVES);
+            let scanned = self.store.scan(space::AUDIT, range, Direction::Forward, step).await;
+            let entries = self.read(scanned)?;
+            let before = log.size();
+            for entry in entries {
+                let hash = entry.value.first_chunk::<32>();
+                let (Some(hash), true) = (hash, entry.key == log.size().to_be_bytes()) else {
+                    break;
+                };
+                log.push(*hash);
+            }
+            if log.size() == before {
+                return Err(Error::data_loss(format!("leaf {before} of the audit log is missing")));
+            }
+        }
+        Ok(())
     }
 
     /// Number of audit leaves: [`HeadView::leaves`] without the root, which takes hashing.

@@ -27,11 +27,13 @@ pub enum MacPurpose {
     AuditSalt,
     /// The stand-in for a client that does not exist, so that refusing it costs the same.
     LoginDummy,
+    /// What a node is known to have served, kept outside its store.
+    Anchor,
 }
 
 impl MacPurpose {
     /// In the order of their declaration.
-    pub(crate) const ALL: [Self; 9] = [
+    pub(crate) const ALL: [Self; 10] = [
         Self::RowName,
         Self::Principal,
         Self::ApiKey,
@@ -41,6 +43,7 @@ impl MacPurpose {
         Self::SetHash,
         Self::AuditSalt,
         Self::LoginDummy,
+        Self::Anchor,
     ];
 
     /// Stored MACs depend on these: they never change.
@@ -55,6 +58,7 @@ impl MacPurpose {
             Self::SetHash => "polykey/mac/set-hash/v1",
             Self::AuditSalt => "polykey/mac/audit-salt/v1",
             Self::LoginDummy => "polykey/mac/login-dummy/v1",
+            Self::Anchor => "polykey/mac/anchor/v1",
         }
     }
 
@@ -65,7 +69,7 @@ impl MacPurpose {
 }
 
 /// One expanded HMAC key per purpose.
-pub(crate) struct MacKeys([hmac::Key; 9]);
+pub(crate) struct MacKeys([hmac::Key; 10]);
 
 impl MacKeys {
     pub(crate) fn derive(
@@ -86,7 +90,8 @@ impl MacKeys {
     }
 
     fn key(&self, purpose: MacPurpose) -> &hmac::Key {
-        let Self([row, principal, api, page, metadata, idempotency, set, audit, login]) = self;
+        let Self([row, principal, api, page, metadata, idempotency, set, audit, login, anchor]) =
+            self;
         match purpose {
             MacPurpose::RowName => row,
             MacPurpose::Principal => principal,
@@ -97,6 +102,7 @@ impl MacKeys {
             MacPurpose::SetHash => set,
             MacPurpose::AuditSalt => audit,
             MacPurpose::LoginDummy => login,
+            MacPurpose::Anchor => anchor,
         }
     }
 

@@ -90,7 +90,7 @@ fn format_1_opens() {
     }
 }
 
-const MACS: [(MacPurpose, &str); 9] = [
+const MACS: [(MacPurpose, &str); 10] = [
     (MacPurpose::RowName, "row-name"),
     (MacPurpose::Principal, "principal"),
     (MacPurpose::ApiKey, "api-key"),
@@ -100,6 +100,7 @@ const MACS: [(MacPurpose, &str); 9] = [
     (MacPurpose::SetHash, "set-hash"),
     (MacPurpose::AuditSalt, "audit-salt"),
     (MacPurpose::LoginDummy, "login-dummy"),
+    (MacPurpose::Anchor, "anchor"),
 ];
 
 /// How the files of a format come to be: name a directory that does not exist yet, once, when the

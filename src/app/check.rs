@@ -8,7 +8,7 @@ use std::path::Path;
 use polykey_hsm::SlotKind;
 use rustix::fs::FlockOperation;
 
-use super::{AppError, load_authority, reload, secrets};
+use super::{AppError, anchor, load_authority, reload, secrets};
 use crate::config::Config;
 use crate::custody::{MASTER_KEY, NamedWrapper};
 use crate::net::tls::{self, TlsState};
@@ -115,6 +115,7 @@ pub async fn check(config: &Config) -> Vec<Finding> {
     findings.extend([
         Finding { subject: "data directory", result: data_directory(&config.node.data_dir) },
         Finding { subject: "store", result: store(config) },
+        Finding { subject: "anchor", result: anchor::look(config) },
     ]);
     findings
 }

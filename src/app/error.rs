@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use super::recover::RecoveryFailure;
 use super::restore::RestoreFailure;
 use super::secrets::Missing;
+use crate::anchor::Unanchored;
 use crate::authz::PolicyErrors;
 use crate::backup::BackupError;
 use crate::config::ConfigErrors;
@@ -59,6 +60,17 @@ pub enum AppError {
     /// A backup gives nothing back.
     #[error("{0}")]
     Restore(#[from] RestoreFailure),
+    /// The anchor of the store does not vouch for it.
+    #[error("{0}")]
+    Anchor(Box<Unanchored>),
+    /// A file cannot be written.
+    #[error("{} cannot be written: {source}", path.display())]
+    Unwritable {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// The store file does not open.
     #[error("{0}")]
     Store(#[from] polykey_storage::OpenError),
@@ -120,6 +132,12 @@ pub enum AppError {
     Process(std::io::Error),
 }
 
+impl From<Unanchored> for AppError {
+    fn from(refused: Unanchored) -> Self {
+        Self::Anchor(Box::new(refused))
+    }
+}
+
 fn lines<T: std::fmt::Display>(all: &[T]) -> String {
     all.iter().map(|one| format!("\n  {one}")).collect()
 }
@@ -147,6 +165,32 @@ pub enum Fault {
     Away,
 }
 
+/// What to do about an anchor that does not vouch for the store.
+fn unanchored(refused: &Unanchored) -> &'static str {
+    match refused {
+        Unanchored::Older { .. } | Unanchored::Forked { .. } => {
+            "Put the newest store back, or restore the newest backup. If this is the newest there is, give \
+             --accept-rollback once: it is audited, and what was revoked since then must be revoked again."
+        }
+        Unanchored::Missing(_) => {
+            "Give the medium of [anchor] file back. If there was no anchor yet, or it is lost, and this is \
+             the newest store, give --accept-rollback once: it makes one, and is audited."
+        }
+        Unanchored::Unreadable { .. } | Unanchored::Damaged { .. } => {
+            "Mend it, or put back the one that was there. If it is lost and this is the newest store, give \
+             --accept-rollback once: it makes another, and is audited."
+        }
+        Unanchored::OtherNode { .. } => {
+            "Correct [anchor] file or [storage] path. If this store is to be anchored there from now on, give \
+             --accept-rollback once: it is audited."
+        }
+        Unanchored::NoStore { .. } => {
+            "Restore the newest backup, or correct [storage] path. For a new node, name another [anchor] \
+             file, or move that one away."
+        }
+    }
+}
+
 impl AppError {
     /// What kind of failure it is.
     #[must_use]
@@ -156,6 +200,14 @@ impl AppError {
             return Fault::Away;
         }
         match self {
+            Self::Anchor(refused) => match **refused {
+                Unanchored::Older { .. }
+                | Unanchored::Forked { .. }
+                | Unanchored::Damaged { .. } => Fault::Damaged,
+                Unanchored::Missing(_) | Unanchored::OtherNode { .. } => Fault::Given,
+                Unanchored::NoStore { .. } => Fault::Conflict,
+                Unanchored::Unreadable { .. } => Fault::Machine,
+            },
             Self::Config(_)
             | Self::Telemetry(_)
             | Self::Tls(_)
@@ -277,6 +329,7 @@ impl AppError {
                  store exists, it needs the key it was made with."
                     .into()
             }
+            Self::Anchor(refused) => unanchored(refused).into(),
             Self::NoWrapper(_) | Self::Locked { .. } => {
                 "Give one of the wrappers its secret again, or recover with `polykey recover` if there is \
                  a recovery slot."

@@ -78,9 +78,11 @@ impl Locked {
         let how = with.name();
         // It may have been mended since the start.
         if let Ok(now) = Config::load(&self.config.file) {
-            let address = self.config.listen.address;
-            self.config = now;
-            self.config.listen.address = address;
+            let before = std::mem::replace(&mut self.config, now);
+            self.config.listen.address = before.listen.address;
+            if let (Some(now), Some(before)) = (&mut self.config.anchor, before.anchor) {
+                now.tolerate = before.tolerate;
+            }
         }
         let (given, recovery) = self.given(with).await?;
         let opened = App::open_given(self.config.clone(), Clock::System, given).await;

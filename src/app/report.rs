@@ -7,6 +7,7 @@ use polykey_proto::polykey::v2 as pb;
 use prost_types::Timestamp;
 
 use super::App;
+use crate::anchor::Keeper;
 use crate::audit::Trail;
 use crate::custody::backends::{self, Backends, Trouble};
 use crate::health::{Check, Health, STOPPING, State};
@@ -28,8 +29,10 @@ pub(super) fn checks(
     jobs: &Arc<Runner>,
     backends: &Arc<Backends>,
     stopping: &Arc<AtomicBool>,
+    anchor: &Option<Arc<Keeper>>,
 ) -> Vec<Check> {
     let stopping = Arc::clone(stopping);
+    let anchor = anchor.clone();
     let (store, written) = (Arc::clone(vault), Arc::clone(trail));
     let (tls, jobs, behind) = (Arc::clone(tls), Arc::clone(jobs), Arc::clone(backends));
     vec![
@@ -71,6 +74,7 @@ pub(super) fn checks(
                 State::Serving
             }
         }),
+        Box::new(move || anchor.as_ref().map_or(State::Serving, |anchor| anchor.state())),
         Box::new(move || certificates(&tls)),
         Box::new(move || match behind.trouble() {
             None => State::Serving,

@@ -12,7 +12,7 @@ use polykey_storage::{Store, redb};
 use rustix::fs::FlockOperation;
 
 use super::recover::{Recovered, RecoveryFailure, give_back};
-use super::{AppError, event, store, wrappers};
+use super::{AppError, anchor, event, store, wrappers};
 use crate::audit::{self, VerifyingKey};
 use crate::backup::{Backup, BackupError, Contents};
 use crate::config::{Config, Wrapper};
@@ -149,11 +149,15 @@ pub async fn restore(
     let mut done = event("Restore", clock.now());
     done.details.insert("revision".into(), view.contents.revision.to_string());
     done.details.insert("created_at".into(), view.created_at.to_string());
-    custody.vault().record([done]).await?;
+    let accepted =
+        anchor::restoring(config, custody.vault(), &clock, view.contents.revision).await?;
+    let events: Vec<_> = [done].into_iter().chain(accepted).collect();
+    custody.vault().record(events).await?;
     let recovered = match recovering {
         true => Some(give_back(&custody, config, make_master_key, clock).await?),
         false => None,
     };
+    let anchor = anchor::anew(config, custody.vault());
     drop(custody);
     store::closed_at(&target.path).await;
     named(&target.path, path).map_err(|source| match source.kind() {
@@ -161,6 +165,8 @@ pub async fn restore(
         _ => place(path)(source),
     })?;
     File::open(directory).and_then(|dir| dir.sync_all()).map_err(place(directory))?;
+    // Never before the store is there.
+    anchor.map_or(Ok(()), |anew| anew())?;
     Ok((view, recovered))
 }
 

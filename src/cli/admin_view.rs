@@ -403,6 +403,16 @@ pub(super) struct StoreView {
     pub(super) last_verified_at: Option<String>,
     pub(super) last_verification_ok: bool,
     pub(super) damaged_records: u64,
+    pub(super) anchor: Option<AnchorView>,
+}
+
+/// What the node is known to have served.
+#[derive(Serialize)]
+pub(super) struct AnchorView {
+    file: String,
+    revision: Option<u64>,
+    written_at: Option<String>,
+    trouble: Option<String>,
 }
 
 impl From<pb::GetStoreStatusResponse> for StoreView {
@@ -421,6 +431,12 @@ impl From<pb::GetStoreStatusResponse> for StoreView {
             last_verified_at: time(s.last_verified_at.as_ref()),
             last_verification_ok: s.last_verification_ok,
             damaged_records: s.damaged_records,
+            anchor: (!s.anchor.is_empty()).then(|| AnchorView {
+                file: s.anchor,
+                revision: (s.anchored_revision != 0).then_some(s.anchored_revision),
+                written_at: time(s.anchored_at.as_ref()),
+                trouble: (!s.anchor_trouble.is_empty()).then_some(s.anchor_trouble),
+            }),
         }
     }
 }
@@ -448,6 +464,18 @@ impl View for StoreView {
         ];
         if self.damaged_records > 0 {
             fields.push(("damaged records", self.damaged_records.to_string()));
+        }
+        fields.push(match &self.anchor {
+            None => ("anchor", "none: an older copy would be served".to_owned()),
+            Some(anchor) => {
+                let at = short(anchor.written_at.as_ref());
+                let stands =
+                    anchor.revision.map(|revision| format!(", revision {revision} at {at}"));
+                ("anchor", anchor.file.clone() + &stands.unwrap_or_default())
+            }
+        });
+        if let Some(trouble) = self.anchor.as_ref().and_then(|anchor| anchor.trouble.clone()) {
+            fields.push(("anchor", format!("CANNOT BE WRITTEN: {trouble}")));
         }
         fields.extend(self.records.iter().map(|(space, n)| ("records", format!("{space}: {n}"))));
         Human::Record(fields)

@@ -269,6 +269,10 @@ fn the_node() {
             format: 1,
             node_id: "0011".into(),
             read_only_reason: String::new(),
+            anchor: "/a".into(),
+            anchored_revision: 4,
+            anchored_at: at(1),
+            anchor_trouble: String::new(),
         }),
     );
     check(

@@ -11,7 +11,7 @@ use super::error::{CliError, Exit};
 use super::output::{Human, View};
 use super::progress::Bar;
 use super::remote::{next, pages};
-use super::server::CopyArgs;
+use super::server::{CompactArgs, CopyArgs};
 use super::value;
 use crate::client::rpc;
 
@@ -25,6 +25,9 @@ pub enum StoreCommand {
     /// Copy a store that no server has open into another file or a database, or back, and compare every
     /// record. An interrupted copy is taken up again.
     Copy(CopyArgs),
+    /// Give the free space of a store that no server has open back to the file system. A crash meanwhile
+    /// loses nothing.
+    Compact(CompactArgs),
 }
 
 /// Kinds of jobs, as filters.
@@ -172,7 +175,7 @@ pub(super) async fn store(app: &App, command: StoreCommand) -> Result<(), CliErr
             Err(CliError::new(Exit::Unavailable, "the check ended without a result"))
         }
         // Done without a server.
-        StoreCommand::Copy(_) => Ok(()),
+        StoreCommand::Copy(_) | StoreCommand::Compact(_) => Ok(()),
     }
 }
 

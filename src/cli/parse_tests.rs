@@ -23,6 +23,9 @@ dev
 dev --dir /tmp/p --listen 127.0.0.1:0
 init --config F
 serve --config F
+serve --config F --accept-rollback
+restore --config F --from B --accept-rollback
+store compact --store F
 check --config F
 key create --type aes-256
 key create --type api-key --value-file -

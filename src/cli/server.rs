@@ -1,6 +1,7 @@
 //! `polykey dev|init|serve|check`, and what else needs the store itself: they bring a runtime of their own.
 
 mod backup;
+mod compact;
 mod copy;
 mod dev;
 mod hsm;
@@ -23,12 +24,14 @@ use super::output::{Human, View};
 use super::{App as Cli, audit};
 use crate::app::{self, AppError, Fault};
 use crate::audit::verify_clear;
-use crate::config::Config;
+use crate::config::{Config, Tolerate};
 use crate::error::Error;
 use crate::vault::space::{META, meta};
 
 pub use backup::{RestoreArgs, VerifyBackupArgs};
 pub(super) use backup::{backup_verify, restore};
+pub use compact::CompactArgs;
+pub(super) use compact::store_compact;
 pub use copy::CopyArgs;
 pub(super) use copy::store_copy;
 pub use dev::{DevArgs, dev};
@@ -57,6 +60,28 @@ impl From<AppError> for CliError {
             None => out,
         }
     }
+}
+
+/// Has a configuration accept, this once, a store for which its anchor does not vouch.
+fn accept_rollback(config: &mut Config, accept: bool) -> Result<(), CliError> {
+    match &mut config.anchor {
+        Some(anchor) if accept => anchor.tolerate = Tolerate::Rollback,
+        None if accept => {
+            let text =
+                "--accept-rollback: the configuration has no [anchor], so that no store is refused";
+            return Err(CliError::usage(text));
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+/// The configuration for the next opening: what was accepted was accepted once.
+fn accepted(mut config: Config) -> Config {
+    if let Some(anchor) = &mut config.anchor {
+        anchor.tolerate = Tolerate::Nothing;
+    }
+    config
 }
 
 /// A runtime for the node's own tasks; requests run on threads of the network layer.

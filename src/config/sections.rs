@@ -11,8 +11,8 @@ use tracing::level_filters::LevelFilter;
 
 use super::read::{ConfigErrors, Document, Refused, Section, path, refuse, string};
 use super::{
-    Audit, Bootstrap, Ca, Config, DataPlane, Hardened, Limits, Listen, Log, LogFormat, Login, Node,
-    Runtime, TlsReferences, Tokens, Unlock, Wrapper, wrapper,
+    Anchor, Audit, Bootstrap, Ca, Config, DataPlane, Hardened, Limits, Listen, Log, LogFormat,
+    Login, Node, Runtime, Storage, TlsReferences, Tokens, Tolerate, Unlock, Wrapper, wrapper,
 };
 use crate::custody::MASTER_KEY;
 use crate::net::NetConfig;
@@ -32,6 +32,7 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
     let node = node(root.section("node"));
     let listen = listen(root.section("listen"));
     let storage = super::storage::storage(root.section("storage"), node.as_ref());
+    let anchor = anchor(root.section("anchor"), storage.as_ref());
     let master_key = wrapper::section(root.section("master_key"));
     let others = root.section("wrappers");
     let wrappers = wrapper::sections(&others);
@@ -70,6 +71,7 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
         node,
         listen,
         storage,
+        anchor,
         master_key,
         wrappers,
         hardened,
@@ -178,6 +180,19 @@ fn listen(section: Section<'_, '_>) -> Option<Listen> {
     };
     let tls = TlsFiles { certificate: certificate.0, key: key.0, client_ca: client_ca.0, crl };
     Some(Listen { address: socket, tls, references, net, allow_common_name, health })
+}
+
+fn anchor(section: Section<'_, '_>, storage: Option<&Storage>) -> Option<Anchor> {
+    let file = match section.present() {
+        true => section.need_path("file", "\"/mnt/other-medium/polykey.anchor\""),
+        false => None,
+    };
+    if file.as_ref().is_some_and(|file| storage.is_some_and(|storage| storage.path == *file)) {
+        let refused = ("the store itself".to_owned(), "name a file on another medium".to_owned());
+        section.complain("file", refused);
+    }
+    section.finish();
+    Some(Anchor { file: file?, tolerate: Tolerate::Nothing })
 }
 
 /// How AWS is reached: the same keys wherever it is.

@@ -50,7 +50,7 @@ const BROKEN: &[Case] = &[
     (9, "[log]\nlevel = \"a\\qb\"", "10:12", "not TOML", "toml.io"),
     // Names.
     (9, "[nodes]\na = 1", "9:2", "`nodes` is not a section", "did you mean `node`?"),
-    (9, "[telemetry]", "9:2", "`telemetry` is not a section", "remove it; sections are: audit"),
+    (9, "[telemetry]", "9:2", "`telemetry` is not a section", "remove it; sections are: anchor"),
     (9, "[Log]", "9:2", "this key is not a section", "sections are"),
     (2, "data_dir = \"d\"\nname = \"n\"", "3:1", "`name` is not an option", "options are: data_dir"),
     (2, "data-dir = \"d\"", "2:1", "`data-dir` is not an option", "did you mean `data_dir`?"),
@@ -126,6 +126,8 @@ const BROKEN: &[Case] = &[
     #[cfg(not(feature = "postgres"))]
     (9, "[storage]\nkind = \"postgres\"", "10:8", "this build knows no databases", "feature `postgres`"),
     (9, "[storage]\nkind = \"sqlite\"", "10:8", "not a kind of store", "write \"redb\""),
+    (9, "[anchor]", "9:2", "[anchor] file: missing", "add `file = "),
+    (9, "[anchor]\nfile = \"d/polykey.redb\"", "10:8", "the store itself", "another medium"),
     (9, "kind = \"tpm\"", "9:8", "not a kind of wrapper", "write \"local\""),
     (9, "[hardened]", "9:2", "[hardened] wrapper: missing", "add `wrapper = "),
     (9, "[hardened]\nwrapper = \"cloud\"", "10:11", "there is no wrapper of this name", "hardware module"),
@@ -425,8 +427,7 @@ fn wrappers_are_read_as_the_master_key_is() {
 fn the_example_documents_every_option() {
     // The options themselves tell their names when one is unknown.
     let mut text = String::new();
-    let sections =
-        "node listen storage master_key hardened tokens login audit policies limits log ca runtime";
+    let sections = "node listen storage anchor master_key hardened tokens login audit policies limits log ca runtime";
     for section in sections.split(' ') {
         text.push_str(&format!("[{section}]\nxxxxxxxxxxxxxxxx = 1\n"));
     }

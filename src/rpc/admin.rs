@@ -25,6 +25,7 @@ use tonic::{Request, Response, Status};
 use super::Deps;
 use super::admit::Admitted;
 use super::key_service::Answers;
+use crate::anchor::Keeper;
 use crate::audit::Outcome;
 use crate::authz::{Action, Command, DecisionId, Resource};
 use crate::config::Config;
@@ -49,6 +50,8 @@ pub struct AdminDeps {
     pub config: Arc<Config>,
     /// When it was read.
     pub loaded_at: Time,
+    /// Whoever keeps the anchor of the store, if it has one.
+    pub anchor: Option<Arc<Keeper>>,
     /// What may open the root key, and is needed to rotate it.
     pub wrappers: Vec<NamedWrapper>,
 }

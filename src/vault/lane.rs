@@ -9,7 +9,7 @@ use super::{Vault, meta};
 use crate::error::Error;
 
 /// A lane has 2^44 counters: at 50,000 records a second, 11 years of one process. There are 2^20 lanes.
-const LANE_BITS: u32 = 44;
+pub(super) const LANE_BITS: u32 = 44;
 /// How many nodes may start at the very same moment.
 const ATTEMPTS: usize = 64;
 

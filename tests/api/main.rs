@@ -12,10 +12,12 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod anchor;
 #[cfg(feature = "aws")]
 mod aws;
 mod backup;
 mod canary;
+mod compact;
 mod crypto;
 mod fields;
 mod go_batch;

@@ -1956,6 +1956,18 @@ pub struct GetStoreStatusResponse {
     /// names the first 100.
     #[prost(uint64, tag = "13")]
     pub damaged_records: u64,
+    /// The file of its anchor: what the node is known to have served. Empty: it has none.
+    #[prost(string, tag = "14")]
+    pub anchor: ::prost::alloc::string::String,
+    /// The revision that is anchored. 0: none since the start.
+    #[prost(uint64, tag = "15")]
+    pub anchored_revision: u64,
+    /// When it was.
+    #[prost(message, optional, tag = "16")]
+    pub anchored_at: ::core::option::Option<::prost_types::Timestamp>,
+    /// Why the anchor cannot be written. Empty: it can.
+    #[prost(string, tag = "17")]
+    pub anchor_trouble: ::prost::alloc::string::String,
 }
 /// Asks for a backup.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

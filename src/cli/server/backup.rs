@@ -10,7 +10,7 @@ use super::super::audit;
 use super::super::error::CliError;
 use super::super::output::{Human, View};
 use super::recover::recovery_key;
-use super::runtime;
+use super::{accept_rollback, runtime};
 use crate::app::{self, AppError, BackupView, Recovery};
 use crate::config::Config;
 use crate::hardening;
@@ -74,6 +74,10 @@ pub struct RestoreArgs {
     /// With a recovery key: make the master key in the file that the configuration names, if there is none.
     #[arg(long)]
     pub generate_master_key: bool,
+    /// Restore a backup that is older than what the node is known to have served by its anchor. It is
+    /// audited, and the store is anchored as it is.
+    #[arg(long)]
+    pub accept_rollback: bool,
     /// What opens it instead of the configuration's wrappers.
     #[command(flatten)]
     pub recovery: RecoveryArgs,
@@ -158,7 +162,8 @@ pub(in crate::cli) fn backup_verify(cli: &Cli, args: VerifyBackupArgs) -> Result
 /// See [`AppError`].
 pub(in crate::cli) fn restore(cli: &Cli, args: RestoreArgs) -> Result<(), CliError> {
     hardening::private_files();
-    let config = Config::load(&args.config).map_err(AppError::from)?;
+    let mut config = Config::load(&args.config).map_err(AppError::from)?;
+    accept_rollback(&mut config, args.accept_rollback)?;
     let recovery = args.recovery.given()?;
     let restored =
         app::restore(&config, &args.from, recovery, args.generate_master_key, Clock::System);

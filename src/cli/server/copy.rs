@@ -92,13 +92,18 @@ pub(in crate::cli) fn store_copy(cli: &Cli, args: CopyArgs) -> Result<(), CliErr
     cli.out.print(&CopiedView { from, to, records, revision: revision.0 })
 }
 
+/// Whether a store is named that is no file.
+pub(super) fn is_database(place: &str) -> bool {
+    SCHEMES.iter().any(|scheme| place.starts_with(scheme))
+}
+
 fn open(
     place: &str,
     password: Option<&Path>,
     schema: &str,
     make: bool,
 ) -> Result<Arc<dyn Store>, CliError> {
-    if SCHEMES.iter().any(|scheme| place.starts_with(scheme)) {
+    if is_database(place) {
         return database(place, password, schema);
     }
     let options = redb::Options::default();

@@ -9,7 +9,7 @@ use clap::Args;
 use super::super::error::CliError;
 use super::super::output::write_out;
 use super::run::{Signals, announce, door, prepare_process, until_signalled};
-use super::runtime;
+use super::{accept_rollback, accepted, runtime};
 use crate::app::{Admin, App, AppError, Bootstrapped, Running, bootstrap};
 use crate::hardening;
 use crate::pki;
@@ -29,6 +29,9 @@ pub struct DevArgs {
     /// Where to listen, this time; without it where DIR/polykey.toml says, at first 127.0.0.1:50053.
     #[arg(long, value_name = "ADDR")]
     pub listen: Option<SocketAddr>,
+    /// Where DIR/polykey.toml has an [anchor]: as for `polykey serve`.
+    #[arg(long)]
+    pub accept_rollback: bool,
 }
 
 /// Serves from a directory, and makes what is missing in it first.
@@ -37,8 +40,9 @@ pub struct DevArgs {
 /// See [`AppError`]; running again goes on where this broke off.
 pub fn dev(args: DevArgs) -> Result<(), CliError> {
     hardening::private_files();
-    let prepared = prepare(&args.dir, args.listen, SystemTime::now(), &mut every_step)
+    let mut prepared = prepare(&args.dir, args.listen, SystemTime::now(), &mut every_step)
         .map_err(AppError::from)?;
+    accept_rollback(&mut prepared.config, args.accept_rollback)?;
     prepare_process(&prepared.config)?;
     runtime()?.block_on(Box::pin(async {
         let signals = Signals::install()?;
@@ -47,7 +51,7 @@ pub fn dev(args: DevArgs) -> Result<(), CliError> {
         let running = start(&prepared).await?;
         announce(&running);
         write_out(greeting(&args.dir, running.address(), first).as_bytes())?;
-        until_signalled(running, prepared.config.clone(), signals, door).await
+        until_signalled(running, accepted(prepared.config.clone()), signals, door).await
     }))
 }
 

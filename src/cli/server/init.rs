@@ -13,7 +13,7 @@ use super::super::output::{Human, View};
 use super::runtime;
 use crate::app::{Admin, App, AppError, bootstrap, store};
 use crate::authn::certificate::CertificateIdentity;
-use crate::config::{Config, Wrapper};
+use crate::config::{Config, Tolerate, Wrapper};
 use crate::pki::{self, Authority, KeyKind, Validity};
 use crate::setup::profile::Credentials;
 use crate::time::Clock;
@@ -104,7 +104,7 @@ pub(in crate::cli) fn init(cli: &Cli, args: InitArgs) -> Result<(), CliError> {
     cli.out.print(&view)
 }
 
-async fn make(config: Config, args: InitArgs) -> Result<InitView, AppError> {
+async fn make(mut config: Config, args: InitArgs) -> Result<InitView, AppError> {
     let directory = config.node.data_dir.clone();
     let out = args.out.unwrap_or_else(|| directory.clone());
     let out = std::path::absolute(&out).unwrap_or(out);
@@ -141,6 +141,10 @@ async fn make(config: Config, args: InitArgs) -> Result<InitView, AppError> {
     let mut identities = args.identities;
     if issue {
         identities.push(pki::client_identity(&args.admin)?);
+    }
+    if let Some(anchor) = &mut config.anchor {
+        // One that broke off may have made the store and not its anchor.
+        anchor.tolerate = Tolerate::Missing;
     }
     let app = App::found(config, Clock::System).await?;
     let admin = Admin { id: args.admin, identities };

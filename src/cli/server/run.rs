@@ -6,6 +6,7 @@ use clap::Args;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::super::error::{CliError, Exit};
+use super::{accept_rollback, accepted};
 use crate::app::door::{Answer, Ask, Door, Request, With};
 use crate::app::locked::{Locked, StillLocked};
 use crate::app::{App, AppError, Running};
@@ -28,6 +29,10 @@ pub struct ServeArgs {
     /// The configuration.
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
+    /// Serve, this once, a store for which its anchor does not vouch: one that is older than what has been
+    /// served, or whose anchor is missing. It is audited, and the store is anchored as it is.
+    #[arg(long)]
+    pub accept_rollback: bool,
 }
 
 /// Serves a configuration until a signal ends it.
@@ -35,7 +40,8 @@ pub struct ServeArgs {
 /// # Errors
 /// See [`AppError`].
 pub fn serve(args: ServeArgs) -> Result<(), CliError> {
-    let config = Config::load(&args.config).map_err(AppError::from)?;
+    let mut config = Config::load(&args.config).map_err(AppError::from)?;
+    accept_rollback(&mut config, args.accept_rollback)?;
     prepare_process(&config)?;
     super::runtime()?.block_on(Box::pin(async {
         let mut signals = Signals::install()?;
@@ -57,7 +63,7 @@ pub fn serve(args: ServeArgs) -> Result<(), CliError> {
             Err(error) => return Err(error.into()),
         };
         announce(&running);
-        until_signalled(running, config, signals, door).await
+        until_signalled(running, accepted(config), signals, door).await
     }))
 }
 

@@ -76,6 +76,8 @@ impl AdminService {
         };
         let free = status.path.as_ref().and_then(|path| rustix::fs::statvfs(path).ok());
         let verified = *self.0.verified.lock();
+        let anchor = self.0.admin.anchor.as_ref().map(|anchor| anchor.status());
+        let anchored = anchor.as_ref().and_then(|anchor| anchor.anchored);
         Ok(pb::GetStoreStatusResponse {
             backend: status.kind.to_owned(),
             revision: status.revision.0,
@@ -90,6 +92,10 @@ impl AdminService {
             format: FORMAT,
             node_id: HEXLOWER.encode(&vault.node_id()),
             damaged_records: vault.damaged(),
+            anchored_revision: anchored.map_or(0, |(revision, _)| revision.0),
+            anchored_at: anchored.map(|(_, at)| timestamp(at)),
+            anchor_trouble: anchor.as_ref().and_then(|it| it.trouble.clone()).unwrap_or_default(),
+            anchor: anchor.map(|it| it.path.display().to_string()).unwrap_or_default(),
         })
     }
 
