@@ -12,7 +12,7 @@ use tracing::level_filters::LevelFilter;
 use super::read::{ConfigErrors, Document, Refused, Section, path, refuse, string};
 use super::{
     Audit, Bootstrap, Ca, Config, DataPlane, Hardened, Limits, Listen, Log, LogFormat, Login, Node,
-    Runtime, Storage, TlsReferences, Tokens, Unlock, Wrapper, wrapper,
+    Runtime, Storage, TlsReferences, Tokens, Unlock, Wrapper, replication, wrapper,
 };
 use crate::custody::MASTER_KEY;
 use crate::net::NetConfig;
@@ -32,6 +32,7 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
     let node = node(root.section("node"));
     let listen = listen(root.section("listen"));
     let storage = storage(root.section("storage"), node.as_ref());
+    let replication = replication::section(root.section("replication"));
     let master_key = wrapper::section(root.section("master_key"));
     let others = root.section("wrappers");
     let wrappers = wrapper::sections(&others);
@@ -70,6 +71,7 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
         node,
         listen,
         storage,
+        replication,
         master_key,
         wrappers,
         hardened,

@@ -143,6 +143,8 @@ fn database(_: &str, _: Option<&Path>, _: &str) -> Result<Arc<dyn Store>, CliErr
 fn failed(error: ReplicaError) -> CliError {
     let exit = match &error {
         ReplicaError::NotEmpty
+        | ReplicaError::NotAReplica
+        | ReplicaError::Torn
         | ReplicaError::OfAnother
         | ReplicaError::Diverged { .. }
         | ReplicaError::SourceWentBack { .. }
