@@ -10,11 +10,13 @@
 mod bootstrap;
 mod check;
 pub mod door;
+mod draw;
 mod error;
 pub mod locked;
 mod measured;
 mod recover;
 mod reload;
+mod replication;
 mod report;
 mod restore;
 mod secrets;
@@ -35,6 +37,7 @@ use polykey_proto::polykey::record::v1::AuditEvent;
 use polykey_proto::polykey::record::v1::audit_event::Outcome;
 use polykey_proto::polykey::record::v1::job_record::Kind;
 use polykey_storage::redb;
+use polykey_storage::replicated::Replicated;
 use polykey_storage::{Revision, RowKey, Store};
 use rustix::fs::FlockOperation;
 use tokio_util::sync::CancellationToken;
@@ -65,10 +68,12 @@ use crate::vault::{Invalidate, Vault};
 
 pub use bootstrap::{Admin, Bootstrapped, bootstrap};
 pub use check::{Finding, check};
+pub use draw::Database;
 pub use error::{AppError, Fault};
 pub use recover::{Recovered, RecoveryFailure, recover};
 pub use reload::Reloaded;
-pub use restore::{BackupView, Recovery, RestoreFailure, restore, verify_backup};
+pub use replication::{ReplicationFailure, record_promotion};
+pub use restore::{BackupView, Origin, Recovery, RestoreFailure, restore, verify_backup};
 pub use secrets::Missing;
 
 /// Longest time that a call which is not a stream may take.
@@ -159,6 +164,8 @@ pub struct App {
     pub network: Arc<std::sync::OnceLock<Arc<NetMetrics>>>,
     /// The open connections, once there are any.
     pub connections: Arc<std::sync::OnceLock<Arc<Connections>>>,
+    /// The way to the replication target, where there is one.
+    pub replication: Option<Arc<Replicated>>,
     /// Whether it serves.
     pub health: Arc<Health>,
     /// When it was opened.
@@ -299,7 +306,7 @@ impl App {
             true => redb::Redb::open_or_create(path, options)?,
             false => redb::Redb::open(path, options)?,
         };
-        let store: Arc<dyn Store> = Arc::new(store);
+        let (store, replication) = replication::start(&config, Arc::new(store)).await?;
 
         let keys = Arc::new(KeyCaches::new(config.limits.key_cache));
         let security = Arc::new(SecurityCaches::new(config.limits.directory_cache));
@@ -332,6 +339,10 @@ impl App {
         };
         wrappers.retain(|named| named.wrapper.kind() != SlotKind::Recovery);
         let vault = Arc::clone(custody.vault());
+        if let Some(replicated) = replication.clone() {
+            vault.refuse_by(Box::new(move |commit| replicated.refuses(commit)));
+        }
+        replication::audit_promotion(&vault).await?;
 
         let now = clock.now();
         if let Some(seed) = signing_key {
@@ -364,7 +375,12 @@ impl App {
         let jobs = Runner::new(Arc::clone(&vault), alarm, handler(&keyring, &directory, &clock));
         jobs.resume().await?;
         let stopping = Arc::new(AtomicBool::new(false));
-        let health = Health::new(report::checks(&vault, &trail, &tls, &jobs, &backends, &stopping));
+        let mut checks = report::checks(&vault, &trail, &tls, &jobs, &backends, &stopping);
+        if let (Some(replicated), Some(settings)) = (&replication, &config.replication) {
+            // Before what follows from it.
+            checks.insert(1, replication::check(replicated, settings.max_lag));
+        }
+        let health = Health::new(checks);
         Ok(Self {
             config: Arc::new(config),
             started_at: now,
@@ -384,6 +400,7 @@ impl App {
             metrics: Arc::default(),
             network: Arc::default(),
             connections: Arc::default(),
+            replication,
             health,
             stopping,
         })
@@ -466,6 +483,7 @@ impl App {
             config: Arc::clone(&self.config),
             loaded_at: self.started_at,
             wrappers: self.wrappers.clone(),
+            replication: self.replication.clone(),
         };
         let service = rpc::service(deps, admin, |routes| routes.add_service(health));
         let service = measured::Measured::new(service, Arc::clone(&self.metrics));
@@ -489,7 +507,9 @@ impl App {
     async fn rest(&self) -> Result<(), Error> {
         self.jobs.shutdown();
         self.jobs.note_clock().await;
-        self.trail.shutdown(LAST_WORDS).await
+        let written = self.trail.shutdown(LAST_WORDS).await;
+        replication::settle(self.replication.as_ref()).await;
+        written
     }
 }
 

@@ -18,15 +18,16 @@ mod tx;
 mod verify;
 
 use std::ops::Bound;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use polykey_hsm::{MacPurpose, Ring, Sealer};
 use polykey_proto::polykey::record::v1::{AuditEvent, CanaryRecord, HeadRecord};
 use polykey_storage::{
-    Commit, Direction, Entry, Health, KeyRange, ReadError, Revision, RowKey, Snapshot, Space, Store,
+    Commit, Direction, Entry, Health, KeyRange, ReadError, Revision, RowKey, Snapshot, Space,
+    Store, StoreError,
 };
 
 use crate::error::Error;
@@ -58,6 +59,9 @@ impl Invalidate for Vec<Arc<dyn Invalidate>> {
         self.iter().for_each(|cache| cache.clear());
     }
 }
+
+/// Why a change is refused before it reaches the writer, if it is.
+pub(crate) type Refuses = Box<dyn Fn(&Commit) -> Option<StoreError> + Send + Sync>;
 
 /// Figures of the writer, for health and metrics.
 #[derive(Debug, Default)]
@@ -134,6 +138,7 @@ pub struct Vault {
     damage: Damage,
     metrics: Arc<Metrics>,
     sequencer: Sequencer,
+    refuses: OnceLock<Refuses>,
     clock: Clock,
 }
 
@@ -262,6 +267,7 @@ impl Vault {
             damage: Damage::default(),
             metrics,
             sequencer,
+            refuses: OnceLock::new(),
             clock,
         })
     }
@@ -318,6 +324,11 @@ impl Vault {
     #[must_use]
     pub fn damaged(&self) -> u64 {
         self.damage.count()
+    }
+
+    /// Has every change asked first; the first call counts.
+    pub(crate) fn refuse_by(&self, refuses: Refuses) {
+        drop(self.refuses.set(refuses));
     }
 
     /// Figures of the writer.
@@ -565,6 +576,9 @@ impl Vault {
     ) -> Result<Receipt, Error> {
         if !self.intact() {
             return Err(Error::data_loss("the store failed its verification; writing has stopped"));
+        }
+        if let Some(why) = self.refuses.get().and_then(|refuses| refuses(&commit)) {
+            return Err(Error::unavailable(why.to_string()));
         }
         if !self.writable() {
             return Err(Error::unavailable("the store takes no commits just now"));

@@ -269,6 +269,17 @@ fn the_node() {
             format: 1,
             node_id: "0011".into(),
             read_only_reason: String::new(),
+            replication: Some(pb::ReplicationStatus {
+                target: "postgres://p@h/d (schema s)".into(),
+                mode: "sync".into(),
+                when_away: "refuse".into(),
+                state: "away".into(),
+                detail: "gone".into(),
+                synchronous: false,
+                shipped_revision: 4,
+                lag_revisions: 1,
+                lag_seconds: 0.5,
+            }),
         }),
     );
     check(

@@ -75,7 +75,10 @@ impl Replication {
             ("replication.when_away", when_away.to_owned()),
             ("replication.timeout", time(*timeout)),
             ("replication.max_lag", time(*max_lag)),
-            ("replication.when_fenced", if *reads_when_fenced { "read" } else { "stop" }.to_owned()),
+            (
+                "replication.when_fenced",
+                if *reads_when_fenced { "read" } else { "stop" }.to_owned(),
+            ),
             ("replication.transaction_pooler", transaction_pooler.to_string()),
             ("replication.durable", durable.to_string()),
         ]

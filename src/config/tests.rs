@@ -392,7 +392,8 @@ fn the_optional_examples_are_valid() {
     // A node has a master key or a passphrase, not both.
     let all = all.replace("\nsource = { file", "\n# source = { file");
     let parsed = parse(&all);
-    for (there, name) in [(cfg!(feature = "aws"), "aws"), (cfg!(feature = "postgres"), "postgres")] {
+    for (there, name) in [(cfg!(feature = "aws"), "aws"), (cfg!(feature = "postgres"), "postgres")]
+    {
         if !there {
             assert!(parsed.unwrap_err().to_string().contains(&format!("feature `{name}`")));
             return;
@@ -437,8 +438,7 @@ fn wrappers_are_read_as_the_master_key_is() {
 fn the_example_documents_every_option() {
     // The options themselves tell their names when one is unknown.
     let mut text = String::new();
-    let sections =
-        "node listen storage replication master_key hardened tokens login audit policies limits log ca runtime";
+    let sections = "node listen storage replication master_key hardened tokens login audit policies limits log ca runtime";
     for section in sections.split(' ') {
         text.push_str(&format!("[{section}]\nxxxxxxxxxxxxxxxx = 1\n"));
     }

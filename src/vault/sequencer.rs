@@ -206,6 +206,10 @@ impl Writer {
                 }
             }
             Err(error) => {
+                if matches!(error, CommitError::OutcomeUnknown(_)) {
+                    // It may be in force, and opening again may take long.
+                    self.caches.clear();
+                }
                 let answer = self.failed(&error);
                 for reply in replies {
                     let _ = reply.send(Err(answer.clone()));

@@ -199,6 +199,12 @@ pub async fn watermark(store: &dyn Store) -> Result<Option<Watermark>, ReplicaEr
     found.map(|row| Watermark::decode(&row.value).ok_or(ReplicaError::Damaged)).transpose()
 }
 
+/// The change by which a store stops being a replica.
+#[must_use]
+pub fn apart() -> Commit {
+    Commit::new().delete(SPACE, WATERMARK)
+}
+
 /// A store that is kept equal to another.
 pub struct Replica {
     source: Arc<dyn Store>,
@@ -538,7 +544,11 @@ impl Elsewhere {
 
     fn check(&mut self, applied: &Applied<'_>) -> Result<Vec<Write>, Abort> {
         self.found = Revision(applied.revision.0.saturating_sub(1));
-        if self.found == self.left { Ok(Vec::new()) } else { Err(Abort::new("written to by others")) }
+        if self.found == self.left {
+            Ok(Vec::new())
+        } else {
+            Err(Abort::new("written to by others"))
+        }
     }
 
     // The revision that was met.

@@ -139,12 +139,16 @@ pub enum Link {
 /// How shipping stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shipping {
+    /// The target, for messages.
+    pub target: String,
     /// When commits are acknowledged.
     pub mode: Mode,
     /// How the target is.
     pub link: Link,
     /// Whether commits wait for the target. Never in [`Mode::Async`].
     pub synced: bool,
+    /// Whether reading goes on when this store is fenced.
+    pub reads_on: bool,
     /// The last revision of this store.
     pub revision: Revision,
     /// The last revision that the target has been, whole.
@@ -152,6 +156,8 @@ pub struct Shipping {
     /// How long the oldest revision that is not on the target has been here, or since the start if it
     /// is older. Zero if there is none.
     pub behind: Duration,
+    /// How long the target has taken nothing, or not been a revision of this store.
+    pub away: Duration,
 }
 
 impl Shipping {
@@ -196,6 +202,14 @@ pub enum NotReady {
     /// The store here cannot be read.
     #[error("{0}")]
     Store(StoreError),
+}
+
+/// Whether a store has learned that its target was promoted, whether or not it is shipped now.
+///
+/// # Errors
+/// [`StoreError`] if it is not read.
+pub fn fenced(store: &dyn Store) -> Result<Option<Fenced>, StoreError> {
+    Ok(local::read(store)?.and_then(|known| known.fenced))
 }
 
 /// A store, and the thread that ships it. Dropped, it ships no more.
@@ -326,7 +340,8 @@ impl Replicated {
     pub fn settle(&self, at_most: Duration) {
         let until = Instant::now() + at_most;
         let mut state = self.shared.state.lock();
-        while matches!(state.link, Link::Following | Link::Copying) && state.shipped < state.latest {
+        while matches!(state.link, Link::Following | Link::Copying) && state.shipped < state.latest
+        {
             if self.shared.changed.wait_until(&mut state, until).timed_out() {
                 return;
             }
@@ -343,6 +358,9 @@ impl Replicated {
             state.samples.front().map_or(state.since, |(_, at)| *at).elapsed()
         };
         Shipping {
+            target: self.shared.options.target.clone(),
+            reads_on: self.shared.options.goes_on.is_some(),
+            away: state.away.map_or(Duration::ZERO, |since| since.elapsed()),
             mode: self.shared.options.mode,
             link: state.link.clone(),
             synced: state.synced,

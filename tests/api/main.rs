@@ -28,6 +28,8 @@ mod hsm;
 mod limits;
 mod lock;
 mod newcomer;
+#[cfg(feature = "postgres")]
+mod replication;
 mod rights;
 mod slots;
 #[cfg(feature = "postgres")]

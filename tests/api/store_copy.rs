@@ -2,7 +2,7 @@
 
 #[allow(dead_code, reason = "shared with the tests of the store")]
 #[path = "../../storage/tests/postgres/server.rs"]
-mod postgres;
+pub(crate) mod postgres;
 
 use std::fs;
 

@@ -7,6 +7,7 @@ use data_encoding::HEXLOWER;
 use polykey_proto::polykey::record::v1::JobRecord;
 use polykey_proto::polykey::record::v1::job_record::Kind;
 use polykey_proto::polykey::v2 as pb;
+use polykey_storage::replicated::{Link, Mode, Shipping, WhenAway};
 use polykey_storage::{Direction, RowKey, Space};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -57,6 +58,33 @@ fn space_name(space: Space) -> String {
     named.map_or_else(|| "node".to_owned(), |(_, name)| (*name).to_owned())
 }
 
+fn replication(shipping: &Shipping) -> pb::ReplicationStatus {
+    let (state, detail) = match &shipping.link {
+        Link::Connecting => ("connecting", String::new()),
+        Link::Copying => ("copying", String::new()),
+        Link::Following => ("following", String::new()),
+        Link::Away(why) => ("away", why.clone()),
+        Link::Refused(why) => ("refused", why.clone()),
+        Link::Fenced(fenced) => ("fenced", fenced.to_string()),
+    };
+    let (mode, when_away) = match shipping.mode {
+        Mode::Async => ("async", ""),
+        Mode::Sync(WhenAway::Refuse) => ("sync", "refuse"),
+        Mode::Sync(WhenAway::Degrade) => ("sync", "degrade"),
+    };
+    pb::ReplicationStatus {
+        target: shipping.target.clone(),
+        mode: mode.to_owned(),
+        when_away: when_away.to_owned(),
+        state: state.to_owned(),
+        detail,
+        synchronous: shipping.synced,
+        shipped_revision: shipping.shipped.0,
+        lag_revisions: shipping.lag(),
+        lag_seconds: shipping.behind.as_secs_f64(),
+    }
+}
+
 impl AdminService {
     pub(super) async fn get_store_status(
         &self,
@@ -76,6 +104,7 @@ impl AdminService {
         };
         let free = status.path.as_ref().and_then(|path| rustix::fs::statvfs(path).ok());
         let verified = *self.0.verified.lock();
+        let shipped = self.0.admin.replication.as_ref().map(|replicated| replicated.shipping());
         Ok(pb::GetStoreStatusResponse {
             backend: status.kind.to_owned(),
             revision: status.revision.0,
@@ -90,6 +119,7 @@ impl AdminService {
             format: FORMAT,
             node_id: HEXLOWER.encode(&vault.node_id()),
             damaged_records: vault.damaged(),
+            replication: shipped.as_ref().map(replication),
         })
     }
 

@@ -77,9 +77,11 @@ pub async fn promote(store: &Arc<dyn Store>, fenced: u64) -> Result<Promotion, R
             return Err(ReplicaError::Torn);
         }
         let promoted = Promotion { source: mark.source, revision: mark.revision, fenced };
-        let commit = Commit::new()
-            .require(SPACE, WATERMARK, Require::At(row.revision))
-            .put(SPACE, PROMOTED, promoted.encode());
+        let commit = Commit::new().require(SPACE, WATERMARK, Require::At(row.revision)).put(
+            SPACE,
+            PROMOTED,
+            promoted.encode(),
+        );
         let mut next = Elsewhere::after(current);
         let committed =
             store.commit(vec![commit], &mut |applied: &Applied<'_>| next.check(applied)).await;

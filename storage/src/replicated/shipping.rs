@@ -73,7 +73,8 @@ struct Session {
 
 impl Session {
     fn open(shared: &Shared, opener: &Opener) -> Result<Self, Trouble> {
-        let here = |error: &dyn std::fmt::Display| Trouble::Away(format!("the store here: {error}"));
+        let here =
+            |error: &dyn std::fmt::Display| Trouble::Away(format!("the store here: {error}"));
         let known = local::read(shared.store.as_ref()).map_err(|error| here(&error))?;
         let mut opened = opener(known.map(|known| known.epoch)).map_err(unopened)?;
         let id = opened.store.status().id;
@@ -84,7 +85,8 @@ impl Session {
                     // The epoch was that of another target.
                     opened = opener(None).map_err(unopened)?;
                 }
-                let known = Known { target: opened.store.status().id, epoch: opened.epoch, fenced: None };
+                let known =
+                    Known { target: opened.store.status().id, epoch: opened.epoch, fenced: None };
                 // Before anything is shipped: whoever is fenced later knows by what.
                 let written = local::write(shared.store.as_ref(), &known);
                 let revision = written.map_err(|error| here(&error))?;
