@@ -123,8 +123,12 @@ async fn until(admin: &Client, what: &str, holds: impl Fn(&Value) -> bool) -> Va
     }
 }
 
+fn lag(found: &Value) -> u64 {
+    found["lag_revisions"].as_u64().unwrap_or(0)
+}
+
 fn caught_up(found: &Value) -> bool {
-    found["state"] == "following" && found["lag_revisions"].as_str().unwrap_or("0") == "0"
+    found["state"] == "following" && lag(found) == 0
 }
 
 /// A key, and something sealed under it.
@@ -349,8 +353,7 @@ async fn a_promotion_fences_the_node_that_shipped() {
     assert_eq!(refused.code, Code::Unavailable, "{refused:?}");
     let found = replication(&admin).await;
     assert_eq!(found["state"], "fenced", "{found}");
-    let alone = found["lag_revisions"].as_str().unwrap().parse::<u64>().unwrap();
-    assert!(alone >= here_alone, "{found}, {here_alone}");
+    assert!(lag(&found) >= here_alone, "{found}, {here_alone}");
     let health = admin.call("HealthCheck", json!({})).await.unwrap();
     assert_eq!(health["status"], "HEALTH_STATUS_DEGRADED", "{health}");
 
@@ -417,7 +420,7 @@ async fn killed_on_either_side_the_target_equals_the_source() {
             let half = changes * round / (kills * 2) + changes / (kills * 4);
             if round % 2 == 0 && !killed && done.load(Ordering::Relaxed) >= half {
                 let found = replication(&admin).await;
-                let lag: u64 = found["lag_revisions"].as_str().unwrap_or("0").parse().unwrap();
+                let lag = lag(&found);
                 worst =
                     (lag.max(worst.0), found["lag_seconds"].as_f64().unwrap_or(0.0).max(worst.1));
                 pair.database.crash();
@@ -446,7 +449,7 @@ async fn killed_on_either_side_the_target_equals_the_source() {
         loaded.as_secs_f64(),
         worst.0,
         worst.1,
-        behind["lag_revisions"],
+        lag(&behind),
         until_then.elapsed().as_secs_f64(),
     );
     let state = node.state.clone();
