@@ -404,7 +404,7 @@ fn the_optional_examples_are_valid() {
         config.ca.is_some() && config.listen.health.is_some() && config.listen.tls.crl.is_some()
     );
     assert_eq!(config.listen.net.workers, Some(2));
-    assert_eq!(config.replication.unwrap().mode, super::replication::Mode::SyncOrRefuse);
+    assert_eq!(config.replication.unwrap().mode, replication::Mode::SyncOrRefuse);
     assert_eq!(config.wrappers.keys().collect::<Vec<_>>(), ["both", "cloud", "hsm", "spare"]);
 }
 

@@ -154,7 +154,7 @@ impl Session {
                     if matches!(error, ReplicaError::Commit(_)) {
                         *group = (*group / 2).max(SMALLEST_GROUP);
                     }
-                    return Some(self.recovered(self.trouble(&error)));
+                    return Some(self.recovered(&error));
                 }
             }
             *pause = PAUSE;
@@ -193,11 +193,16 @@ impl Session {
     }
 
     // Opens the target again where it wants that.
-    fn recovered(&self, trouble: Trouble) -> Trouble {
+    fn recovered(&self, error: &ReplicaError) -> Trouble {
+        let trouble = self.trouble(error);
         let Trouble::Away(why) = trouble else { return trouble };
+        let unknown = matches!(
+            error,
+            ReplicaError::Commit(CommitError::OutcomeUnknown(_) | CommitError::ReadOnly)
+        );
         match self.target.status().health {
-            Health::Ready => Trouble::Away(why),
-            Health::NeedsReopen(_) => match block_on(self.target.reopen()) {
+            Health::Ready if !unknown => Trouble::Away(why),
+            Health::Ready | Health::NeedsReopen(_) => match block_on(self.target.reopen()) {
                 Ok(_) => Trouble::Away(why),
                 Err(error) => match self.fenced_by() {
                     Some(current) => Trouble::Fenced(self.fence(current)),
