@@ -206,10 +206,6 @@ impl Writer {
                 }
             }
             Err(error) => {
-                if matches!(error, CommitError::OutcomeUnknown(_)) {
-                    // It may be in force, and opening again may take long.
-                    self.caches.clear();
-                }
                 let answer = self.failed(&error);
                 for reply in replies {
                     let _ = reply.send(Err(answer.clone()));
@@ -253,7 +249,11 @@ impl Writer {
                     tracing::info!("the store is open again");
                     return;
                 }
-                Err(error) => tracing::warn!(%error, "the store cannot be reopened yet"),
+                Err(error) => {
+                    tracing::warn!(%error, "the store cannot be reopened yet");
+                    // What is unknown may be in force, and this may take long.
+                    self.caches.clear();
+                }
             }
             let until = std::time::Instant::now() + pause;
             while std::time::Instant::now() < until {
