@@ -70,10 +70,11 @@ test-race: ## 8 / 1 | random schedules over caches and epochs (SCHEDULES=50000)
 	POLYKEY_SCHEDULES=$(SCHEDULES) .ci/test --test race $(FEATURES)
 
 .PHONY: faults
-faults: ## 38 / 25 | HSM faults, power cuts, kills, disk errors, tampering, revocation under load, at release size
+faults: ## 38 / 25 | HSM faults, power cuts, kills, disk errors, tampering, revocation under load, replication, at release size
 	@.ci/test -p polykey-storage --release --test power_cuts --test faults --test concurrency -- --nocapture $(ARGS)
 	@POLYKEY_FAULTS=full .ci/test -p polykey-hsm --release --test pkcs11_faults -- --nocapture $(ARGS)
 	@POLYKEY_FAULTS=full .ci/test -p polykey --release --test faults -- --nocapture --test-threads 1 $(ARGS)
+	@POLYKEY_FAULTS=full .ci/test -p polykey --release $(FEATURES) --test api replication:: -- --nocapture --test-threads 1 $(ARGS)
 
 .PHONY: kryoptic
 kryoptic: ## 6 / 2 | the PKCS#11 tests over a second token, Kryoptic, which it builds (needs libclang)

@@ -11,6 +11,7 @@ mod anchor;
 mod bootstrap;
 mod check;
 pub mod door;
+mod draw;
 #[cfg(feature = "postgres")]
 mod epoch;
 mod error;
@@ -18,6 +19,7 @@ pub mod locked;
 mod measured;
 mod recover;
 mod reload;
+mod replication;
 mod report;
 mod restore;
 mod secrets;
@@ -37,6 +39,7 @@ use polykey_proto::grpc::health::v1::health_server::HealthServer;
 use polykey_proto::polykey::record::v1::AuditEvent;
 use polykey_proto::polykey::record::v1::audit_event::Outcome;
 use polykey_proto::polykey::record::v1::job_record::Kind;
+use polykey_storage::replicated::Replicated;
 use polykey_storage::{Revision, RowKey, Store};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -68,10 +71,12 @@ use crate::vault::{Freshness, Invalidate, Vault, Witness};
 
 pub use bootstrap::{Admin, Bootstrapped, bootstrap};
 pub use check::{Finding, check};
+pub use draw::Database;
 pub use error::{AppError, Fault};
 pub use recover::{Recovered, RecoveryFailure, recover};
 pub use reload::Reloaded;
-pub use restore::{BackupView, Recovery, RestoreFailure, restore, verify_backup};
+pub use replication::{ReplicationFailure, record_promotion};
+pub use restore::{BackupView, Origin, Recovery, RestoreFailure, restore, verify_backup};
 pub use secrets::Missing;
 
 /// Longest time that a call which is not a stream may take.
@@ -185,6 +190,8 @@ pub struct App {
     pub network: Arc<std::sync::OnceLock<Arc<NetMetrics>>>,
     /// The open connections, once there are any.
     pub connections: Arc<std::sync::OnceLock<Arc<Connections>>>,
+    /// The way to the replication target, where there is one.
+    pub replication: Option<Arc<Replicated>>,
     /// Whether it serves.
     pub health: Arc<Health>,
     /// When it was opened.
@@ -326,7 +333,7 @@ impl App {
         // What an operator gave opens the store or nothing does, so that the audit log is right.
         let only_given = given.clone();
         let (mut wrappers, unusable) = Box::pin(wrappers(&config, given)).await?;
-        let store = store::open(&config, found).await?;
+        let (store, replication) = store::open(&config, found).await?;
 
         let keys = Arc::new(KeyCaches::new(config.limits.key_cache));
         let security = Arc::new(SecurityCaches::new(config.limits.directory_cache));
@@ -376,6 +383,10 @@ impl App {
         let others = nodes.iter().map(|nodes| Arc::clone(nodes) as Arc<dyn Witness>);
         let anchors = anchor.iter().map(|anchor| Arc::clone(anchor) as Arc<dyn Witness>);
         vault.set_witnesses(others.chain(anchors).collect());
+        if let Some(replicated) = replication.clone() {
+            vault.refuse_by(Box::new(move |commit| replicated.refuses(commit)));
+        }
+        replication::audit_promotion(&vault).await?;
 
         let now = clock.now();
         if let Some(seed) = signing_key {
@@ -408,8 +419,12 @@ impl App {
         let jobs = Runner::new(Arc::clone(&vault), alarm, handler(&keyring, &directory, &clock));
         jobs.resume().await?;
         let stopping = Arc::new(AtomicBool::new(false));
-        let health =
-            Health::new(report::checks(&vault, &trail, &tls, &jobs, &backends, &stopping, &anchor));
+        let mut checks = report::checks(&vault, &trail, &tls, &jobs, &backends, &stopping, &anchor);
+        if let (Some(replicated), Some(settings)) = (&replication, &config.replication) {
+            // Before what follows from it.
+            checks.insert(1, replication::check(replicated, settings.max_lag));
+        }
+        let health = Health::new(checks);
         Ok(Self {
             config: Arc::new(config),
             started_at: now,
@@ -431,6 +446,7 @@ impl App {
             metrics: Arc::default(),
             network: Arc::default(),
             connections: Arc::default(),
+            replication,
             health,
             stopping,
         })
@@ -514,6 +530,7 @@ impl App {
             loaded_at: self.started_at,
             anchor: self.anchor.clone(),
             wrappers: self.wrappers.clone(),
+            replication: self.replication.clone(),
         };
         let service = rpc::service(deps, admin, |routes| routes.add_service(health));
         let service = measured::Measured::new(service, Arc::clone(&self.metrics));
@@ -538,6 +555,7 @@ impl App {
         self.jobs.shutdown();
         self.jobs.note_clock().await;
         let durable = self.trail.shutdown(LAST_WORDS).await;
+        replication::settle(self.replication.as_ref()).await;
         if let Some(anchor) = &self.anchor
             && let Err(error) = anchor.settle().await
         {

@@ -44,8 +44,8 @@ mod parse_tests;
 pub use access::{RevokeArgs, TokenCommand};
 pub use error::{CliError, Exit};
 pub use server::{
-    CheckArgs, DevArgs, HsmCommand, InitArgs, LockArgs, RecoverArgs, RestoreArgs, ServeArgs,
-    UnlockArgs,
+    CheckArgs, DevArgs, HsmCommand, InitArgs, LockArgs, PromoteArgs, RecoverArgs, RestoreArgs,
+    ServeArgs, UnlockArgs,
 };
 
 use output::{Format, Output};
@@ -92,8 +92,10 @@ pub enum Command {
     /// Backups of the node.
     #[command(subcommand)]
     Backup(backup::BackupCommand),
-    /// Make a store of a backup, where the configuration has its store and there is none.
+    /// Make a store of a backup or of a database, where the configuration has its store and there is none.
     Restore(RestoreArgs),
+    /// Make a replication target the writer, and fence the node that ships to it.
+    Promote(PromoteArgs),
     /// Have a node on this machine forget its root key and all others, and serve no more.
     Lock(LockArgs),
     /// Unlock a node on this machine.
@@ -208,6 +210,7 @@ pub fn run(cli: Cli) -> Result<(), CliError> {
         Command::Check(args) => server::check(&app, args),
         Command::Recover(args) => server::recover(&app, args),
         Command::Restore(args) => server::restore(&app, args),
+        Command::Promote(args) => server::promote(&app, args),
         Command::Backup(backup::BackupCommand::Verify(args)) => server::backup_verify(&app, args),
         Command::Store(node::StoreCommand::Copy(args)) => server::store_copy(&app, args),
         Command::Store(node::StoreCommand::Compact(args)) => server::store_compact(&app, args),
@@ -255,6 +258,7 @@ async fn talk(app: &App, command: Command) -> Result<(), CliError> {
         | Command::Check(_)
         | Command::Recover(_)
         | Command::Restore(_)
+        | Command::Promote(_)
         | Command::Backup(backup::BackupCommand::Verify(_))
         | Command::Lock(_)
         | Command::Unlock(_)

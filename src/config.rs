@@ -9,6 +9,7 @@
 //! somebody wrote a secret where its reference belongs.
 
 mod read;
+pub mod replication;
 mod sections;
 pub mod show;
 mod storage;
@@ -29,6 +30,7 @@ use crate::net::NetConfig;
 use crate::net::tls::TlsFiles;
 
 pub use read::{ConfigErrors, Problem};
+pub use replication::Replication;
 pub(crate) use sections::DEFAULT_ADDRESS;
 
 /// Largest configuration file that is read, in bytes.
@@ -49,6 +51,8 @@ pub struct Config {
     pub storage: Storage,
     /// `[anchor]`
     pub anchor: Option<Anchor>,
+    /// `[replication]`
+    pub replication: Option<Replication>,
     /// `[master_key]`
     pub master_key: Wrapper,
     /// `[wrappers.NAME]`: what else may open the root key, by its name.

@@ -29,7 +29,8 @@ use bytes::Bytes;
 use polykey_hsm::{MacPurpose, Ring, Sealer};
 use polykey_proto::polykey::record::v1::{AuditEvent, CanaryRecord, HeadRecord};
 use polykey_storage::{
-    Commit, Direction, Entry, Health, KeyRange, ReadError, Revision, RowKey, Snapshot, Space, Store,
+    Commit, Direction, Entry, Health, KeyRange, ReadError, Revision, RowKey, Snapshot, Space,
+    Store, StoreError,
 };
 
 use crate::error::Error;
@@ -66,6 +67,9 @@ impl Invalidate for Vec<Arc<dyn Invalidate>> {
         self.iter().for_each(|cache| cache.clear());
     }
 }
+
+/// Why a change is refused before it reaches the writer, if it is.
+pub(crate) type Refuses = Box<dyn Fn(&Commit) -> Option<StoreError> + Send + Sync>;
 
 /// Figures of the writer, for health and metrics.
 #[derive(Debug, Default)]
@@ -171,6 +175,7 @@ pub struct Vault {
     witnesses: OnceLock<Vec<Arc<dyn Witness>>>,
     /// None where no other node can change what this one remembers.
     freshness: OnceLock<Arc<Freshness>>,
+    refuses: OnceLock<Refuses>,
     clock: Clock,
 }
 
@@ -311,6 +316,7 @@ impl Vault {
             sequencer,
             witnesses: OnceLock::new(),
             freshness: OnceLock::new(),
+            refuses: OnceLock::new(),
             clock,
         })
     }
@@ -367,6 +373,11 @@ impl Vault {
     #[must_use]
     pub fn damaged(&self) -> u64 {
         self.damage.count()
+    }
+
+    /// Has every change asked first; the first call counts.
+    pub(crate) fn refuse_by(&self, refuses: Refuses) {
+        drop(self.refuses.set(refuses));
     }
 
     /// Figures of the writer.
@@ -744,6 +755,9 @@ impl Vault {
     ) -> Result<Receipt, Error> {
         if !self.intact() {
             return Err(Error::data_loss("the store failed its verification; writing has stopped"));
+        }
+        if let Some(why) = self.refuses.get().and_then(|refuses| refuses(&commit)) {
+            return Err(Error::unavailable(why.to_string()));
         }
         if !self.writable() {
             return Err(Error::unavailable("the store takes no commits just now"));

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::recover::RecoveryFailure;
+use super::replication::ReplicationFailure;
 use super::restore::RestoreFailure;
 use super::secrets::Missing;
 use crate::anchor::Unanchored;
@@ -71,6 +72,9 @@ pub enum AppError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The replication target is not there, none of this store, or the writer now.
+    #[error("{0}")]
+    Replication(#[from] ReplicationFailure),
     /// The store file does not open.
     #[error("{0}")]
     Store(#[from] polykey_storage::OpenError),
@@ -229,7 +233,10 @@ impl AppError {
             | Self::Custody(
                 custody::OpenError::NotInitialised | custody::OpenError::NewerFormat { .. },
             ) => Fault::Given,
-            Self::Store(Store::InUse { .. } | Store::Exists { .. })
+            Self::Replication(
+                ReplicationFailure::Refused { .. } | ReplicationFailure::Fenced(_),
+            )
+            | Self::Store(Store::InUse { .. } | Store::Exists { .. })
             | Self::AlreadyInitialised(_)
             | Self::Restore(RestoreFailure::Exists(_))
             | Self::Init(custody::InitError::AlreadyInitialised)
@@ -272,6 +279,7 @@ impl AppError {
             Self::NoWrapper(all) => unusable(all),
             Self::Locked { trials: tried, unusable: all } => trials(tried) || unusable(all),
             Self::Custody(custody::OpenError::NoSlotOpened(all)) => trials(all),
+            Self::Replication(ReplicationFailure::Away { .. }) => true,
             _ => false,
         }
     }
@@ -334,6 +342,15 @@ impl AppError {
                 "Give one of the wrappers its secret again, or recover with `polykey recover` if there is \
                  a recovery slot."
                     .into()
+            }
+            Self::Replication(ReplicationFailure::Fenced(_)) => {
+                "Serve from the store that was promoted, or restore from it. To go on reading here, write \
+                 when_fenced = \"read\" in [replication]. `polykey store copy` to a new file makes a \
+                 store of its own of this one, which has what was not shipped."
+                    .into()
+            }
+            Self::Replication(ReplicationFailure::Refused { .. }) => {
+                "Name an empty [replication] schema for this store.".into()
             }
             Self::NoIdentity => {
                 "Configure [ca], and a certificate is issued, or name one with --admin-identity \

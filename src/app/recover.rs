@@ -53,7 +53,7 @@ pub async fn recover(
 ) -> Result<Recovered, AppError> {
     let recovery = RecoveryWrapper::with(key).map_err(RecoveryFailure::from)?;
     let public = recovery.public().to_string();
-    let store = store::open(config, false).await?;
+    let (store, _replication) = store::open(config, false).await?;
     let recovery: Arc<dyn KeyWrapper> = Arc::new(recovery);
     let nobody = Arc::new(Vec::<Arc<dyn crate::vault::Invalidate>>::new());
     let opened = Custody::open(store, &[recovery], nobody, clock.clone()).await;

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use polykey_proto::polykey::v2 as pb;
+use polykey_storage::replicated::Replicated;
 use prost_types::Timestamp;
 
 use super::App;
@@ -129,6 +130,7 @@ pub(super) struct Report {
     metrics: Arc<RequestMetrics>,
     network: Arc<OnceLock<Arc<NetMetrics>>>,
     vault: Arc<Vault>,
+    replication: Option<Arc<Replicated>>,
     started_at: Time,
 }
 
@@ -139,6 +141,7 @@ impl Report {
             metrics: Arc::clone(&app.metrics),
             network: Arc::clone(&app.network),
             vault: Arc::clone(&app.vault),
+            replication: app.replication.clone(),
             started_at: app.started_at,
         }
     }
@@ -164,6 +167,7 @@ impl crate::rpc::Health for Report {
         } else {
             figures.error_percent
         };
+        let shipping = self.replication.as_ref().map(|replicated| replicated.shipping());
         let signed = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
         pb::HealthCheckResponse {
             status: self.health.state().wire().into(),
@@ -177,6 +181,8 @@ impl crate::rpc::Health for Report {
                 active_keys_count: signed(self.vault.enabled_keys()),
                 total_requests_handled: signed(all),
                 uptime_since: Some(timestamp(self.started_at)),
+                replication_lag_revisions: shipping.as_ref().map(|shipping| signed(shipping.lag())),
+                replication_lag_seconds: shipping.as_ref().map(|s| s.behind.as_secs_f64()),
             }),
             service_version: env!("CARGO_PKG_VERSION").into(),
             build_commit: option_env!("POLYKEY_BUILD_COMMIT").unwrap_or("unknown").into(),

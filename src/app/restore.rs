@@ -8,9 +8,11 @@ use std::sync::Arc;
 
 use polykey_hsm::recovery::{RecoveryKey, RecoveryWrapper};
 use polykey_hsm::{KeyWrapper, MasterKeySource};
+use polykey_storage::replica::ReplicaError;
 use polykey_storage::{Store, redb};
 use rustix::fs::FlockOperation;
 
+use super::draw::{self, Database};
 use super::recover::{Recovered, RecoveryFailure, give_back};
 use super::{AppError, anchor, event, store, wrappers};
 use crate::audit::{self, VerifyingKey};
@@ -38,6 +40,14 @@ pub enum RestoreFailure {
         path: PathBuf,
         /// The first thing that was found.
         finding: String,
+    },
+    /// The database.
+    #[error("{name}: {error}")]
+    Database {
+        /// Its place.
+        name: String,
+        /// What is wrong with it.
+        error: ReplicaError,
     },
     /// There is a store already, or the journal of one.
     #[error("there is a store, or what is left of one, at {}; nothing was changed", .0.display())]
@@ -89,6 +99,15 @@ pub struct Recovery {
     pub signers: Vec<VerifyingKey>,
 }
 
+/// What a store is made of.
+#[derive(Clone, Copy, Debug)]
+pub enum Origin<'a> {
+    /// A backup.
+    File(&'a Path),
+    /// A database.
+    Database(&'a Database),
+}
+
 /// Opens a backup with what the configuration names, or a recovery key, writes its records into a store in
 /// `scratch`, verifies every one of them there, and throws that store away.
 ///
@@ -110,7 +129,7 @@ pub async fn verify_backup(
     Ok(view)
 }
 
-/// Makes a store of a backup where the configuration has its store, where there must be none. It stands
+/// Makes a store of a backup or of a database where the configuration has its store, where there must be none. It stands
 /// there only once every record has been verified. With a recovery key, the root key is wrapped under the
 /// master key of the configuration before, as [`super::recover`] does.
 ///
@@ -118,7 +137,7 @@ pub async fn verify_backup(
 /// See [`AppError`]; there is no store then.
 pub async fn restore(
     config: &Config,
-    from: &Path,
+    from: Origin<'_>,
     recovery: Option<Recovery>,
     make_master_key: bool,
     clock: Clock,
@@ -144,11 +163,21 @@ pub async fn restore(
     std::fs::create_dir_all(directory).map_err(place(directory))?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let target = Unfinished::at(directory, &format!(".{name}.restoring"))?;
-    let unpacked = unpacked(config, from, &target, &wrappers, signers.as_deref(), clock.clone());
-    let (custody, view) = unpacked.await?;
+    let signers = signers.as_deref();
+    let (custody, view) = match from {
+        Origin::File(from) => {
+            Box::pin(unpacked(config, from, &target, &wrappers, signers, clock.clone())).await?
+        }
+        Origin::Database(from) => {
+            Box::pin(draw::drawn(config, from, &target, &wrappers, signers, clock.clone())).await?
+        }
+    };
     let mut done = event("Restore", clock.now());
     done.details.insert("revision".into(), view.contents.revision.to_string());
     done.details.insert("created_at".into(), view.created_at.to_string());
+    if let Origin::Database(from) = from {
+        done.details.insert("from".into(), from.name.clone());
+    }
     let accepted =
         anchor::restoring(config, custody.vault(), &clock, view.contents.revision).await?;
     let events: Vec<_> = [done].into_iter().chain(accepted).collect();
@@ -215,7 +244,7 @@ async fn opening(
     }
 }
 
-async fn opened(
+pub(super) async fn opened(
     store: Arc<dyn Store>,
     wrappers: &[Arc<dyn KeyWrapper>],
     clock: Clock,
@@ -225,9 +254,9 @@ async fn opened(
 }
 
 /// A store that is not whole yet, in a directory of its own. Dropped, both are gone.
-struct Unfinished {
+pub(super) struct Unfinished {
     directory: PathBuf,
-    path: PathBuf,
+    pub(super) path: PathBuf,
     lock: PathBuf,
     // Locked for as long as this is there.
     _held: File,
@@ -312,7 +341,7 @@ async fn unpacked(
 }
 
 /// What shows that these are not the rows of one revision of one store.
-fn foreign(report: &VerifyReport) -> Option<String> {
+pub(super) fn foreign(report: &VerifyReport) -> Option<String> {
     let foreign = report.foreign_rows || report.foreign_log;
     foreign.then(|| report.findings.first().cloned().unwrap_or_default())
 }

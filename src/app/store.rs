@@ -3,10 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use polykey_storage::replicated::Replicated;
 use polykey_storage::{Revision, Store, redb};
 use rustix::fs::FlockOperation;
 
-use super::{AppError, LAST_WORDS};
+use super::{AppError, LAST_WORDS, replication};
 #[cfg(feature = "postgres")]
 use crate::app::epoch;
 use crate::config::Config;
@@ -22,15 +23,20 @@ pub(super) fn file_options(config: &Config) -> redb::Options {
 
 /// Opens the store; makes an empty one where there is none, if `found`. In a database the tables are
 /// made in any case.
-pub(super) async fn open(config: &Config, found: bool) -> Result<Arc<dyn Store>, AppError> {
+/// A file is shipped from now on, if the configuration says so.
+pub(super) async fn open(
+    config: &Config,
+    found: bool,
+) -> Result<(Arc<dyn Store>, Option<Arc<Replicated>>), AppError> {
     if let Some(database) = &config.storage.database {
-        return Box::pin(in_database(config, database)).await;
+        return Ok((Box::pin(in_database(config, database)).await?, None));
     }
     let (path, options) = (&config.storage.path, file_options(config));
-    Ok(Arc::new(match found {
+    let store = match found {
         true => redb::Redb::open_or_create(path, options)?,
         false => redb::Redb::open(path, options)?,
-    }))
+    };
+    Box::pin(replication::start(config, Arc::new(store))).await
 }
 
 #[cfg(feature = "postgres")]
@@ -115,7 +121,7 @@ pub async fn exists(config: &Config) -> Result<bool, AppError> {
     if config.storage.database.is_none() {
         return Ok(config.storage.path.exists());
     }
-    Ok(open(config, false).await?.status().revision != Revision::EMPTY)
+    Ok(open(config, false).await?.0.status().revision != Revision::EMPTY)
 }
 
 /// Removes a store that was just made, with its journal. Empty tables of a database stay.

@@ -387,6 +387,36 @@ impl View for RootView {
     }
 }
 
+/// How the store is shipped to its replication target.
+#[derive(Serialize)]
+pub(super) struct ReplicationView {
+    pub(super) target: String,
+    pub(super) mode: String,
+    pub(super) when_away: Option<String>,
+    pub(super) state: String,
+    pub(super) detail: Option<String>,
+    pub(super) synchronous: bool,
+    pub(super) shipped_revision: u64,
+    pub(super) lag_revisions: u64,
+    pub(super) lag_seconds: f64,
+}
+
+impl From<pb::ReplicationStatus> for ReplicationView {
+    fn from(r: pb::ReplicationStatus) -> Self {
+        Self {
+            target: r.target,
+            mode: r.mode,
+            when_away: (!r.when_away.is_empty()).then_some(r.when_away),
+            state: r.state,
+            detail: (!r.detail.is_empty()).then_some(r.detail),
+            synchronous: r.synchronous,
+            shipped_revision: r.shipped_revision,
+            lag_revisions: r.lag_revisions,
+            lag_seconds: r.lag_seconds,
+        }
+    }
+}
+
 /// The state of the store.
 #[derive(Serialize)]
 pub(super) struct StoreView {
@@ -404,6 +434,7 @@ pub(super) struct StoreView {
     pub(super) last_verification_ok: bool,
     pub(super) damaged_records: u64,
     pub(super) anchor: Option<AnchorView>,
+    pub(super) replication: Option<ReplicationView>,
 }
 
 /// What the node is known to have served.
@@ -437,6 +468,7 @@ impl From<pb::GetStoreStatusResponse> for StoreView {
                 written_at: time(s.anchored_at.as_ref()),
                 trouble: (!s.anchor_trouble.is_empty()).then_some(s.anchor_trouble),
             }),
+            replication: s.replication.map(ReplicationView::from),
         }
     }
 }
@@ -476,6 +508,25 @@ impl View for StoreView {
         });
         if let Some(trouble) = self.anchor.as_ref().and_then(|anchor| anchor.trouble.clone()) {
             fields.push(("anchor", format!("CANNOT BE WRITTEN: {trouble}")));
+        }
+        if let Some(r) = &self.replication {
+            let mode = match &r.when_away {
+                Some(when_away) => format!("{}, or {when_away}", r.mode),
+                None => r.mode.clone(),
+            };
+            let waits =
+                if r.synchronous { "changes wait for it" } else { "no change waits for it" };
+            fields.extend([
+                ("replication", format!("{} ({mode}): {}; {waits}", r.target, r.state)),
+                (
+                    "shipped",
+                    format!(
+                        "up to revision {}; {} behind, {:.1} s",
+                        r.shipped_revision, r.lag_revisions, r.lag_seconds
+                    ),
+                ),
+            ]);
+            fields.extend(r.detail.iter().map(|detail| ("because", detail.clone())));
         }
         fields.extend(self.records.iter().map(|(space, n)| ("records", format!("{space}: {n}"))));
         Human::Record(fields)

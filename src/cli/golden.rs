@@ -273,6 +273,17 @@ fn the_node() {
             anchored_revision: 4,
             anchored_at: at(1),
             anchor_trouble: String::new(),
+            replication: Some(pb::ReplicationStatus {
+                target: "postgres://p@h/d (schema s)".into(),
+                mode: "sync".into(),
+                when_away: "refuse".into(),
+                state: "away".into(),
+                detail: "gone".into(),
+                synchronous: false,
+                shipped_revision: 4,
+                lag_revisions: 1,
+                lag_seconds: 0.5,
+            }),
         }),
     );
     check(

@@ -50,6 +50,8 @@ pub(super) struct MetricsView {
     pub(super) memory_percent: f64,
     pub(super) active_keys: i64,
     pub(super) requests_total: i64,
+    pub(super) replication_lag_revisions: Option<i64>,
+    pub(super) replication_lag_seconds: Option<f64>,
 }
 
 impl From<pb::HealthCheckResponse> for MetricsView {
@@ -67,6 +69,8 @@ impl From<pb::HealthCheckResponse> for MetricsView {
             memory_percent: m.memory_usage_percent,
             active_keys: m.active_keys_count,
             requests_total: m.total_requests_handled,
+            replication_lag_revisions: m.replication_lag_revisions,
+            replication_lag_seconds: m.replication_lag_seconds,
         }
     }
 }
@@ -97,6 +101,12 @@ impl View for HealthView {
                 ("memory", format!("{:.1} %", m.memory_percent)),
                 ("active keys", m.active_keys.to_string()),
             ]);
+            if let (Some(revisions), Some(seconds)) =
+                (m.replication_lag_revisions, m.replication_lag_seconds)
+            {
+                let text = format!("{revisions} revisions, {seconds:.1} s");
+                fields.push(("replication lag", text));
+            }
         }
         Human::Record(fields)
     }

@@ -7,6 +7,7 @@ mod dev;
 mod hsm;
 mod init;
 mod lock;
+mod promote;
 mod recover;
 mod run;
 
@@ -41,6 +42,8 @@ pub use init::InitArgs;
 pub(super) use init::init;
 pub use lock::{LockArgs, UnlockArgs};
 pub(super) use lock::{lock, unlock};
+pub use promote::PromoteArgs;
+pub(super) use promote::promote;
 pub use recover::RecoverArgs;
 pub(super) use recover::recover;
 pub use run::{ServeArgs, serve};

@@ -12,7 +12,8 @@ use tracing::level_filters::LevelFilter;
 use super::read::{ConfigErrors, Document, Refused, Section, path, refuse, string};
 use super::{
     Anchor, Audit, Bootstrap, Ca, Config, DataPlane, Hardened, Limits, Listen, Log, LogFormat,
-    Login, Node, Runtime, Storage, TlsReferences, Tokens, Tolerate, Unlock, Wrapper, wrapper,
+    Login, Node, Runtime, Storage, TlsReferences, Tokens, Tolerate, Unlock, Wrapper, replication,
+    wrapper,
 };
 use crate::custody::MASTER_KEY;
 use crate::net::NetConfig;
@@ -33,6 +34,14 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
     let listen = listen(root.section("listen"));
     let storage = super::storage::storage(root.section("storage"), node.as_ref());
     let anchor = anchor(root.section("anchor"), storage.as_ref());
+    let replicated = root.section("replication");
+    if replicated.present() && storage.as_ref().is_some_and(|storage| storage.database.is_some()) {
+        replicated.note(
+            "[replication]: the store is in a database, which replicates it by its own means",
+            "remove the section",
+        );
+    }
+    let replication = replication::section(replicated);
     let master_key = wrapper::section(root.section("master_key"));
     let others = root.section("wrappers");
     let wrappers = wrapper::sections(&others);
@@ -72,6 +81,7 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
         listen,
         storage,
         anchor,
+        replication,
         master_key,
         wrappers,
         hardened,

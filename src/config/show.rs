@@ -124,6 +124,7 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         listen,
         storage,
         anchor,
+        replication,
         master_key,
         wrappers,
         hardened,
@@ -231,6 +232,7 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         );
         all.push(("master_key.argon2", cost));
     }
+    all.extend(replication.iter().flat_map(|replication| replication.entries(time)));
     let mut all: Vec<(String, String)> =
         all.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
     if let Wrapper::Aws(settings) = master_key {

@@ -122,6 +122,16 @@ const BROKEN: &[Case] = &[
     (9, "[audit]\ndata_plane = \"sometimes\"", "10:14", "[audit] data_plane: not one of its words", "\"buffered\" or \"durable\""),
     (9, "[log]\nlevel = \"verbose\"", "10:9", "[log] level: not one of its words", "\"off\" or \"error\""),
     (9, "[log]\nformat = \"xml\"", "10:10", "[log] format: not one", "\"json\" or \"pretty\""),
+    (9, "[replication]\nmode = \"sync\"", "9:2", "[replication] target: missing", "postgres://USER@HOST"),
+    (9, "[replication]\ntarget = \"postgres://u@h/d\"\nwhen_away = \"degrade\"", "11:13", "nothing waits for the target", "mode = \"sync\""),
+    (9, "[replication]\ntarget = \"postgres://u@h/d\"\nmode = \"raft\"", "11:8", "not one of its words", "\"async\" or \"sync\""),
+    (9, "[replication]\ntarget = \"postgres://u@h/d\"\ntimeout = \"1m\"", "11:11", "out of range", "from 100ms to 30s"),
+    #[cfg(feature = "postgres")]
+    (9, "[replication]\ntarget = \"postgres://u:CANARY-hunter2-Zm9vYmFy@h/d\"", "10:10", "holds a password", "`password`"),
+    #[cfg(feature = "postgres")]
+    (9, "[replication]\ntarget = \"mysql://u@h/d\"", "10:10", "has the form postgres://", "postgres://USER@HOST"),
+    #[cfg(feature = "postgres")]
+    (9, "[replication]\ntarget = \"postgres://u@h/d\"\nschema = \"Keys\"", "10:10", "lower-case letters", "postgres://USER@HOST"),
     (9, "[storage]\nkind = \"memory\"", "10:8", "[storage] kind: a store that forgets everything", "tmpfs"),
     #[cfg(not(feature = "postgres"))]
     (9, "[storage]\nkind = \"postgres\"", "10:8", "this build knows no databases", "feature `postgres`"),
@@ -385,15 +395,19 @@ fn the_optional_examples_are_valid() {
     // A node has a master key or a passphrase, not both.
     let all = all.replace("\nsource = { file", "\n# source = { file");
     let parsed = parse(&all);
-    if !cfg!(feature = "aws") {
-        assert!(parsed.unwrap_err().to_string().contains("feature `aws`"));
-        return;
+    for (there, name) in [(cfg!(feature = "aws"), "aws"), (cfg!(feature = "postgres"), "postgres")]
+    {
+        if !there {
+            assert!(parsed.unwrap_err().to_string().contains(&format!("feature `{name}`")));
+            return;
+        }
     }
     let config = parsed.unwrap();
     assert!(
         config.ca.is_some() && config.listen.health.is_some() && config.listen.tls.crl.is_some()
     );
     assert_eq!(config.listen.net.workers, Some(2));
+    assert_eq!(config.replication.unwrap().mode, replication::Mode::SyncOrRefuse);
     assert_eq!(config.wrappers.keys().collect::<Vec<_>>(), ["both", "cloud", "hsm", "spare"]);
 }
 
@@ -427,7 +441,7 @@ fn wrappers_are_read_as_the_master_key_is() {
 fn the_example_documents_every_option() {
     // The options themselves tell their names when one is unknown.
     let mut text = String::new();
-    let sections = "node listen storage anchor master_key hardened tokens login audit policies limits log ca runtime";
+    let sections = "node listen storage anchor replication master_key hardened tokens login audit policies limits log ca runtime";
     for section in sections.split(' ') {
         text.push_str(&format!("[{section}]\nxxxxxxxxxxxxxxxx = 1\n"));
     }

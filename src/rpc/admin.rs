@@ -18,6 +18,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use polykey_proto::polykey::record::v1::AuditEvent;
 use polykey_proto::polykey::v2 as pb;
+use polykey_storage::replicated::Replicated;
 use prost::Message;
 use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status};
@@ -54,6 +55,8 @@ pub struct AdminDeps {
     pub anchor: Option<Arc<Keeper>>,
     /// What may open the root key, and is needed to rotate it.
     pub wrappers: Vec<NamedWrapper>,
+    /// The way to the replication target, if there is one.
+    pub replication: Option<Arc<Replicated>>,
 }
 
 /// The service.

@@ -311,7 +311,11 @@ impl Writer {
                     tracing::info!("the store is open again");
                     return;
                 }
-                Err(error) => tracing::warn!(%error, "the store cannot be reopened yet"),
+                Err(error) => {
+                    tracing::warn!(%error, "the store cannot be reopened yet");
+                    // What is unknown may be in force, and this may take long.
+                    self.caches.clear();
+                }
             }
             let until = std::time::Instant::now() + pause;
             while std::time::Instant::now() < until {

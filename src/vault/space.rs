@@ -94,13 +94,14 @@ pub mod meta {
 }
 
 /// Whether a row is sealed and counted in the set hash. The others stand in the clear and carry
-/// their own authentication (slots: a MAC; checkpoints: a signature). The head cannot count itself.
+/// their own authentication (slots: a MAC; checkpoints: a signature), or belong to replication and are each
+/// store's own. The head cannot count itself.
 #[must_use]
 pub fn counted(row: &RowKey) -> bool {
     if row.space == META {
         return row.key != meta::NODE && row.key != meta::SLOTS && row.key != meta::HEAD;
     }
-    row.space != CHECKPOINTS
+    row.space != CHECKPOINTS && row.space != polykey_storage::replica::SPACE
 }
 
 /// The kind of the record that stands in a sealed row; `None` where none belongs.

@@ -364,7 +364,7 @@ impl Store for Blind {
     fn status(&self) -> polykey_storage::StoreStatus {
         let mut status = self.inner.status();
         if self.blind.load(Ordering::SeqCst) {
-            let cause = polykey_storage::StoreError::Other("injected".into());
+            let cause = StoreError::Other("injected".into());
             status.health = Health::NeedsReopen(cause);
         }
         status

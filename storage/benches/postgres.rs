@@ -1,15 +1,29 @@
 //! Groups a second in PostgreSQL, against a bare `INSERT` through the same driver, in one run:
 //! `cargo bench -p polykey-storage --bench postgres`. The server is the tests' own, and syncs.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::indexing_slicing
+)]
 
 #[allow(dead_code, reason = "the tests use the rest")]
 #[path = "../tests/postgres/server.rs"]
 mod server;
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use futures::executor::block_on;
-use polykey_storage::{Applied, Commit, RowKey, Space, Store, Write, postgres::Postgres};
+use polykey_storage::{
+    Applied, Commit, NoFinish, RowKey, Space, Store, Write,
+    postgres::Postgres,
+    redb::{self, Redb},
+    replicated::{Mode, Opened, Options, Replicated, WhenAway},
+};
 use tokio_postgres::NoTls;
 
 use self::server::{PASSWORD, ROLE, Server, schema};
@@ -32,8 +46,55 @@ fn rate(mut once: impl FnMut()) -> f64 {
     unreachable!("the last window returns")
 }
 
+// An embedded store that is shipped: what waiting for the target costs a group, and how far the target is
+// behind one that does not wait.
+fn shipped(server: &Server, mode: Mode) {
+    let directory = tempfile::tempdir().unwrap();
+    let source = Redb::create(directory.path().join("source"), redb::Options::default()).unwrap();
+    let target = server.options(&schema());
+    let opener = Box::new(move |epoch| {
+        let store = Postgres::open(polykey_storage::postgres::Options { epoch, ..target.clone() })?;
+        let epoch = store.epoch();
+        Ok(Opened { store: Arc::new(store), epoch })
+    });
+    let options = Options {
+        target: "bench".into(),
+        mode,
+        timeout: Duration::from_secs(5),
+        probe: Duration::from_secs(1),
+        goes_on: None,
+    };
+    let store = Replicated::start(Arc::new(source), options, opener).unwrap();
+    store.ready().unwrap();
+    let (mut next, mut lags) = (0_u64, Vec::new());
+    let groups = rate(|| {
+        let group = (0..16).map(|_| {
+            next += 1;
+            Commit::new().put(Space(1), next.to_be_bytes(), vec![7; 700])
+        });
+        block_on(store.commit(group.collect(), &mut NoFinish)).unwrap();
+        let shipping = store.shipping();
+        lags.push((shipping.lag(), shipping.behind));
+    });
+    let ended = Instant::now();
+    store.settle(Duration::from_secs(60));
+    lags.sort();
+    let (middle, most) = (lags[lags.len() / 2], lags[lags.len() - 1]);
+    println!(
+        "redb to PostgreSQL, {mode:?}, groups of 16: {groups:.0}/s; behind by {} revisions and {:?} (median), \
+         {} and {:?} (most); at the end caught up in {:?}",
+        middle.0,
+        middle.1,
+        most.0,
+        most.1,
+        ended.elapsed()
+    );
+}
+
 fn main() {
     let server = Server::start(&[]);
+    shipped(&server, Mode::Async);
+    shipped(&server, Mode::Sync(WhenAway::Refuse));
     let store = Postgres::open(server.options(&schema())).unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let mut config = tokio_postgres::Config::new();

@@ -11,7 +11,8 @@
 //! * `postgres::Postgres` keeps it in PostgreSQL or CockroachDB, where several nodes may share it; in
 //!   builds with the feature `postgres`.
 //!
-//! [`replica`] keeps one store equal to another, of whatever kind the two are.
+//! [`replica`] keeps one store equal to another, of whatever kind the two are, and
+//! [`replicated::Replicated`] is a store that does so by itself while it is written to.
 //!
 //! Futures of the first two are ready when first polled. Polling `commit` of a store on disk blocks
 //! the thread until the disk has synced, so callers give commits a thread of their own. Futures of a
@@ -33,6 +34,7 @@ pub mod postgres;
 mod range;
 pub mod redb;
 pub mod replica;
+pub mod replicated;
 #[cfg(feature = "conformance")]
 pub mod simulation;
 

@@ -11,6 +11,8 @@
 //!
 //! Revisions of the replica are its own. Rows of [`SPACE`] in the source are not copied.
 
+mod promotion;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     ops::Bound,
@@ -19,11 +21,14 @@ use std::{
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
+use parking_lot::Mutex;
 
 use crate::{
-    ChangesError, Commit, CommitError, Direction, Entry, KeyRange, NoFinish, ReadError, Require,
-    Revision, RowKey, Snapshot, Space, Store,
+    Abort, Applied, ChangesError, Commit, CommitError, Direction, Entry, KeyRange, ReadError,
+    Require, Revision, RowKey, Snapshot, Space, Store, Write,
 };
+
+pub use promotion::{Promotion, promote, promotion};
 
 /// The space that belongs to replication, in every store.
 pub const SPACE: Space = Space(240);
@@ -37,7 +42,9 @@ const PAGE: usize = 1_000;
 /// How many values are read at a time.
 const READS: usize = 64;
 /// How many revisions are listed at a time.
-const LISTED: usize = 1_000;
+const LISTED: usize = 200;
+/// How many changed rows are followed at most in one pass: what bounds the memory of a long backlog.
+const FOLLOWED: usize = 100_000;
 /// The size at which a group is closed, in bytes, unless told otherwise.
 const BATCH_BYTES: usize = 8 * 1024 * 1024;
 
@@ -127,6 +134,15 @@ pub enum ReplicaError {
         /// The revision it has now.
         current: Revision,
     },
+    /// No replica at all.
+    #[error("it is no replica: nothing has ever been shipped to it")]
+    NotAReplica,
+    /// A replica that stands between two revisions of its source.
+    #[error(
+        "it stands between two revisions of its source, which was shipping a backlog or a first copy: \
+         let the source finish"
+    )]
+    Torn,
     /// The source has gone back behind what the target has of it.
     #[error("the source is at revision {current}, and the target has its revision {applied}")]
     SourceWentBack {
@@ -183,11 +199,19 @@ pub async fn watermark(store: &dyn Store) -> Result<Option<Watermark>, ReplicaEr
     found.map(|row| Watermark::decode(&row.value).ok_or(ReplicaError::Damaged)).transpose()
 }
 
+/// The change by which a store stops being a replica.
+#[must_use]
+pub fn apart() -> Commit {
+    Commit::new().delete(SPACE, WATERMARK)
+}
+
 /// A store that is kept equal to another.
 pub struct Replica {
     source: Arc<dyn Store>,
     target: Arc<dyn Store>,
     batch_bytes: usize,
+    // What the target said last, if that is remembered.
+    remembered: Option<Mutex<Option<State>>>,
 }
 
 impl std::fmt::Debug for Replica {
@@ -200,7 +224,22 @@ impl Replica {
     /// `target` as a replica of `source`. Nothing is read yet.
     #[must_use]
     pub fn new(source: Arc<dyn Store>, target: Arc<dyn Store>) -> Self {
-        Self { source, target, batch_bytes: BATCH_BYTES }
+        Self { source, target, batch_bytes: BATCH_BYTES, remembered: None }
+    }
+
+    /// Asks the target where it stands at the first step and after a failure only. What it would say
+    /// differently meanwhile is found out inside the next transaction.
+    #[must_use]
+    pub fn remembering(mut self) -> Self {
+        self.remembered = Some(Mutex::default());
+        self
+    }
+
+    /// Has the next step ask the target where it stands.
+    pub fn forget(&self) {
+        if let Some(remembered) = &self.remembered {
+            *remembered.lock() = None;
+        }
     }
 
     /// Closes a group at `bytes`, one row at least and 8 MiB by default.
@@ -216,11 +255,23 @@ impl Replica {
     /// # Errors
     /// [`ReplicaError`].
     pub async fn step(&self) -> Result<Step, ReplicaError> {
-        let mut state = self.state().await?;
+        let remembered = self.remembered.as_ref().and_then(|state| state.lock().take());
+        let mut state = match remembered {
+            Some(state) => state,
+            None => self.state().await?,
+        };
+        let step = self.step_from(&mut state).await?;
+        if let Some(remembered) = &self.remembered {
+            *remembered.lock() = Some(state);
+        }
+        Ok(step)
+    }
+
+    async fn step_from(&self, state: &mut State) -> Result<Step, ReplicaError> {
         let snapshot = self.source.snapshot().await.map_err(ReplicaError::Source)?;
         let current = snapshot.revision();
         let Some(mark) = state.mark.clone() else {
-            return self.copy_part(&mut state, snapshot.as_ref(), self.first_mark(current)).await;
+            return self.copy_part(state, snapshot.as_ref(), self.first_mark(current)).await;
         };
         if mark.source != self.source.status().id {
             return Err(ReplicaError::OfAnother);
@@ -230,19 +281,19 @@ impl Replica {
         }
         let (until, from) = match mark.resume.clone() {
             Some(Resume { until: None, .. }) => {
-                return self.copy_part(&mut state, snapshot.as_ref(), mark).await;
+                return self.copy_part(state, snapshot.as_ref(), mark).await;
             }
             Some(Resume { until: Some(until), from }) => (until, from),
             None if mark.whole && mark.revision == current => return Ok(Step::CaughtUp(current)),
             None => (current, RowKey::new(Space(0), [])),
         };
         match self.changed(mark.revision, until).await? {
-            Some(mut rows) => {
+            Some((mut rows, until)) => {
                 let rows = rows.split_off(&from);
-                self.follow(&mut state, snapshot.as_ref(), (mark, until), rows).await
+                self.follow(state, snapshot.as_ref(), (mark, until), rows).await
             }
             // Too far behind: once more from the beginning, over what is there.
-            None => self.copy_part(&mut state, snapshot.as_ref(), self.first_mark(current)).await,
+            None => self.copy_part(state, snapshot.as_ref(), self.first_mark(current)).await,
         }
     }
 
@@ -262,6 +313,15 @@ impl Replica {
                 return Ok(revision);
             }
         }
+    }
+
+    /// Whether the target is a replica of this source and nothing but: read anew.
+    ///
+    /// # Errors
+    /// [`ReplicaError`].
+    pub async fn look(&self) -> Result<Option<Watermark>, ReplicaError> {
+        self.forget();
+        Ok(self.state().await?.mark)
     }
 
     /// Compares every row of the replica with the source, at one revision, and returns how many there
@@ -326,14 +386,15 @@ impl Replica {
         }
     }
 
-    // The rows that were written after one revision up to another; None if that is not known.
+    // The rows that were written after one revision up to another, or up to an earlier one where they
+    // are many, and that one; None if that is not known.
     async fn changed(
         &self,
         after: Revision,
         until: Revision,
-    ) -> Result<Option<BTreeSet<RowKey>>, ReplicaError> {
+    ) -> Result<Option<(BTreeSet<RowKey>, Revision)>, ReplicaError> {
         let (mut rows, mut reached) = (BTreeSet::new(), after);
-        while reached < until {
+        while reached < until && rows.len() < FOLLOWED {
             let listed = match self.source.changes(reached, LISTED).await {
                 Ok(listed) => listed,
                 Err(ChangesError::Trimmed { .. }) => return Ok(None),
@@ -344,11 +405,11 @@ impl Replica {
             };
             // Nothing more of what the snapshot has: it was trimmed meanwhile.
             let Some((last, _)) = listed.last() else { return Ok(None) };
-            reached = *last;
+            reached = until.min(*last);
             let of_snapshot = listed.into_iter().filter(|(revision, _)| *revision <= until);
             rows.extend(of_snapshot.flat_map(|(_, rows)| rows).filter(|row| row.space != SPACE));
         }
-        Ok(Some(rows))
+        Ok(Some((rows, reached)))
     }
 
     // Writes the rows as they are in `snapshot`: those that were changed until a revision, which may be
@@ -451,13 +512,48 @@ impl Replica {
         let require = state.left.map_or(Require::Absent, Require::At);
         let mut commit = batch.commit.require(SPACE, WATERMARK, require);
         commit = commit.put(SPACE, WATERMARK, mark.encode());
-        let committed = self.target.commit(vec![commit], &mut NoFinish).await;
+        let left = state.left.unwrap_or(Revision::EMPTY);
+        let mut next = Elsewhere::after(left);
+        let mut check = |applied: &Applied<'_>| next.check(applied);
+        let committed = self.target.commit(vec![commit], &mut check).await;
+        if next.found() != left {
+            return Err(match state.left {
+                Some(left) => ReplicaError::Diverged { left, current: next.found() },
+                None => ReplicaError::NotEmpty,
+            });
+        }
         let committed = committed.map_err(ReplicaError::Commit)?;
         if !committed.any() {
             return Err(ReplicaError::Contended);
         }
         *state = State { mark: Some(mark), left: Some(committed.revision) };
         Ok(())
+    }
+}
+
+// Whether somebody else has written to a store: known for certain only within the next transaction.
+struct Elsewhere {
+    left: Revision,
+    found: Revision,
+}
+
+impl Elsewhere {
+    fn after(left: Revision) -> Self {
+        Self { left, found: left }
+    }
+
+    fn check(&mut self, applied: &Applied<'_>) -> Result<Vec<Write>, Abort> {
+        self.found = Revision(applied.revision.0.saturating_sub(1));
+        if self.found == self.left {
+            Ok(Vec::new())
+        } else {
+            Err(Abort::new("written to by others"))
+        }
+    }
+
+    // The revision that was met.
+    fn found(&self) -> Revision {
+        self.found
     }
 }
 
@@ -479,8 +575,8 @@ impl Batch {
         let value_bytes = value.as_ref().map_or(0, Bytes::len);
         self.bytes = self.bytes.saturating_add(row.key.len()).saturating_add(value_bytes).max(1);
         self.commit.writes.push(match value {
-            Some(value) => crate::Write::Put { row, value },
-            None => crate::Write::Delete { row },
+            Some(value) => Write::Put { row, value },
+            None => Write::Delete { row },
         });
     }
 }

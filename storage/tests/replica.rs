@@ -11,6 +11,8 @@
 mod flaky;
 #[path = "replica/growth.rs"]
 mod growth;
+#[path = "replica/shipped.rs"]
+mod shipped;
 
 use std::sync::Arc;
 

@@ -32,6 +32,8 @@ mod lock;
 mod newcomer;
 #[cfg(feature = "postgres")]
 mod nodes;
+#[cfg(feature = "postgres")]
+mod replication;
 mod rights;
 mod slots;
 #[cfg(feature = "postgres")]

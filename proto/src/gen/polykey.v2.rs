@@ -1968,6 +1968,41 @@ pub struct GetStoreStatusResponse {
     /// Why the anchor cannot be written. Empty: it can.
     #[prost(string, tag = "17")]
     pub anchor_trouble: ::prost::alloc::string::String,
+    /// How it is shipped to its replication target. Absent: it is not.
+    #[prost(message, optional, tag = "18")]
+    pub replication: ::core::option::Option<ReplicationStatus>,
+}
+/// How a store is shipped to its replication target.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ReplicationStatus {
+    /// The database and schema.
+    #[prost(string, tag = "1")]
+    pub target: ::prost::alloc::string::String,
+    /// "async": changes are acknowledged when they are durable here. "sync": and on the target.
+    #[prost(string, tag = "2")]
+    pub mode: ::prost::alloc::string::String,
+    /// With "sync", what happens while the target is away: "refuse" or "degrade".
+    #[prost(string, tag = "3")]
+    pub when_away: ::prost::alloc::string::String,
+    /// "connecting", "copying" (the target stands between two revisions), "following", "away", "refused" (it is
+    /// no target for this store) or "fenced" (it was promoted and is the writer now).
+    #[prost(string, tag = "4")]
+    pub state: ::prost::alloc::string::String,
+    /// Why, for the last three.
+    #[prost(string, tag = "5")]
+    pub detail: ::prost::alloc::string::String,
+    /// Whether changes wait for the target now.
+    #[prost(bool, tag = "6")]
+    pub synchronous: bool,
+    /// The last revision of this store that the target has been, whole.
+    #[prost(uint64, tag = "7")]
+    pub shipped_revision: u64,
+    /// Revisions that the target lacks.
+    #[prost(uint64, tag = "8")]
+    pub lag_revisions: u64,
+    /// Age of the oldest of them, or time since the start if it is older, in seconds. 0: none is lacking.
+    #[prost(double, tag = "9")]
+    pub lag_seconds: f64,
 }
 /// Asks for a backup.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -11111,6 +11146,12 @@ pub struct ServiceMetrics {
     /// When the process became ready.
     #[prost(message, optional, tag = "8")]
     pub uptime_since: ::core::option::Option<::prost_types::Timestamp>,
+    /// Revisions that the replication target lacks. Absent: there is no target.
+    #[prost(int64, optional, tag = "100")]
+    pub replication_lag_revisions: ::core::option::Option<i64>,
+    /// Age of the oldest of them in seconds. Absent: there is no target.
+    #[prost(double, optional, tag = "101")]
+    pub replication_lag_seconds: ::core::option::Option<f64>,
 }
 /// The answer to HealthCheck.
 #[derive(Clone, PartialEq, ::prost::Message)]

@@ -9,9 +9,10 @@ use super::super::App as Cli;
 use super::super::audit;
 use super::super::error::CliError;
 use super::super::output::{Human, View};
+use super::copy::{database, is_database};
 use super::recover::recovery_key;
 use super::{accept_rollback, runtime};
-use crate::app::{self, AppError, BackupView, Recovery};
+use crate::app::{self, AppError, BackupView, Origin, Recovery};
 use crate::config::Config;
 use crate::hardening;
 use crate::time::Clock;
@@ -68,9 +69,16 @@ pub struct RestoreArgs {
     /// The configuration: the store is made where it says.
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
-    /// The backup.
+    /// The backup; or the database that the store was shipped or copied to:
+    /// postgres://USER@HOST:PORT/DATABASE?PARAMETERS without a password.
+    #[arg(long, value_name = "FILE|URL")]
+    pub from: String,
+    /// The file with the password of the database.
     #[arg(long, value_name = "FILE")]
-    pub from: PathBuf,
+    pub password: Option<PathBuf>,
+    /// The schema of the tables in the database.
+    #[arg(long, value_name = "NAME", default_value = "polykey")]
+    pub schema: String,
     /// With a recovery key: make the master key in the file that the configuration names, if there is none.
     #[arg(long)]
     pub generate_master_key: bool,
@@ -156,7 +164,7 @@ pub(in crate::cli) fn backup_verify(cli: &Cli, args: VerifyBackupArgs) -> Result
     cli.out.print(&FoundView::new(&args.from, &view))
 }
 
-/// Makes a store of a backup.
+/// Makes a store of a backup or of a database.
 ///
 /// # Errors
 /// See [`AppError`].
@@ -165,10 +173,20 @@ pub(in crate::cli) fn restore(cli: &Cli, args: RestoreArgs) -> Result<(), CliErr
     let mut config = Config::load(&args.config).map_err(AppError::from)?;
     accept_rollback(&mut config, args.accept_rollback)?;
     let recovery = args.recovery.given()?;
-    let restored =
-        app::restore(&config, &args.from, recovery, args.generate_master_key, Clock::System);
-    let (view, recovered) = runtime()?.block_on(Box::pin(restored))?;
-    let mut view = FoundView::new(&args.from, &view);
+    let runtime = runtime()?;
+    let file = Path::new(&args.from);
+    let database = match is_database(&args.from) {
+        true => Some(app::Database {
+            name: args.from.split('?').next().unwrap_or_default().to_owned(),
+            store: database(&args.from, args.password.as_deref(), &args.schema)?,
+        }),
+        false => None,
+    };
+    let origin = database.as_ref().map_or(Origin::File(file), Origin::Database);
+    let restored = app::restore(&config, origin, recovery, args.generate_master_key, Clock::System);
+    let (view, recovered) = runtime.block_on(Box::pin(restored))?;
+    let name = database.as_ref().map_or(file, |database| Path::new(&database.name));
+    let mut view = FoundView::new(name, &view);
     view.store = Some(config.storage.path.display().to_string());
     view.slot = recovered.map(|recovered| recovered.slot.label);
     view.next = Some(format!("polykey serve --config {}", config.file.display()));

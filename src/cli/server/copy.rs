@@ -118,8 +118,21 @@ fn refused(error: OpenError) -> CliError {
     AppError::Store(error).into()
 }
 
+/// The store in a database.
+pub(super) fn database(
+    url: &str,
+    password: Option<&Path>,
+    schema: &str,
+) -> Result<Arc<dyn Store>, CliError> {
+    Ok(postgres(url, password, schema)?)
+}
+
 #[cfg(feature = "postgres")]
-fn database(url: &str, password: Option<&Path>, schema: &str) -> Result<Arc<dyn Store>, CliError> {
+pub(super) fn postgres(
+    url: &str,
+    password: Option<&Path>,
+    schema: &str,
+) -> Result<Arc<polykey_storage::postgres::Postgres>, CliError> {
     use polykey_storage::postgres::{Options, Postgres};
     use zeroize::Zeroizing;
 
@@ -140,14 +153,20 @@ fn database(url: &str, password: Option<&Path>, schema: &str) -> Result<Arc<dyn 
 }
 
 #[cfg(not(feature = "postgres"))]
-fn database(_: &str, _: Option<&Path>, _: &str) -> Result<Arc<dyn Store>, CliError> {
+pub(super) fn postgres(
+    _: &str,
+    _: Option<&Path>,
+    _: &str,
+) -> Result<Arc<polykey_storage::memory::Memory>, CliError> {
     let text = "this build knows no databases; run one with the cargo feature `postgres`";
     Err(CliError::usage(text))
 }
 
-fn failed(error: ReplicaError) -> CliError {
+pub(super) fn failed(error: ReplicaError) -> CliError {
     let exit = match &error {
         ReplicaError::NotEmpty
+        | ReplicaError::NotAReplica
+        | ReplicaError::Torn
         | ReplicaError::OfAnother
         | ReplicaError::Diverged { .. }
         | ReplicaError::SourceWentBack { .. }

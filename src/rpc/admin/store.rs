@@ -7,6 +7,7 @@ use data_encoding::HEXLOWER;
 use polykey_proto::polykey::record::v1::JobRecord;
 use polykey_proto::polykey::record::v1::job_record::Kind;
 use polykey_proto::polykey::v2 as pb;
+use polykey_storage::replicated::{Link, Mode, Shipping, WhenAway};
 use polykey_storage::{Direction, RowKey, Space};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -57,6 +58,33 @@ fn space_name(space: Space) -> String {
     named.map_or_else(|| "node".to_owned(), |(_, name)| (*name).to_owned())
 }
 
+fn replication(shipping: &Shipping) -> pb::ReplicationStatus {
+    let (state, detail) = match &shipping.link {
+        Link::Connecting => ("connecting", String::new()),
+        Link::Copying => ("copying", String::new()),
+        Link::Following => ("following", String::new()),
+        Link::Away(why) => ("away", why.clone()),
+        Link::Refused(why) => ("refused", why.clone()),
+        Link::Fenced(fenced) => ("fenced", fenced.to_string()),
+    };
+    let (mode, when_away) = match shipping.mode {
+        Mode::Async => ("async", ""),
+        Mode::Sync(WhenAway::Refuse) => ("sync", "refuse"),
+        Mode::Sync(WhenAway::Degrade) => ("sync", "degrade"),
+    };
+    pb::ReplicationStatus {
+        target: shipping.target.clone(),
+        mode: mode.to_owned(),
+        when_away: when_away.to_owned(),
+        state: state.to_owned(),
+        detail,
+        synchronous: shipping.synced,
+        shipped_revision: shipping.shipped.0,
+        lag_revisions: shipping.lag(),
+        lag_seconds: shipping.behind.as_secs_f64(),
+    }
+}
+
 impl AdminService {
     pub(super) async fn get_store_status(
         &self,
@@ -78,6 +106,7 @@ impl AdminService {
         let verified = *self.0.verified.lock();
         let anchor = self.0.admin.anchor.as_ref().map(|anchor| anchor.status());
         let anchored = anchor.as_ref().and_then(|anchor| anchor.anchored);
+        let shipped = self.0.admin.replication.as_ref().map(|replicated| replicated.shipping());
         Ok(pb::GetStoreStatusResponse {
             backend: status.kind.to_owned(),
             revision: status.revision.0,
@@ -96,6 +125,7 @@ impl AdminService {
             anchored_at: anchored.map(|(_, at)| timestamp(at)),
             anchor_trouble: anchor.as_ref().and_then(|it| it.trouble.clone()).unwrap_or_default(),
             anchor: anchor.map(|it| it.path.display().to_string()).unwrap_or_default(),
+            replication: shipped.as_ref().map(replication),
         })
     }
 

@@ -2,7 +2,7 @@
 
 use std::{fmt, time::Duration};
 
-use super::target::PasswordSource;
+use super::target::{PasswordSource, Target};
 use crate::memory;
 
 /// How a store is opened. None of it is part of the store.
@@ -56,6 +56,15 @@ impl Options {
             durable: true,
             epoch: None,
         }
+    }
+
+    /// Whether they make sense, as far as that can be told without the database.
+    ///
+    /// # Errors
+    /// What does not. Never repeats the connection string.
+    pub fn validate(&self) -> Result<(), String> {
+        self.check()?;
+        Target::parse(&self.url, None, self.connect_timeout).map(drop)
     }
 
     /// Quoted, because it may be a reserved word.
