@@ -477,6 +477,9 @@ impl App {
             None => None,
         };
         tasks::start(&app, &tasks, &stop);
+        if let Some(nodes) = &app.nodes {
+            nodes.ready().await;
+        }
         let drain = CancellationToken::new();
         let served = app.serve(listener, drain.clone());
         let served = match served {

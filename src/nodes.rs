@@ -102,6 +102,14 @@ impl Nodes {
         Ok((peers.nodes().await?, peers.id().to_owned()))
     }
 
+    /// Returns when this node knows what the others have changed, or after 10 s: it refuses then what
+    /// it cannot answer for.
+    pub async fn ready(&self) {
+        if tokio::time::timeout(LAPSED, self.freshness.first_look()).await.is_err() {
+            tracing::warn!("this node listens, and cannot tell yet what others have changed");
+        }
+    }
+
     /// Follows the other nodes until `stop`, and leaves.
     pub async fn follow(self: Arc<Self>, stop: CancellationToken) {
         let mut following = Following::default();

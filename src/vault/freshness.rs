@@ -107,6 +107,13 @@ impl Freshness {
         why.clone_into(&mut self.why.lock());
     }
 
+    /// Returns after the first look.
+    pub(crate) async fn first_look(&self) {
+        let mut looks = self.looked.subscribe();
+        // The sender is this one: it is there.
+        let _ = looks.wait_for(|began| *began > 0).await;
+    }
+
     /// Returns when a look is asked for.
     pub(crate) async fn wanted(&self) {
         self.asked.notified().await;
