@@ -51,7 +51,7 @@ pub fn dev(args: DevArgs) -> Result<(), CliError> {
         let running = start(&prepared).await?;
         announce(&running);
         write_out(greeting(&args.dir, running.address(), first).as_bytes())?;
-        until_signalled(running, accepted(prepared.config.clone()), signals, door).await
+        Box::pin(until_signalled(running, accepted(prepared.config.clone()), signals, door)).await
     }))
 }
 

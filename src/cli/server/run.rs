@@ -63,7 +63,7 @@ pub fn serve(args: ServeArgs) -> Result<(), CliError> {
             Err(error) => return Err(error.into()),
         };
         announce(&running);
-        until_signalled(running, accepted(config), signals, door).await
+        Box::pin(until_signalled(running, accepted(config), signals, door)).await
     }))
 }
 

@@ -45,8 +45,8 @@ impl Peers for Postgres {
     fn look(&self, after: Revision, limit: usize) -> BoxFuture<'_, Result<Look, ReadError>> {
         let inner = Arc::clone(&self.inner);
         joined(self.inner.handle.spawn(async move {
-            let (changes, nodes) =
-                join(snapshot::changes(&inner, &inner.watchers, after, limit), nodes(&inner)).await;
+            let changes = Box::pin(snapshot::changes(&inner, &inner.watchers, after, limit));
+            let (changes, nodes) = join(changes, Box::pin(nodes(&inner))).await;
             Ok(Look { changes, nodes: nodes? })
         }))
     }
