@@ -476,10 +476,12 @@ impl App {
             }
             None => None,
         };
-        tasks::start(&app, &tasks, &stop);
         if let Some(nodes) = &app.nodes {
+            // Before anything is said of its health.
+            tasks.spawn(Arc::clone(nodes).follow(stop.clone()));
             nodes.ready().await;
         }
+        tasks::start(&app, &tasks, &stop);
         let drain = CancellationToken::new();
         let served = app.serve(listener, drain.clone());
         let served = match served {

@@ -31,9 +31,6 @@ const SIGNING_KEY_AGE: Duration = Duration::from_secs(30 * 86_400);
 pub(super) fn start(app: &Arc<App>, tasks: &TaskTracker, stop: &CancellationToken) {
     tasks.spawn(Arc::clone(&app.jobs).run());
     tasks.spawn(Arc::clone(&app.custody).run_reseal(pace(), stop.clone()));
-    if let Some(nodes) = &app.nodes {
-        tasks.spawn(Arc::clone(nodes).follow(stop.clone()));
-    }
     tasks.spawn(until(stop.clone(), tick(Arc::clone(app))));
     tasks.spawn(until(stop.clone(), watch(Arc::clone(app))));
     tasks.spawn(until(stop.clone(), replication::watch(Arc::clone(app))));

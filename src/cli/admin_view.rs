@@ -489,7 +489,13 @@ impl View for StoreView {
             ("node", self.node.clone()),
             ("revision", self.revision.to_string()),
             ("writable", writable),
-            ("size", format!("{} bytes", self.size_bytes)),
+            (
+                "size",
+                match self.size_bytes {
+                    0 => "known to the database".to_owned(),
+                    bytes => format!("{bytes} bytes"),
+                },
+            ),
             ("free", self.free_bytes.map(|b| format!("{b} bytes")).unwrap_or_default()),
             ("audit leaves", self.audit_leaves.to_string()),
             ("verified", verified.unwrap_or_else(|| "never".to_owned())),

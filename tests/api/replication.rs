@@ -461,3 +461,38 @@ async fn killed_on_either_side_the_target_equals_the_source() {
     assert_eq!(code, 0, "{out}{err}");
     drop(directory);
 }
+
+// The target is a whole store: once it is promoted, a node serves from it where it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_promoted_target_is_served_from() {
+    let pair = Pair::new();
+    let node = pair.node("mode = \"sync\"");
+    let admin = node.admin().await;
+    let kept = sealed(&admin).await;
+    let state = node.state.clone();
+    let kept_directory = node.stop().2;
+    let (code, said) = pair.command(&["promote", &pair.url()]);
+    assert_eq!(code, 0, "{said}");
+    let (blank, config) = pair.blank(&state, "served");
+    let text = fs::read_to_string(&config).unwrap();
+    let database = format!(
+        "kind = \"postgres\"\nurl = \"{}\"\npassword = {{ file = \"{}\" }}\nschema = \"{}\"",
+        pair.url(),
+        pair.password(),
+        pair.schema,
+    );
+    fs::write(&config, text.replace("path = \"polykey.redb\"", &database)).unwrap();
+    let node = Server::serve(&blank, &config, &Options::default());
+    let node = node.unwrap_or_else(|ended| panic!("{}", ended.output));
+    let admin = node.admin().await;
+    opens(&admin, &kept).await;
+    sealed(&admin).await;
+    let listed = node.cli(&["audit", "list", "--limit", "200"]).1;
+    assert!(listed.contains("Promote"), "{listed}");
+    let (code, out, err) = node.cli(&["store", "verify"]);
+    assert_eq!(code, 0, "{out}{err}");
+    // Whoever had shipped to it is not a writer any more.
+    let ended = Server::attempt(&state, &Options::default()).err().expect("it does not start");
+    assert_eq!(ended.status.code(), Some(5), "{}", ended.output);
+    drop(kept_directory);
+}

@@ -107,8 +107,9 @@ pub(in crate::cli) fn promote(cli: &Cli, args: PromoteArgs) -> Result<(), CliErr
         epoch,
         audited,
         next: format!(
-            "make a store of it with `polykey restore --config FILE --from {place} --schema {schema}`, and \
-             serve that with [replication] to another schema"
+            "serve it with [storage] kind = \"postgres\", url = \"{place}\" and schema = \"{schema}\"; or make a \
+             file of it with `polykey restore --config FILE --from {place} --schema {schema}`, and serve that \
+             with [replication] to another schema"
         ),
     })
 }
