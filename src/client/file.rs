@@ -23,7 +23,14 @@ pub(crate) struct NewFile {
 
 impl NewFile {
     /// Begins a file that only its owner can read until it is finished.
+    ///
+    /// What is there and no file (a device, a pipe) is written to as it is: a rename would put a file in
+    /// its place, and its mode is not ours to set.
     pub(crate) fn create(path: &Path) -> io::Result<Self> {
+        if fs::metadata(path).is_ok_and(|found| !found.is_file() && !found.is_dir()) {
+            let file = OpenOptions::new().write(true).open(path)?;
+            return Ok(Self { file: Some(file), temporary: PathBuf::new(), path: path.to_owned() });
+        }
         let name = path
             .file_name()
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "not the name of a file"))?;
@@ -39,6 +46,9 @@ impl NewFile {
     /// Makes it durable and puts it in its place, over whatever was there.
     pub(crate) fn finish(mut self, mode: u32) -> io::Result<()> {
         if let Some(file) = self.file.take() {
+            if self.temporary.as_os_str().is_empty() {
+                return Ok(());
+            }
             file.set_permissions(fs::Permissions::from_mode(mode))?;
             file.sync_all()?;
             drop(file);
@@ -122,6 +132,19 @@ pub(crate) fn read_secret(path: &Path, limit: u64) -> io::Result<Zeroizing<Strin
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_device_is_written_to_and_left_as_it_is() {
+        use std::os::unix::fs::FileTypeExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out");
+        std::os::unix::fs::symlink("/dev/null", &path).unwrap();
+        let mode = fs::metadata("/dev/null").unwrap().mode();
+        write(&path, b"gone", PRIVATE).unwrap();
+        assert!(path.is_symlink(), "nothing takes its place");
+        let device = fs::metadata("/dev/null").unwrap();
+        assert!(device.file_type().is_char_device() && device.mode() == mode);
+    }
 
     #[test]
     fn a_file_appears_whole_and_private_or_not_at_all() {
