@@ -119,42 +119,16 @@ async fn opener(
     config: &Config,
     settings: &crate::config::Replication,
 ) -> Result<replicated::Opener, AppError> {
-    use polykey_hsm::{Deadline, SecretSource, bootstrap};
-    use polykey_storage::postgres::{Options, PasswordSource, Postgres};
-    use zeroize::Zeroizing;
+    use polykey_storage::postgres::{Options, Postgres};
 
-    const SETTING: &str = "[replication] password";
-    let text = |value: &[u8]| {
-        let text = std::str::from_utf8(value).map_err(|_| format!("{SETTING}: not UTF-8"))?;
-        Ok(Zeroizing::new(text.trim_end_matches(['\r', '\n']).to_owned()))
-    };
     let mut options = Options::new(settings.target.clone());
     settings.schema.clone_into(&mut options.schema);
     options.connections = 2;
     options.transaction_pooler = settings.transaction_pooler;
     options.durable = settings.durable;
     if let Some(source) = &settings.password {
-        let found = super::secrets::resolve(config, &[(SETTING, source)]).await?;
-        let password: PasswordSource = match source {
-            SecretSource::Ssm(_) | SecretSource::Env(_) => {
-                let kept = found.into_iter().next().unwrap_or_default();
-                Arc::new(move || text(&kept))
-            }
-            // Read for each connection: a new one needs no restart.
-            SecretSource::File(_) | SecretSource::Credential(_) => {
-                let (source, aws) = ([source.clone()], config.bootstrap.aws.clone());
-                let within = config.bootstrap.deadline;
-                Arc::new(move || {
-                    let read = bootstrap::resolve(&source, &aws, Deadline::after(within));
-                    let read = futures::executor::block_on(read);
-                    let read = read.map_err(|mut problems| {
-                        problems.pop().map(|problem| problem.text).unwrap_or_default()
-                    })?;
-                    text(&read.into_iter().next().unwrap_or_default())
-                })
-            }
-        };
-        options.password = Some(password);
+        options.password =
+            Some(super::secrets::password(config, source, "[replication] password").await?);
     }
     Ok(Box::new(move |epoch| {
         let opened = Postgres::open(Options { epoch, ..options.clone() })?;

@@ -31,7 +31,7 @@ impl std::fmt::Display for Missing {
     }
 }
 
-pub(super) async fn resolve(
+async fn resolve(
     config: &Config,
     wanted: &[(&'static str, &SecretSource)],
 ) -> Result<Vec<Zeroizing<Vec<u8>>>, AppError> {
