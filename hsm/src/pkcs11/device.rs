@@ -4,6 +4,8 @@
 //! fails is tried again in the same session, in a new one, and after the module was finalized and
 //! initialized; what fails even then is for a new process.
 
+use std::time::Duration;
+
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
 use cryptoki::error::{Error, RvError};
 use cryptoki::session::{Session, UserType};
@@ -13,6 +15,9 @@ use cryptoki::types::RawAuthPin;
 use super::config::{SlotListing, TokenListing, TokenSelector};
 use super::frame::Hello;
 use super::session::Way;
+
+/// Longer than a module takes to write the file of a token.
+const BETWEEN_READINGS: Duration = Duration::from_millis(50);
 
 /// Why something was not done.
 #[derive(Debug)]
@@ -102,18 +107,24 @@ impl Device {
         if rung != Rung::AsIs {
             self.open = None;
         }
-        if rung == Rung::Reinitialize
-            && let Some(module) = &self.module
-        {
-            // Whether it answers well or not: what counts is that it initializes again.
-            let _ = module.clone().finalize();
-            initialize(module)?;
+        if rung == Rung::Reinitialize {
+            self.reinitialize()?;
         }
         if self.open.is_none() {
             let module = self.module()?;
             self.open = Some(open(module, &self.hello)?);
         }
         self.open.as_mut().ok_or_else(|| Fault::Sick("no session".to_owned()))
+    }
+
+    fn reinitialize(&mut self) -> Result<(), Fault> {
+        self.open = None;
+        if let Some(module) = &self.module {
+            // Whether it answers well or not: what counts is that it initializes again.
+            let _ = module.clone().finalize();
+            initialize(module)?;
+        }
+        Ok(())
     }
 
     fn module(&mut self) -> Result<Pkcs11, Fault> {
@@ -132,8 +143,25 @@ impl Device {
         Ok(module)
     }
 
-    /// Every slot of the module, whatever token is meant.
+    /// Every slot of the module, whatever token is meant: the fullest of three readings. SoftHSM
+    /// leaves a token out while another process, logging in, writes its file.
     pub(super) fn slots(&mut self) -> Result<Vec<SlotListing>, Fault> {
+        let ready = |slots: &Vec<SlotListing>| {
+            slots.iter().filter(|s| s.token.as_ref().is_some_and(|t| t.initialized)).count()
+        };
+        let mut fullest = self.reading()?;
+        for _ in 0..2 {
+            std::thread::sleep(BETWEEN_READINGS);
+            self.reinitialize()?;
+            let again = self.reading()?;
+            if ready(&again) > ready(&fullest) {
+                fullest = again;
+            }
+        }
+        Ok(fullest)
+    }
+
+    fn reading(&mut self) -> Result<Vec<SlotListing>, Fault> {
         let module = self.module()?;
         let list = |slot: Slot| {
             let description = match module.get_slot_info(slot) {
