@@ -84,7 +84,7 @@ kryoptic: ## 6 / 2 | the PKCS#11 tests over a second token, Kryoptic, which it b
 
 .PHONY: bench
 bench: ## 16 / 5 | benchmarks on the dist profile, ratios within one run
-	$(CARGO) bench --profile dist --bench polykey -- $(ARGS)
+	$(CARGO) bench --profile dist $(FEATURES) --bench polykey -- $(ARGS)
 
 .PHONY: fuzz-replay
 fuzz-replay: ## 8 / 1 | the fuzz corpora and mutations of them, as plain tests

@@ -22,6 +22,8 @@
 #[path = "../../tests/common/mod.rs"]
 mod common;
 
+#[cfg(feature = "postgres")]
+mod database;
 mod echo;
 mod floors;
 mod large;
@@ -129,6 +131,11 @@ async fn run() {
     let (status, output, _) = server.stop();
     assert!(status.success(), "{output}");
 
+    #[cfg(feature = "postgres")]
+    {
+        let state = directory.path().join("embedded");
+        report.database = Box::pin(database::measure(&state, window, rounds)).await;
+    }
     report.cold_empty = large::cold_starts(&directory.path().join("cold"), false, 7).await;
     large::measure(&mut report, &directory.path().join("large"), window).await;
     report.finish();

@@ -12,6 +12,12 @@ use crate::setting;
 const BEGIN: &str = "<!-- benchmarks: begin, written by make bench -->";
 const END: &str = "<!-- benchmarks: end -->";
 
+const BACKENDS: &str = if cfg!(all(feature = "aws", feature = "postgres")) {
+    "all backends"
+} else {
+    "without all backends"
+};
+
 type Round = (Vec<(Kind, usize, usize, Figures)>, Floors);
 
 /// Everything measured.
@@ -35,6 +41,8 @@ pub(crate) struct Report {
     pub(crate) walk_seconds: f64,
     pub(crate) scan_seconds: f64,
     pub(crate) file_ratio: f64,
+    #[cfg(feature = "postgres")]
+    pub(crate) database: Vec<crate::database::Round>,
 }
 
 fn middle(mut values: Vec<f64>) -> f64 {
@@ -182,7 +190,7 @@ impl Report {
             ("15", "memory idle, empty, MiB".into(), AtMost(24.0), self.memory_idle_empty),
             ("15", format!("memory idle, {many} keys, MiB"), AtMost(110.0), self.memory_idle_many),
             ("15", "memory, peak of the rounds, MiB".into(), AtMost(60.0), self.memory_peak),
-            ("16", "binary, default features, MB".into(), AtMost(30.0), size as f64 / 1e6),
+            ("16", format!("binary, {BACKENDS}, MB"), AtMost(30.0), size as f64 / 1e6),
             (
                 "17",
                 format!("file size ÷ bytes of all rows, {many} keys"),
@@ -220,7 +228,50 @@ impl Report {
                 self.create_many.rate / self.create_few.rate,
             ),
         ]);
+        #[cfg(feature = "postgres")]
+        rows.extend(self.database_targets());
         rows
+    }
+
+    #[cfg(feature = "postgres")]
+    fn database_targets(&self) -> [(&'static str, String, Aim, f64); 2] {
+        use crate::database::Round;
+        let of = |ratio: fn(&Round) -> f64| middle(self.database.iter().map(ratio).collect());
+        [
+            (
+                "20",
+                "PostgreSQL: CreateKey c=16 ÷ bare INSERT c=16".into(),
+                Aim::AtLeast(0.6),
+                of(|r| r.create.rate / r.insert),
+            ),
+            (
+                "20",
+                "PostgreSQL: Encrypt c=64 ÷ the same with a file".into(),
+                Aim::AtLeast(0.95),
+                of(|r| r.encrypt.rate / r.encrypt_embedded.rate),
+            ),
+        ]
+    }
+
+    #[cfg(feature = "postgres")]
+    fn database_rows(&self, out: &mut String) {
+        use crate::database::Round;
+        let figure = |of: fn(&Round) -> f64| middle(self.database.iter().map(of).collect());
+        let mut row = |name: &str, c: usize, of: fn(&Round) -> Figures| {
+            let all: Vec<Figures> = self.database.iter().map(of).collect();
+            let of = |f: fn(&Figures) -> f64| middle(all.iter().map(f).collect());
+            let (rate, p50, p99) = (of(|f| f.rate), of(|f| f.p50) / 1e3, of(|f| f.p99) / 1e3);
+            let cpu = of(|f| f.cpu);
+            writeln!(out, "| {name} | {c}, 4 | {rate:.0} | {p50:.2} | {p99:.2} | {cpu:.1} |")
+                .unwrap();
+        };
+        row("PostgreSQL: CreateKey AES-256", 16, |r| r.create);
+        row("a file, beside it: CreateKey AES-256", 16, |r| r.create_embedded);
+        row("PostgreSQL: Encrypt 256 B", 64, |r| r.encrypt);
+        row("a file, beside it: Encrypt 256 B", 64, |r| r.encrypt_embedded);
+        row("PostgreSQL: GetKey", 64, |r| r.get);
+        let insert = figure(|r| r.insert);
+        writeln!(out, "| bare INSERT, 16 connections | 16, 16 | {insert:.0} | | | |").unwrap();
     }
 
     fn text(&self) -> String {
@@ -255,6 +306,8 @@ impl Report {
             )
             .unwrap();
         }
+        #[cfg(feature = "postgres")]
+        self.database_rows(&mut out);
         let floor = |f: fn(&Floors) -> f64| self.ratio(|r| f(&r.1));
         writeln!(out, "\nFloors: bare redb commits of 1 row {:.0}/s (p50 {:.2} ms), of 64 rows {:.0} rows/s; appends \
             of 64 records and a sync {:.0} records/s. The large store was filled at {:.0} keys/s in batches of 500; \
