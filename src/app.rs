@@ -66,6 +66,7 @@ use crate::net::{self, Connections, DrainReport, Listener, NetMetrics, Served};
 use crate::nodes::Nodes;
 use crate::pki::Authority;
 use crate::rpc;
+use crate::service_manager;
 use crate::time::{Clock, Time};
 use crate::vault::{Freshness, Invalidate, Vault, Witness};
 
@@ -510,7 +511,12 @@ impl App {
             ),
             None => None,
         };
-        Ok((Listener::bind(self.config.listen.address)?, health_port))
+        let handed = service_manager::socket().map_err(AppError::Process)?;
+        let listener = match handed {
+            Some(socket) => Listener::from_std(socket).map_err(AppError::Process)?,
+            None => Listener::bind(self.config.listen.address)?,
+        };
+        Ok((listener, health_port))
     }
 
     fn serve(

@@ -334,13 +334,35 @@ pub struct Ca {
 }
 
 /// `[runtime]`
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Runtime {
     /// Whether all memory of the process is locked against swapping.
     pub lock_memory: bool,
+    /// Whether the process gives up what it has no use for.
+    pub sandbox: bool,
+    /// Directories in which it may write besides its own, for PKCS#11 modules.
+    pub writable: Vec<PathBuf>,
 }
 
 impl Config {
+    /// Whether a secret or certificate is a parameter of AWS Parameter Store.
+    #[must_use]
+    pub fn refers_to_parameters(&self) -> bool {
+        let ssm = |source: &SecretSource| matches!(source, SecretSource::Ssm(_));
+        let wrapper = |wrapper: &Wrapper| match wrapper {
+            Wrapper::Local(MasterKeySource::Ssm(_)) => true,
+            Wrapper::Local(MasterKeySource::Passphrase { from, .. }) => ssm(from),
+            Wrapper::Pkcs11(token) => ssm(&token.token.pin),
+            Wrapper::Local(_) | Wrapper::Aws(_) | Wrapper::Quorum(_) => false,
+        };
+        let TlsReferences { certificate, key, client_ca, crl } = &self.listen.references;
+        let named = [certificate, key, client_ca, crl, &self.tokens.signing_key];
+        let database = self.storage.database.as_ref().and_then(|d| d.password.as_ref());
+        let replica = self.replication.as_ref().and_then(|r| r.password.as_ref());
+        named.into_iter().flatten().chain(database).chain(replica).any(ssm)
+            || std::iter::once(&self.master_key).chain(self.wrappers.values()).any(wrapper)
+    }
+
     /// Reads and checks a file.
     ///
     /// # Errors

@@ -1,12 +1,18 @@
 //! Makes the process give away less: no core dumps, no tracing by others, private files, and
 //! locked memory where that is asked for and possible.
 //!
+//! Once it knows its configuration it also gives up what it has no use for (`confine`).
+//!
 //! Nothing here refuses to start the node: what does not work is reported, and logged by whoever
 //! asked. What it does not stop: root, and whoever may read this user's memory already.
+
+mod confine;
 
 use rustix::fs::Mode;
 use rustix::mm::MlockAllFlags;
 use rustix::process::{DumpableBehavior, Resource, Rlimit};
+
+use crate::config::Config;
 
 /// A measure that could not be taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,9 +25,18 @@ pub struct Missed {
 
 /// Applies everything to this process, and returns what did not work.
 ///
-/// `lock_memory` locks all memory, now and later, against being swapped out; without an unlimited
-/// RLIMIT_MEMLOCK that would make later allocations fail, and it is skipped.
-pub fn apply(lock_memory: bool) -> Vec<Missed> {
+/// `[runtime] lock_memory` locks all memory, now and later, against being swapped out; without an unlimited
+/// RLIMIT_MEMLOCK that would make later allocations fail, and it is skipped. `[runtime] sandbox` holds
+/// for the thread that calls and those started later: to be called before the first one.
+pub fn apply(config: &Config) -> Vec<Missed> {
+    let mut missed = process(config.runtime.lock_memory);
+    if config.runtime.sandbox {
+        missed.extend(confine::confine(config));
+    }
+    missed
+}
+
+fn process(lock_memory: bool) -> Vec<Missed> {
     let mut missed = Vec::new();
     let mut attempt = |measure, result: rustix::io::Result<()>| {
         if let Err(error) = result {
@@ -75,7 +90,7 @@ mod tests {
     #[test]
     fn the_process_is_hardened() {
         // Of the whole test process: none of it is undone, and no other test minds.
-        let missed = apply(false);
+        let missed = process(false);
         assert_eq!(missed, []);
         let core = rustix::process::getrlimit(Resource::Core);
         assert_eq!(core, Rlimit { current: Some(0), maximum: Some(0) });
@@ -90,7 +105,7 @@ mod tests {
         );
         assert_eq!(mode & 0o777, 0o600);
         drop(std::fs::remove_dir_all(file.parent().unwrap()));
-        let again = apply(true);
+        let again = process(true);
         let limited = rustix::process::getrlimit(Resource::Memlock).current.is_some();
         if limited {
             assert!(again.iter().any(|m| m.reason.contains("LimitMEMLOCK")), "{again:?}");

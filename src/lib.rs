@@ -49,6 +49,7 @@ pub mod net;
 pub mod nodes;
 pub mod pki;
 pub mod rpc;
+pub mod service_manager;
 pub mod setup;
 mod share;
 pub mod telemetry;

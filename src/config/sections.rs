@@ -324,22 +324,27 @@ fn audit(section: Section<'_, '_>) -> Audit {
 }
 
 fn policies(section: Section<'_, '_>) -> Vec<PathBuf> {
-    let files = section.get("files", |value| {
-        let remedy = "write a list of files, such as [\"policies/team.cedar\"]";
+    let files = paths(&section, "files", "files, such as [\"policies/team.cedar\"]");
+    section.finish();
+    files
+}
+
+fn paths(section: &Section<'_, '_>, key: &'static str, of: &str) -> Vec<PathBuf> {
+    let files = section.get(key, |value| {
+        let remedy = format!("write a list of {of}");
         let Some(list) = value.as_array() else {
-            return refuse(format!("a {}, not a list", value.type_str()), remedy);
+            return refuse(format!("a {}, not a list", value.type_str()), &remedy);
         };
         let mut files = Vec::new();
         for item in list.iter() {
             let file = path(section.document, item.get_ref())?;
             if files.contains(&file) {
-                return refuse("a file stands in it twice", "name each file once");
+                return refuse("a path stands in it twice", "name each one once");
             }
             files.push(file);
         }
         Ok(files)
     });
-    section.finish();
     files.unwrap_or_default()
 }
 
@@ -390,7 +395,11 @@ fn runtime(section: Section<'_, '_>) -> (Runtime, Option<usize>, usize) {
     let workers = section.get("threads", |v| super::read::integer(v, &(1..=1_024)));
     let blocking =
         section.integer("blocking_threads", 1..=4_096, NetConfig::default().blocking_threads);
-    let runtime = Runtime { lock_memory: section.boolean("lock_memory", false) };
+    let runtime = Runtime {
+        lock_memory: section.boolean("lock_memory", false),
+        sandbox: section.boolean("sandbox", true),
+        writable: paths(&section, "writable", "directories, such as [\"/var/lib/softhsm\"]"),
+    };
     section.finish();
     (runtime, workers, blocking)
 }

@@ -222,6 +222,11 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         ("ca.certificate", optional(ca.as_ref(), |ca| path(&ca.certificate))),
         ("ca.key", optional(ca.as_ref(), |ca| path(&ca.key))),
         ("runtime.lock_memory", runtime.lock_memory.to_string()),
+        ("runtime.sandbox", runtime.sandbox.to_string()),
+        (
+            "runtime.writable",
+            runtime.writable.iter().map(|p| path(p)).collect::<Vec<_>>().join(", "),
+        ),
         ("runtime.threads", optional(net.workers, |n| n.to_string())),
         ("runtime.blocking_threads", net.blocking_threads.to_string()),
     ];

@@ -18,6 +18,7 @@ mod aws;
 mod backup;
 mod canary;
 mod compact;
+mod confined;
 mod crypto;
 mod fields;
 mod go_batch;

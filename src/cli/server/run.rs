@@ -12,7 +12,7 @@ use crate::app::locked::{Locked, StillLocked};
 use crate::app::{App, AppError, Running};
 use crate::config::Config;
 use crate::time::Clock;
-use crate::{hardening, telemetry};
+use crate::{hardening, service_manager, telemetry};
 
 /// Arguments of `serve`.
 #[derive(Args, Debug)]
@@ -90,7 +90,8 @@ pub(super) fn door(config: &Config) -> Result<Option<Door>, AppError> {
 /// Starts the log and hardens the process, before anything secret is read.
 pub(super) fn prepare_process(config: &Config) -> Result<(), AppError> {
     telemetry::start(&config.log)?;
-    for missed in hardening::apply(config.runtime.lock_memory) {
+    service_manager::take_socket().map_err(AppError::Process)?;
+    for missed in hardening::apply(config) {
         tracing::warn!(measure = missed.measure, reason = missed.reason, "hardening incomplete");
     }
     Ok(())
@@ -103,6 +104,7 @@ pub(super) fn announce(running: &Running) {
     if let Some(address) = running.health_address() {
         tracing::info!("the health port is {address}");
     }
+    service_manager::ready(&format!("listening on {address}"));
 }
 
 /// The signals that steer a node. Installed before it says that it listens: whoever reads that may
@@ -180,10 +182,15 @@ async fn until_ended(running: &Running, signals: &mut Signals, door: Option<&Doo
         tokio::select! {
             _ = hangup.recv() => {
                 // Not here: what it reads may not answer for long.
-                let app = std::sync::Arc::clone(running.app());
-                drop(tokio::spawn(async move { drop(app.reload().await) }));
+                let (app, address) = (std::sync::Arc::clone(running.app()), running.address());
+                drop(tokio::spawn(async move {
+                    service_manager::reloading();
+                    drop(app.reload().await);
+                    service_manager::ready(&format!("listening on {address}"));
+                }));
             }
             () = either(term, interrupt) => return End::Stop,
+            () = expected() => service_manager::alive(),
             request = asked => match request.ask {
                 Ask::Lock => return End::Lock(request),
                 Ask::Status | Ask::Unlock(_) => {
@@ -199,11 +206,16 @@ async fn until_ended(running: &Running, signals: &mut Signals, door: Option<&Doo
 async fn until_unlocked(mut locked: Locked, signals: &mut Signals, door: &Door) -> Option<Running> {
     let socket = door.path().display().to_string();
     tracing::warn!(socket, why = locked.status(), "locked: waiting for `polykey unlock`");
+    service_manager::ready("locked: waiting for `polykey unlock`");
     let Signals { hangup, term, interrupt } = signals;
     loop {
         let mut request = tokio::select! {
             _ = hangup.recv() => continue,
             () = either(term, interrupt) => return None,
+            () = expected() => {
+                service_manager::alive();
+                continue;
+            }
             () = tokio::time::sleep(AGAIN), if locked.waits() => {
                 let us = rustix::process::geteuid().as_raw();
                 let opened = tokio::select! {
@@ -248,8 +260,17 @@ async fn until_unlocked(mut locked: Locked, signals: &mut Signals, door: &Door) 
     }
 }
 
+/// Until the service manager's watchdog wants to hear of this loop, which runs beside the rest of the node.
+async fn expected() {
+    match service_manager::watchdog() {
+        Some(within) => tokio::time::sleep(within).await,
+        None => std::future::pending().await,
+    }
+}
+
 async fn stop(running: Running, signals: &mut Signals) -> Result<(), CliError> {
     tracing::info!("stopping");
+    service_manager::stopping();
     tokio::select! {
         stopped = running.stop() => {
             if stopped.durable {
