@@ -10,6 +10,7 @@
 mod anchor;
 mod bootstrap;
 mod check;
+pub mod doctor;
 pub mod door;
 mod draw;
 #[cfg(feature = "postgres")]
@@ -404,6 +405,7 @@ impl App {
         let refusals = Arc::new(Refusals(Arc::clone(&trail)));
         let authenticator =
             Arc::new(Authenticator::new(Arc::clone(&directory), refusals, settings(&config)));
+        authenticator.limit(&config.rates);
         let forge = Forge::new(config.limits.key_generations, config.limits.key_generation_queue);
         let backends =
             Arc::new(Backends::new(config.hardened.as_ref(), &wrappers, vault.node_id()));
@@ -542,6 +544,9 @@ impl App {
             anchor: self.anchor.clone(),
             wrappers: self.wrappers.clone(),
             replication: self.replication.clone(),
+            tls: Arc::clone(&self.tls),
+            network: Arc::clone(&self.network),
+            reload: reload::asked_for(self),
         };
         let service = rpc::service(deps, admin, |routes| routes.add_service(health));
         let service = measured::Measured::new(service, Arc::clone(&self.metrics));

@@ -33,6 +33,7 @@ mod remote;
 mod root;
 pub mod server;
 pub mod shell;
+pub mod status;
 pub mod value;
 mod view;
 
@@ -44,8 +45,8 @@ mod parse_tests;
 pub use access::{RevokeArgs, TokenCommand};
 pub use error::{CliError, Exit};
 pub use server::{
-    CheckArgs, DevArgs, HsmCommand, InitArgs, LockArgs, PromoteArgs, RecoverArgs, RestoreArgs,
-    ServeArgs, UnlockArgs,
+    CheckArgs, DevArgs, DoctorArgs, HsmCommand, InitArgs, LockArgs, PromoteArgs, RecoverArgs,
+    RestoreArgs, ServeArgs, UnlockArgs,
 };
 
 use output::{Format, Output};
@@ -86,6 +87,8 @@ pub enum Command {
     Serve(ServeArgs),
     /// Check a configuration; nothing is touched.
     Check(CheckArgs),
+    /// Examine a node and its machine: devices, disk, limits, health; each finding says what to do.
+    Doctor(DoctorArgs),
     /// Open a store with a recovery key or its shares, and put its root key under the master key of the
     /// configuration again. No server may have it open.
     Recover(RecoverArgs),
@@ -139,6 +142,13 @@ pub enum Command {
     Store(node::StoreCommand),
     /// List what is scheduled, by time.
     Jobs(node::JobsArgs),
+    /// Show how the node does, on one screen.
+    Status,
+    /// Show it again and again.
+    Top(status::TopArgs),
+    /// Have the server read certificates, revocation lists and policies again. Exits with 2 if one of them is
+    /// wrong: what was in force before is still.
+    Reload,
     /// Tell whether the server serves; for probes. Exits with 0 if it does, else with 6.
     Health(health::HealthArgs),
     /// Print the completion script for a shell.
@@ -208,6 +218,7 @@ pub fn run(cli: Cli) -> Result<(), CliError> {
         Command::Init(args) => server::init(&app, args),
         Command::Serve(args) => server::serve(args),
         Command::Check(args) => server::check(&app, args),
+        Command::Doctor(args) => server::doctor(&app, args),
         Command::Recover(args) => server::recover(&app, args),
         Command::Restore(args) => server::restore(&app, args),
         Command::Promote(args) => server::promote(&app, args),
@@ -251,11 +262,15 @@ async fn talk(app: &App, command: Command) -> Result<(), CliError> {
         Command::Backup(backup::BackupCommand::Create(args)) => backup::create(app, args).await,
         Command::Jobs(args) => node::jobs(app, args).await,
         Command::Health(args) => health::run(app, args).await,
+        Command::Status => status::status(app).await,
+        Command::Top(args) => status::top(app, args).await,
+        Command::Reload => status::reload(app).await,
         // Done by `run` without a runtime.
         Command::Dev(_)
         | Command::Init(_)
         | Command::Serve(_)
         | Command::Check(_)
+        | Command::Doctor(_)
         | Command::Recover(_)
         | Command::Restore(_)
         | Command::Promote(_)

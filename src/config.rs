@@ -28,6 +28,7 @@ use polykey_hsm::{MasterKeySource, SecretSource};
 
 use crate::net::NetConfig;
 use crate::net::tls::TlsFiles;
+use crate::rates::Rule;
 
 pub use read::{ConfigErrors, Problem};
 pub use replication::Replication;
@@ -73,6 +74,8 @@ pub struct Config {
     pub policies: Vec<PathBuf>,
     /// `[limits]`
     pub limits: Limits,
+    /// `[rates.NAME]`: how often clients may call.
+    pub rates: Vec<Rule>,
     /// `[log]`
     pub log: Log,
     /// `[ca]`

@@ -36,6 +36,12 @@ pub fn apply(config: &Config) -> Vec<Missed> {
     missed
 }
 
+/// Why the kernel or the configuration keeps `[runtime] sandbox` from confining a node, if it does.
+#[must_use]
+pub fn lacking(config: &Config) -> Option<String> {
+    confine::lacking(config)
+}
+
 fn process(lock_memory: bool) -> Vec<Missed> {
     let mut missed = Vec::new();
     let mut attempt = |measure, result: rustix::io::Result<()>| {

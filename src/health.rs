@@ -84,6 +84,16 @@ impl Health {
         self.checks.iter().fold(State::Serving, |worst, check| worst.worse(check()))
     }
 
+    /// All that is wrong, worst first.
+    #[must_use]
+    pub fn problems(&self) -> Vec<String> {
+        let states =
+            self.checks.iter().map(|check| check()).filter(|state| *state != State::Serving);
+        let (degraded, down): (Vec<State>, Vec<State>) = states.partition(State::serves);
+        let all = down.into_iter().chain(degraded);
+        all.filter_map(|state| state.reason().map(str::to_owned)).collect()
+    }
+
     /// Computes the state, and tells and logs it if it has changed.
     pub fn refresh(&self) -> State {
         let state = self.state();
@@ -128,6 +138,9 @@ mod tests {
         let degraded = |text: &'static str| Degraded(text.into());
         assert_eq!(of(&[Serving, degraded("a"), degraded("b"), Serving]), degraded("a"));
         assert_eq!(of(&[degraded("a"), NotServing("b"), NotServing("c")]), NotServing("b"));
+        let all =
+            Health::new([degraded("a"), NotServing("b"), Serving, degraded("c")].map(fixed).into());
+        assert_eq!(all.problems(), ["b", "a", "c"]);
     }
 
     #[tokio::test]

@@ -44,6 +44,8 @@ use crate::time::{Clock, Time};
 pub trait Health: Send + Sync + 'static {
     /// The health of the node and its figures, as they are.
     fn report(&self, now: Time) -> pb::HealthCheckResponse;
+    /// All that is wrong, worst first.
+    fn problems(&self) -> Vec<String>;
 }
 
 /// What the services work with.

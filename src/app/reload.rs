@@ -9,6 +9,7 @@ use std::sync::Arc;
 use super::{App, AppError, event, secrets};
 use crate::authz::{Authorizer, DEFAULTS, PolicyFile};
 use crate::config::Config;
+use crate::rpc::admin::Reload;
 
 /// Largest policy file that is read, in bytes.
 const MAX_POLICY: u64 = 1024 * 1024;
@@ -84,6 +85,21 @@ impl App {
             *seen = now;
         }
     }
+}
+
+/// What a caller who asks for a reload gets done. It keeps no node alive.
+pub(super) fn asked_for(app: &Arc<App>) -> Reload {
+    let app = Arc::downgrade(app);
+    Box::new(move || {
+        let app = app.clone();
+        Box::pin(async move {
+            let Some(app) = app.upgrade() else { return Vec::new() };
+            let Reloaded { certificates, policies } = app.reload().await;
+            let problem =
+                |result: Result<(), AppError>| result.err().map(|error| error.to_string());
+            vec![("certificates", problem(certificates)), ("policies", problem(policies))]
+        })
+    })
 }
 
 /// Off the threads of requests: files may be on slow disks, and policies take a while to compile.

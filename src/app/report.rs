@@ -156,6 +156,10 @@ fn timestamp(time: Time) -> Timestamp {
 }
 
 impl crate::rpc::Health for Report {
+    fn problems(&self) -> Vec<String> {
+        self.health.problems()
+    }
+
     #[expect(clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "figures")]
     fn report(&self, now: Time) -> pb::HealthCheckResponse {
         let figures = self.metrics.figures();

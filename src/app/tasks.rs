@@ -108,6 +108,7 @@ async fn sweep(app: Arc<App>) {
     loop {
         sweeps.tick().await;
         app.jobs.note_clock().await;
+        app.authenticator.rates().forget();
         // A revocation that is forgotten too early would revive its token.
         if app.jobs.clock_in_doubt() {
             continue;

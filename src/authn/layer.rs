@@ -161,6 +161,7 @@ impl Shared {
         };
         match result {
             Ok(session) => {
+                self.authenticator.rates().admit(&session.caller, request.uri().path())?;
                 request.extensions_mut().insert(Arc::clone(&session.caller));
                 request.extensions_mut().insert::<Session>(session);
                 request.extensions_mut().insert(peer);

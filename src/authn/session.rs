@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use aws_lc_rs::digest::{SHA256, digest};
 use data_encoding::HEXLOWER;
 
@@ -19,6 +20,7 @@ use crate::cache::Cache;
 use crate::context::Caller;
 use crate::directory::{Client, ClientState, Directory};
 use crate::error::Error;
+use crate::rates::{Rates, Rule};
 use crate::time::Time;
 use crate::vault::tree::Hash;
 
@@ -103,6 +105,7 @@ pub struct Authenticator {
     sessions: Cache<Hash, Session>,
     pub(super) logins_by_address: Limiter<std::net::IpAddr>,
     pub(super) logins_by_client: Limiter<Hash>,
+    rates: ArcSwap<Rates>,
     tokens_by_address: Limiter<std::net::IpAddr>,
 }
 
@@ -118,10 +121,22 @@ impl Authenticator {
             logins_by_address: Limiter::new(settings.login_per_address, settings.sources),
             logins_by_client: Limiter::new(settings.login_per_client, settings.sources),
             tokens_by_address: Limiter::new(settings.tokens_per_address, settings.sources),
+            rates: ArcSwap::default(),
             directory,
             audit,
             settings,
         }
+    }
+
+    /// Puts rules in force, with full buckets.
+    pub fn limit(&self, rules: &[Rule]) {
+        self.rates.store(Arc::new(Rates::new(rules)));
+    }
+
+    /// How often clients may call.
+    #[must_use]
+    pub fn rates(&self) -> arc_swap::Guard<Arc<Rates>> {
+        self.rates.load()
     }
 
     /// Clients and roles.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -18,6 +19,8 @@ use super::{
 use crate::custody::MASTER_KEY;
 use crate::net::NetConfig;
 use crate::net::tls::TlsFiles;
+use crate::rates::Rule;
+use crate::rpc::methods::METHODS;
 
 /// Where a node listens unless it is told otherwise.
 pub(crate) const DEFAULT_ADDRESS: SocketAddr =
@@ -62,6 +65,7 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
     let audit = audit(root.section("audit"));
     let policies = policies(root.section("policies"));
     let limits = limits(root.section("limits"));
+    let rates = rates(&root.section("rates"));
     let log = log(root.section("log"));
     let ca = ca(root.section("ca"));
     let (runtime, workers, blocking_threads) = runtime(root.section("runtime"));
@@ -92,6 +96,7 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
         audit,
         policies,
         limits,
+        rates,
         log,
         ca,
         runtime,
@@ -359,6 +364,50 @@ fn limits(section: Section<'_, '_>) -> Limits {
     };
     section.finish();
     limits
+}
+
+/// Every rule by its name, in the order of their names.
+fn rates(section: &Section<'_, '_>) -> Vec<Rule> {
+    let remedy = "write a whole number from 1 to 1000000";
+    let number = |value: &DeValue<'_>| {
+        let number: u32 = super::read::integer(value, &(1..=1_000_000))?;
+        NonZeroU32::new(number).map_or_else(|| refuse("zero", remedy), Ok)
+    };
+    let mut rules = Vec::new();
+    for (name, _, section) in section.each() {
+        let Some(section) = section else { continue };
+        let per_second = section.need("per_second", "100", number);
+        let burst = section.get("burst", number).or(per_second);
+        let tier = section.get("tier", |value| match string(value)? {
+            tier @ ("free" | "pro" | "enterprise") => Ok(tier.to_owned()),
+            _ => refuse("no tier", "write \"free\", \"pro\" or \"enterprise\""),
+        });
+        let client = section.get("client", |value| string(value).map(str::to_owned));
+        let methods = section.get("methods", methods).unwrap_or_default();
+        section.finish();
+        if let (Some(per_second), Some(burst)) = (per_second, burst) {
+            rules.push(Rule { name, tier, client, methods, per_second, burst });
+        }
+    }
+    rules.sort_by(|a, b| a.name.cmp(&b.name));
+    rules
+}
+
+fn methods(value: &DeValue<'_>) -> Result<Vec<String>, Refused> {
+    let remedy = "write a list of methods, such as [\"CreateKey\", \"Encrypt\"]";
+    let Some(list) = value.as_array() else {
+        return refuse(format!("a {}, not a list", value.type_str()), remedy);
+    };
+    let known =
+        |name: &str| METHODS.iter().any(|method| method.path.rsplit('/').next() == Some(name));
+    let mut methods = Vec::new();
+    for item in list.iter() {
+        match string(item.get_ref())? {
+            name if known(name) => methods.push(name.to_owned()),
+            _ => return refuse("a method there is not", remedy),
+        }
+    }
+    Ok(methods)
 }
 
 fn log(section: Section<'_, '_>) -> Log {

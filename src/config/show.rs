@@ -9,6 +9,7 @@ use polykey_hsm::aws::AwsConnection;
 
 use super::{Bootstrap, Config, DataPlane, Database, LogFormat, Storage, WhenFenced, Wrapper};
 use crate::custody::SlotSpec;
+use crate::rates::Rule;
 
 /// One setting in effect.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -135,6 +136,7 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         audit,
         policies,
         limits,
+        rates,
         log,
         ca,
         runtime,
@@ -244,6 +246,7 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         all.extend(connection("master_key", &settings.connection));
     }
     all.extend(stored(storage));
+    all.extend(rates.iter().flat_map(limited));
     let Bootstrap { aws, deadline } = bootstrap;
     all.extend(connection("bootstrap", aws));
     all.push(("bootstrap.deadline".to_owned(), time(*deadline)));
@@ -255,6 +258,17 @@ pub fn entries(config: &Config) -> Vec<Entry> {
     };
     let entry = |(name, value): (String, String)| Entry { source: source(&name), name, value };
     all.into_iter().map(entry).collect()
+}
+
+fn limited(rule: &Rule) -> Vec<(String, String)> {
+    let Rule { name, tier, client, methods, per_second, burst } = rule;
+    let mut all = vec![("per_second", per_second.to_string()), ("burst", burst.to_string())];
+    all.extend(tier.iter().map(|tier| ("tier", tier.clone())));
+    all.extend(client.iter().map(|client| ("client", client.clone())));
+    if !methods.is_empty() {
+        all.push(("methods", methods.join(", ")));
+    }
+    all.into_iter().map(|(key, value)| (format!("rates.{name}.{key}"), value)).collect()
 }
 
 #[cfg(test)]

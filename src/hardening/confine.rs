@@ -63,6 +63,19 @@ impl Needs {
     }
 }
 
+/// Why this configuration on this kernel cannot be confined, if it cannot.
+pub(super) fn lacking(config: &Config) -> Option<String> {
+    // Whatever is asked of the kernel is asked of a thread that ends.
+    let config = config.clone();
+    let tried = std::thread::spawn(move || Needs::of(&config).and_then(|needs| landlock(&needs)));
+    match tried.join() {
+        Ok(Ok(())) if Path::new("/proc/sys/kernel/seccomp/actions_avail").exists() => None,
+        Ok(Ok(())) => Some("this kernel has no seccomp".to_owned()),
+        Ok(Err(why)) => Some(why),
+        Err(_) => Some("the kernel could not be asked".to_owned()),
+    }
+}
+
 /// Confines this process.
 pub(super) fn confine(config: &Config) -> Vec<Missed> {
     let mut missed = Vec::new();

@@ -22,7 +22,7 @@ pub struct NetMetrics {
 }
 
 /// The counters at one moment. Each is exact, together they are not one instant.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct NetSnapshot {
     /// Gauge: sockets open, those still in their handshake included.
     pub connections_open: u64,

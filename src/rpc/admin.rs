@@ -11,11 +11,13 @@ mod policies;
 mod roles;
 mod root;
 mod slots;
+mod status;
 mod store;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
+use polykey_hsm::BoxFuture;
 use polykey_proto::polykey::record::v1::AuditEvent;
 use polykey_proto::polykey::v2 as pb;
 use polykey_storage::replicated::Replicated;
@@ -36,6 +38,8 @@ use crate::directory::{Change, Directory};
 use crate::error::Error;
 use crate::jobs::Runner;
 use crate::keyring::Idempotency;
+use crate::net::NetMetrics;
+use crate::net::tls::TlsState;
 use crate::pki::Authority;
 use crate::time::Time;
 
@@ -57,7 +61,17 @@ pub struct AdminDeps {
     pub wrappers: Vec<NamedWrapper>,
     /// The way to the replication target, if there is one.
     pub replication: Option<Arc<Replicated>>,
+    /// Certificates.
+    pub tls: Arc<TlsState>,
+    /// Counters of the network, once there are any.
+    pub network: Arc<OnceLock<Arc<NetMetrics>>>,
+    /// Reads files again, and tells of each part what was wrong with it.
+    pub reload: Reload,
 }
+
+/// Reads the node's files again: the name of each part, and why it is as it was.
+pub type Reload =
+    Box<dyn Fn() -> BoxFuture<'static, Vec<(&'static str, Option<String>)>> + Send + Sync>;
 
 /// The service.
 #[derive(Clone)]
@@ -225,6 +239,8 @@ service! {
     get_store_status(GetStoreStatusRequest) -> GetStoreStatusResponse;
     list_jobs(ListJobsRequest) -> ListJobsResponse;
     confirm_clock(ConfirmClockRequest) -> ConfirmClockResponse;
+    get_node_status(GetNodeStatusRequest) -> GetNodeStatusResponse;
+    reload_configuration(ReloadConfigurationRequest) -> ReloadConfigurationResponse;
     get_configuration(GetConfigurationRequest) -> GetConfigurationResponse;
     }
     {

@@ -52,6 +52,9 @@ impl Health for Unknown {
     fn report(&self, _: Time) -> pb::HealthCheckResponse {
         pb::HealthCheckResponse::default()
     }
+    fn problems(&self) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 type Served<S> = Authentication<WithTrailers<S>>;

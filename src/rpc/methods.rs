@@ -154,6 +154,8 @@ methods! {
         "CreateBackup" lasts: right(Action::BackupStore);
         "ListJobs": right(Action::ReadNode);
         "ConfirmClock": right(Action::ConfirmClock);
+        "GetNodeStatus": right(Action::ReadNode);
+        "ReloadConfiguration": right(Action::ReloadConfiguration);
         "GetConfiguration": right(Action::ReadNode);
     }
     "grpc.health.v1.Health" {

@@ -33,6 +33,7 @@ mod lock;
 mod newcomer;
 #[cfg(feature = "postgres")]
 mod nodes;
+mod operator;
 #[cfg(feature = "postgres")]
 mod replication;
 mod rights;

@@ -108,6 +108,8 @@ VerifyStore             + - - - -
 CreateBackup            + - - - -
 ListJobs                + + - - -
 ConfirmClock            + - - - -
+GetNodeStatus           + + - - -
+ReloadConfiguration     + - - - -
 GetConfiguration        + + - - -
 ";
 

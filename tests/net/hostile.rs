@@ -1,13 +1,15 @@
 //! Peers that do not play by the rules: none harms another.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
+use futures::StreamExt;
 use polykey::net::NetConfig;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::support::{PATIENCE, TestServer, frame};
+use crate::support::{PATIENCE, TestServer, frame, hpack};
 
 /// Reads until the server closes, and returns what it said.
 async fn until_closed(mut stream: TcpStream) -> Vec<u8> {
@@ -255,4 +257,95 @@ async fn rapid_resets_end_the_connection() {
     );
     assert_eq!(good.status("/test/echo").await.as_deref(), Some("0"));
     server.until(|m| m.requests_in_flight == 0 && m.connections_open == 1).await;
+}
+
+/// Calls of good clients for as long as `while_` takes: how many, and the 99th percentile.
+async fn good_calls(
+    server: &Arc<TestServer>,
+    while_: impl Future<Output = ()>,
+) -> (usize, Duration) {
+    let done = Arc::new(AtomicBool::new(false));
+    let mut clients = Vec::new();
+    for n in 0..4 {
+        let (mut client, done) = (server.client(&format!("good{n}")).await, Arc::clone(&done));
+        clients.push(tokio::spawn(async move {
+            let mut times = Vec::new();
+            while !done.load(Ordering::Relaxed) {
+                let asked = Instant::now();
+                assert_eq!(client.status("/test/echo").await.as_deref(), Some("0"));
+                times.push(asked.elapsed());
+            }
+            times
+        }));
+    }
+    while_.await;
+    done.store(true, Ordering::Relaxed);
+    let mut times = Vec::new();
+    for client in clients {
+        times.extend(client.await.unwrap());
+    }
+    times.sort_unstable();
+    (times.len(), times[times.len() * 99 / 100])
+}
+
+async fn hostile(server: &TestServer, config: &Arc<rustls::ClientConfig>, kind: usize) {
+    let raw = async || server.raw(config).await;
+    match kind {
+        // Half a handshake, and what is no TLS.
+        0 => {
+            let mut half = TcpStream::connect(server.address).await.unwrap();
+            half.write_all(&client_hello_tls12([3, 3])[..20]).await.ok();
+        }
+        1 => drop(say(server, b"GET / HTTP/1.1\r\n\r\n").await),
+        // A header block that never ends.
+        2 => {
+            let mut raw = raw().await;
+            let more = frame(9, 0, 1, &[0; 1024]);
+            let flood = [frame(1, 1, 1, &[0x82]), more.repeat(200)].concat();
+            raw.stream.write_all(&flood).await.ok();
+            raw.closed().await;
+        }
+        // Streams opened and reset.
+        3 => {
+            let mut raw = raw().await;
+            for _ in 0..200 {
+                let stream = raw.send(b"/test/wait").await;
+                raw.stream.write_all(&frame(3, 0, stream, &8u32.to_be_bytes())).await.ok();
+            }
+        }
+        // Odd paths, and metadata that is none.
+        4 => {
+            let mut raw = raw().await;
+            let stream = raw.send(b"/test/\xff\r\n").await;
+            raw.replied(stream).await;
+        }
+        5 => {
+            let mut raw = raw().await;
+            let block = hpack(&[(b":method", b"POST"), (b"bad\nname", b"\0")]);
+            raw.stream.write_all(&frame(1, 5, 1, &block)).await.ok();
+            raw.replied(1).await;
+        }
+        // A length that nobody believes.
+        _ => {
+            let mut raw = raw().await;
+            raw.stream.write_all(&[0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1]).await.ok();
+            raw.closed().await;
+        }
+    }
+}
+
+/// `POLYKEY_HOSTILE` connections, 500 unless it says otherwise.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crowd_of_hostile_connections_fails_no_good_client() {
+    let count = std::env::var("POLYKEY_HOSTILE").map_or(500, |n| n.parse().unwrap());
+    let config = NetConfig { handshake_timeout: Duration::from_secs(2), ..NetConfig::default() };
+    let server = Arc::new(TestServer::start(config));
+    let (before, usual) = good_calls(&server, tokio::time::sleep(Duration::from_millis(500))).await;
+    let mallory = Arc::new(server.config(server.ca.client("mallory")));
+    let crowd = futures::stream::iter(0..count)
+        .for_each_concurrent(32, |n| hostile(&server, &mallory, n % 7));
+    let (during, worst) = good_calls(&server, crowd).await;
+    println!("p99 {usual:?} of {before} calls before, {worst:?} of {during} during {count}");
+    assert!(before > 0 && during > 0);
+    server.until(|m| m.connections_open == 0 && m.requests_in_flight == 0).await;
 }

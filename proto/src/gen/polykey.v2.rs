@@ -1467,6 +1467,97 @@ pub struct PolicyDetail {
     #[prost(message, optional, tag = "5")]
     pub effective_until: ::core::option::Option<::prost_types::Timestamp>,
 }
+/// Figures of the node that answers, measured over its last minute unless said otherwise.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct ServiceMetrics {
+    /// Mean time from a request's arrival to its response, in milliseconds. 0 when there was none.
+    #[prost(double, tag = "1")]
+    pub average_response_time_ms: f64,
+    /// Requests finished per second.
+    #[prost(int64, tag = "2")]
+    pub requests_per_second: i64,
+    /// Share of requests that ended in an error of the server's (UNAVAILABLE, INTERNAL, DATA_LOSS,
+    /// UNKNOWN, DEADLINE_EXCEEDED), 0 to 100.
+    #[prost(double, tag = "3")]
+    pub error_rate_percent: f64,
+    /// Processor time of the process, 0 to 100 over all processors.
+    #[prost(double, tag = "4")]
+    pub cpu_usage_percent: f64,
+    /// Resident memory of the process as a share of what the machine or control group has, 0 to 100.
+    #[prost(double, tag = "5")]
+    pub memory_usage_percent: f64,
+    /// Keys that are enabled in the store.
+    #[prost(int64, tag = "6")]
+    pub active_keys_count: i64,
+    /// Requests finished since the process started.
+    #[prost(int64, tag = "7")]
+    pub total_requests_handled: i64,
+    /// When the process became ready.
+    #[prost(message, optional, tag = "8")]
+    pub uptime_since: ::core::option::Option<::prost_types::Timestamp>,
+    /// Revisions that the replication target lacks. Absent: there is no target.
+    #[prost(int64, optional, tag = "100")]
+    pub replication_lag_revisions: ::core::option::Option<i64>,
+    /// Age of the oldest of them in seconds. Absent: there is no target.
+    #[prost(double, optional, tag = "101")]
+    pub replication_lag_seconds: ::core::option::Option<f64>,
+}
+/// The answer to HealthCheck.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct HealthCheckResponse {
+    /// The health of the node.
+    #[prost(enumeration = "HealthStatus", tag = "1")]
+    pub status: i32,
+    /// The node's clock when it answered.
+    #[prost(message, optional, tag = "2")]
+    pub timestamp: ::core::option::Option<::prost_types::Timestamp>,
+    /// Figures of the node.
+    #[prost(message, optional, tag = "3")]
+    pub metrics: ::core::option::Option<ServiceMetrics>,
+    /// The version of the server, as in its package.
+    #[prost(string, tag = "4")]
+    pub service_version: ::prost::alloc::string::String,
+    /// The commit that the server was built from, empty when unknown.
+    #[prost(string, tag = "5")]
+    pub build_commit: ::prost::alloc::string::String,
+}
+/// The health of the node that answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum HealthStatus {
+    /// Not known.
+    Unspecified = 0,
+    /// Everything works.
+    Healthy = 1,
+    /// Requests are served, but a part is slow, full or away.
+    Degraded = 2,
+    /// Requests cannot be served.
+    Unhealthy = 3,
+}
+impl HealthStatus {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "HEALTH_STATUS_UNSPECIFIED",
+            Self::Healthy => "HEALTH_STATUS_HEALTHY",
+            Self::Degraded => "HEALTH_STATUS_DEGRADED",
+            Self::Unhealthy => "HEALTH_STATUS_UNHEALTHY",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "HEALTH_STATUS_UNSPECIFIED" => Some(Self::Unspecified),
+            "HEALTH_STATUS_HEALTHY" => Some(Self::Healthy),
+            "HEALTH_STATUS_DEGRADED" => Some(Self::Degraded),
+            "HEALTH_STATUS_UNHEALTHY" => Some(Self::Unhealthy),
+            _ => None,
+        }
+    }
+}
 /// One way to open the root key.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RootSlot {
@@ -2213,6 +2304,105 @@ pub struct GetConfigurationResponse {
     /// When it was read.
     #[prost(message, optional, tag = "3")]
     pub loaded_at: ::core::option::Option<::prost_types::Timestamp>,
+}
+/// Asks how the node does.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetNodeStatusRequest {}
+/// How the node does.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GetNodeStatusResponse {
+    /// As HealthCheck tells it.
+    #[prost(enumeration = "HealthStatus", tag = "1")]
+    pub health: i32,
+    /// All that is wrong, worst first. Empty: nothing.
+    #[prost(string, repeated, tag = "2")]
+    pub problems: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// The server's version.
+    #[prost(string, tag = "3")]
+    pub version: ::prost::alloc::string::String,
+    /// The commit it was built of, or "unknown".
+    #[prost(string, tag = "4")]
+    pub build_commit: ::prost::alloc::string::String,
+    /// The server's clock.
+    #[prost(message, optional, tag = "5")]
+    pub now: ::core::option::Option<::prost_types::Timestamp>,
+    /// When it was started.
+    #[prost(message, optional, tag = "6")]
+    pub started_at: ::core::option::Option<::prost_types::Timestamp>,
+    /// Until when its certificate is valid.
+    #[prost(message, optional, tag = "7")]
+    pub certificate_not_after: ::core::option::Option<::prost_types::Timestamp>,
+    /// Until when its revocation list is; from then on every client is refused. Absent: it has none.
+    #[prost(message, optional, tag = "8")]
+    pub crl_next_update: ::core::option::Option<::prost_types::Timestamp>,
+    /// Figures of the last minute, as HealthCheck tells them.
+    #[prost(message, optional, tag = "9")]
+    pub metrics: ::core::option::Option<ServiceMetrics>,
+    /// Connections open.
+    #[prost(uint64, tag = "10")]
+    pub connections: u64,
+    /// Requests in flight.
+    #[prost(uint64, tag = "11")]
+    pub requests_in_flight: u64,
+    /// Requests refused because too many were in flight, since the start.
+    #[prost(uint64, tag = "12")]
+    pub requests_refused: u64,
+    /// Handshakes that failed, since the start.
+    #[prost(uint64, tag = "13")]
+    pub handshakes_failed: u64,
+    /// Leaves in the audit log.
+    #[prost(uint64, tag = "14")]
+    pub audit_tree_size: u64,
+    /// Events that wait to become durable.
+    #[prost(uint64, tag = "15")]
+    pub audit_queued: u64,
+    /// How many may wait.
+    #[prost(uint64, tag = "16")]
+    pub audit_capacity: u64,
+    /// Jobs on the schedule; of more than 1,000, the first 1,000 are counted.
+    #[prost(uint32, tag = "17")]
+    pub jobs: u32,
+    /// Of them, those whose time has come.
+    #[prost(uint32, tag = "18")]
+    pub jobs_due: u32,
+    /// Of them, those that have failed and are tried again.
+    #[prost(uint32, tag = "19")]
+    pub jobs_failing: u32,
+    /// When the next one is tried. Absent: there is none.
+    #[prost(message, optional, tag = "20")]
+    pub next_job_at: ::core::option::Option<::prost_types::Timestamp>,
+    /// Whether jobs that cannot be undone wait because the clock is in doubt.
+    #[prost(bool, tag = "21")]
+    pub clock_suspended: bool,
+    /// The revision of the last commit.
+    #[prost(uint64, tag = "22")]
+    pub revision: u64,
+    /// The node's id, as GetStoreStatus tells it.
+    #[prost(string, tag = "23")]
+    pub node_id: ::prost::alloc::string::String,
+}
+/// Asks for the files to be read again.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReloadConfigurationRequest {}
+/// What was read again.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ReloadConfigurationResponse {
+    /// Each part.
+    #[prost(message, repeated, tag = "1")]
+    pub parts: ::prost::alloc::vec::Vec<ReloadedPart>,
+}
+/// What became of one part.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReloadedPart {
+    /// "certificates" or "policies".
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Whether it is in force now.
+    #[prost(bool, tag = "2")]
+    pub ok: bool,
+    /// Why it is not, and what was in force before is still.
+    #[prost(string, tag = "3")]
+    pub problem: ::prost::alloc::string::String,
 }
 /// What a job does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
@@ -3177,6 +3367,60 @@ pub mod admin_service_client {
                 .insert(GrpcMethod::new("polykey.v2.AdminService", "ConfirmClock"));
             self.inner.unary(req, path, codec).await
         }
+        /// Tells how the node does, on one screen: its health and all that is wrong, certificates, figures, audit
+        /// log, schedule. Needs `node:read`.
+        pub async fn get_node_status(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetNodeStatusRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetNodeStatusResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.AdminService/GetNodeStatus",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.AdminService", "GetNodeStatus"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Reads certificates, revocation lists and policies again, as SIGHUP does; what is broken keeps what was in
+        /// force. Needs `node:admin`.
+        pub async fn reload_configuration(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReloadConfigurationRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReloadConfigurationResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.AdminService/ReloadConfiguration",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("polykey.v2.AdminService", "ReloadConfiguration"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
         /// Reads the configuration in effect. Secrets show as the references they are. Needs `node:read`.
         pub async fn get_configuration(
             &mut self,
@@ -3494,6 +3738,24 @@ pub mod admin_service_server {
             request: tonic::Request<super::ConfirmClockRequest>,
         ) -> std::result::Result<
             tonic::Response<super::ConfirmClockResponse>,
+            tonic::Status,
+        >;
+        /// Tells how the node does, on one screen: its health and all that is wrong, certificates, figures, audit
+        /// log, schedule. Needs `node:read`.
+        async fn get_node_status(
+            &self,
+            request: tonic::Request<super::GetNodeStatusRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetNodeStatusResponse>,
+            tonic::Status,
+        >;
+        /// Reads certificates, revocation lists and policies again, as SIGHUP does; what is broken keeps what was in
+        /// force. Needs `node:admin`.
+        async fn reload_configuration(
+            &self,
+            request: tonic::Request<super::ReloadConfigurationRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReloadConfigurationResponse>,
             tonic::Status,
         >;
         /// Reads the configuration in effect. Secrets show as the references they are. Needs `node:read`.
@@ -5018,6 +5280,97 @@ pub mod admin_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = ConfirmClockSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.AdminService/GetNodeStatus" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetNodeStatusSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::GetNodeStatusRequest>
+                    for GetNodeStatusSvc<T> {
+                        type Response = super::GetNodeStatusResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetNodeStatusRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::get_node_status(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetNodeStatusSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.AdminService/ReloadConfiguration" => {
+                    #[allow(non_camel_case_types)]
+                    struct ReloadConfigurationSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::ReloadConfigurationRequest>
+                    for ReloadConfigurationSvc<T> {
+                        type Response = super::ReloadConfigurationResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ReloadConfigurationRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::reload_configuration(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ReloadConfigurationSvc(inner);
                         let codec = crate::Codec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
@@ -11116,97 +11469,6 @@ pub mod key_lifecycle_service_server {
     pub const SERVICE_NAME: &str = "polykey.v2.KeyLifecycleService";
     impl<T> tonic::server::NamedService for KeyLifecycleServiceServer<T> {
         const NAME: &'static str = SERVICE_NAME;
-    }
-}
-/// Figures of the node that answers, measured over its last minute unless said otherwise.
-#[derive(Clone, Copy, PartialEq, ::prost::Message)]
-pub struct ServiceMetrics {
-    /// Mean time from a request's arrival to its response, in milliseconds. 0 when there was none.
-    #[prost(double, tag = "1")]
-    pub average_response_time_ms: f64,
-    /// Requests finished per second.
-    #[prost(int64, tag = "2")]
-    pub requests_per_second: i64,
-    /// Share of requests that ended in an error of the server's (UNAVAILABLE, INTERNAL, DATA_LOSS,
-    /// UNKNOWN, DEADLINE_EXCEEDED), 0 to 100.
-    #[prost(double, tag = "3")]
-    pub error_rate_percent: f64,
-    /// Processor time of the process, 0 to 100 over all processors.
-    #[prost(double, tag = "4")]
-    pub cpu_usage_percent: f64,
-    /// Resident memory of the process as a share of what the machine or control group has, 0 to 100.
-    #[prost(double, tag = "5")]
-    pub memory_usage_percent: f64,
-    /// Keys that are enabled in the store.
-    #[prost(int64, tag = "6")]
-    pub active_keys_count: i64,
-    /// Requests finished since the process started.
-    #[prost(int64, tag = "7")]
-    pub total_requests_handled: i64,
-    /// When the process became ready.
-    #[prost(message, optional, tag = "8")]
-    pub uptime_since: ::core::option::Option<::prost_types::Timestamp>,
-    /// Revisions that the replication target lacks. Absent: there is no target.
-    #[prost(int64, optional, tag = "100")]
-    pub replication_lag_revisions: ::core::option::Option<i64>,
-    /// Age of the oldest of them in seconds. Absent: there is no target.
-    #[prost(double, optional, tag = "101")]
-    pub replication_lag_seconds: ::core::option::Option<f64>,
-}
-/// The answer to HealthCheck.
-#[derive(Clone, PartialEq, ::prost::Message)]
-pub struct HealthCheckResponse {
-    /// The health of the node.
-    #[prost(enumeration = "HealthStatus", tag = "1")]
-    pub status: i32,
-    /// The node's clock when it answered.
-    #[prost(message, optional, tag = "2")]
-    pub timestamp: ::core::option::Option<::prost_types::Timestamp>,
-    /// Figures of the node.
-    #[prost(message, optional, tag = "3")]
-    pub metrics: ::core::option::Option<ServiceMetrics>,
-    /// The version of the server, as in its package.
-    #[prost(string, tag = "4")]
-    pub service_version: ::prost::alloc::string::String,
-    /// The commit that the server was built from, empty when unknown.
-    #[prost(string, tag = "5")]
-    pub build_commit: ::prost::alloc::string::String,
-}
-/// The health of the node that answers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
-#[repr(i32)]
-pub enum HealthStatus {
-    /// Not known.
-    Unspecified = 0,
-    /// Everything works.
-    Healthy = 1,
-    /// Requests are served, but a part is slow, full or away.
-    Degraded = 2,
-    /// Requests cannot be served.
-    Unhealthy = 3,
-}
-impl HealthStatus {
-    /// String value of the enum field names used in the ProtoBuf definition.
-    ///
-    /// The values are not transformed in any way and thus are considered stable
-    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
-    pub fn as_str_name(&self) -> &'static str {
-        match self {
-            Self::Unspecified => "HEALTH_STATUS_UNSPECIFIED",
-            Self::Healthy => "HEALTH_STATUS_HEALTHY",
-            Self::Degraded => "HEALTH_STATUS_DEGRADED",
-            Self::Unhealthy => "HEALTH_STATUS_UNHEALTHY",
-        }
-    }
-    /// Creates an enum from field names used in the ProtoBuf definition.
-    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
-        match value {
-            "HEALTH_STATUS_UNSPECIFIED" => Some(Self::Unspecified),
-            "HEALTH_STATUS_HEALTHY" => Some(Self::Healthy),
-            "HEALTH_STATUS_DEGRADED" => Some(Self::Degraded),
-            "HEALTH_STATUS_UNHEALTHY" => Some(Self::Unhealthy),
-            _ => None,
-        }
     }
 }
 /// Asks for one version of a key, or for all it can read.

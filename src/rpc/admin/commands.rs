@@ -48,6 +48,8 @@ commands! {
     VerifyStore = VerifyStore;
     /// Take a backup.
     BackupStore = BackupStore;
+    /// Read files again.
+    Reload = ReloadConfiguration;
     /// Say that the clock is right.
     ConfirmClock = ConfirmClock;
 }
