@@ -44,7 +44,7 @@ fn the_doctor_finds_what_is_wrong_and_nothing_else() {
     for subject in ["configuration", "certificates", "wrapper", "permissions", "clock", "entropy"] {
         assert_eq!(level(&found, subject), ["ok"], "{subject}: {text}");
     }
-    for subject in ["health", "jobs", "audit", "store", "confinement"] {
+    for subject in ["health", "jobs", "audit", "store", "records", "confinement"] {
         assert_eq!(level(&found, subject), ["ok"], "{subject}: {text}");
     }
     assert_eq!(level(&found, "fsync").len(), 1, "{text}");

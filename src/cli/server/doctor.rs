@@ -196,13 +196,13 @@ fn slots(root: &pb::GetRootStatusResponse, found: &mut Vec<Diagnosis>) {
 fn stored(store: &pb::GetStoreStatusResponse, found: &mut Vec<Diagnosis>) {
     let text = format!("{}, revision {}", store.backend, store.revision);
     found.push(match (store.writable, store.damaged_records) {
-        (true, 0) => Diagnosis::ok("store", text),
+        (true, 0) => Diagnosis::ok("records", text),
         (false, _) => {
             let text = format!("{text}: {}", store.read_only_reason);
-            Diagnosis::not("store", Level::Error, text, "Open it again, or restore a backup.")
+            Diagnosis::not("records", Level::Error, text, "Open it again, or restore a backup.")
         }
         (_, damaged) => Diagnosis::not(
-            "store",
+            "records",
             Level::Error,
             format!("{text}: {damaged} records are damaged"),
             "`polykey store verify` names them; restore a backup.",
