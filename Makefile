@@ -111,6 +111,12 @@ compose-dev: ## 20 / 1 | a node in a container, with docker compose; without it,
 	  echo '  docker compose -f $(COMPOSE) up --build'; \
 	  $(MAKE) --no-print-directory deps && .venv/bin/python tests/python/packaging_check.py; fi
 
+# Packages are made here.
+OUT := target/packages
+.PHONY: deb
+deb: dist ## 16 / 5 | the Debian package of the dist build, in target/packages
+	@packaging/build-deb target/dist/polykey $(OUT)
+
 .PHONY: clean
 clean: ## 0 / 0 | removes builds and the virtual environment, never a node's data
 	$(CARGO) clean
