@@ -76,6 +76,30 @@ fn systemd_takes_the_unit() {
     assert!(complaints.is_empty(), "{complaints:#?}");
 }
 
+/// The most that systemd may find open to the unit, in tenths of its points from 0 to 10. What is left is the
+/// network, which a server needs, and system calls for locking memory.
+const EXPOSURE: &str = "--threshold=15";
+
+/// systemd's own judgement of the sandbox.
+#[test]
+fn the_unit_is_hardened() {
+    let analyze = |arguments: &[&str]| {
+        let unit = root().join("packaging/polykey.service");
+        Command::new("systemd-analyze").args(arguments).arg(unit).output().ok()
+    };
+    let help = Command::new("systemd-analyze").arg("--help").output();
+    if !help.is_ok_and(|help| String::from_utf8_lossy(&help.stdout).contains("--offline")) {
+        skipped("the_unit_is_hardened", "systemd-analyze 250 or later is not here");
+        return;
+    }
+    let output = analyze(&["security", "--no-pager", "--offline=yes", EXPOSURE]).unwrap();
+    let table = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{table}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(table.contains("exposure level for polykey.service"), "{table}");
+    // It does judge: nothing is as closed as that.
+    assert!(!analyze(&["security", "--offline=yes", "--threshold=1"]).unwrap().status.success());
+}
+
 /// Tells `make test` of a test that cannot run here.
 fn skipped(name: &str, reason: &str) {
     use std::io::Write;
