@@ -109,7 +109,7 @@ compose-dev: ## 20 / 1 | a node in a container, with docker compose; without it,
 	@if docker compose version >/dev/null 2>&1; then docker compose -f $(COMPOSE) up --build; \
 	else echo 'docker compose is not here; this is what would run:'; \
 	  echo '  docker compose -f $(COMPOSE) up --build'; \
-	  $(MAKE) --no-print-directory deps && .venv/bin/python tests/python/packaging_check.py; fi
+	  $(MAKE) --no-print-directory deps build-local && .venv/bin/python tests/python/packaging_check.py; fi
 
 # Packages are made here.
 OUT := target/packages

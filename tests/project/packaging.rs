@@ -12,6 +12,9 @@ fn python() -> PathBuf {
     python
 }
 
+/// The binary under test.
+const POLYKEY: &str = env!("CARGO_BIN_EXE_polykey");
+
 /// Exit code of a script that cannot run here and has said why.
 const CANNOT: i32 = 77;
 
@@ -32,14 +35,20 @@ fn script(test: &str, name: &str, arguments: &[&str]) {
 #[test]
 fn compose_dockerfile_unit_workflows_and_links_hold() {
     let test = "compose_dockerfile_unit_workflows_and_links_hold";
-    script(test, "packaging_check.py", &[]);
+    script(test, "packaging_check.py", &[POLYKEY]);
+}
+
+#[test]
+fn kubernetes_manifests_fit_their_schemas_and_run_as_in_a_pod() {
+    let test = "kubernetes_manifests_fit_their_schemas_and_run_as_in_a_pod";
+    script(test, "kubernetes_check.py", &[POLYKEY]);
 }
 
 /// With the binary under test in it, and `POLYKEY_PREVIOUS_DEB` as the package it is upgraded from.
 #[test]
 fn the_debian_package_installs_serves_upgrades_and_goes() {
     let test = "the_debian_package_installs_serves_upgrades_and_goes";
-    let mut arguments = vec![env!("CARGO_BIN_EXE_polykey").to_owned()];
+    let mut arguments = vec![POLYKEY.to_owned()];
     arguments.extend(std::env::var("POLYKEY_PREVIOUS_DEB"));
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     script(test, "debian_package.py", &arguments);

@@ -20,7 +20,8 @@ import subprocess
 import sys
 import tempfile
 
-REPOSITORY = pathlib.Path(__file__).resolve().parent.parent.parent
+from documents import REPOSITORY, block
+
 INSIDE = "POLYKEY_INSIDE_NAMESPACE"
 CONFIG = "/etc/polykey/polykey.toml"
 PROFILE = "/var/lib/polykey/admin.profile.toml"
@@ -172,13 +173,6 @@ class Node:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-
-
-def block(name):
-    """The commands of a block of docs/operations.md."""
-    text = (REPOSITORY / "docs/operations.md").read_text()
-    inside = text.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
-    return inside.split("```sh\n")[1].split("```")[0]
 
 
 def processes():
