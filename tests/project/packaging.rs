@@ -44,6 +44,12 @@ fn kubernetes_manifests_fit_their_schemas_and_run_as_in_a_pod() {
     script(test, "kubernetes_check.py", &[POLYKEY]);
 }
 
+#[test]
+fn the_bill_of_materials_is_cyclonedx_and_agrees_with_the_lock_file() {
+    let test = "the_bill_of_materials_is_cyclonedx_and_agrees_with_the_lock_file";
+    script(test, "sbom_check.py", &[]);
+}
+
 /// With the binary under test in it, and `POLYKEY_PREVIOUS_DEB` as the package it is upgraded from.
 #[test]
 fn the_debian_package_installs_serves_upgrades_and_goes() {
