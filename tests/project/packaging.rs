@@ -116,7 +116,7 @@ fn the_unit_is_hardened() {
 }
 
 /// Tells `make test` of a test that cannot run here.
-fn skipped(name: &str, reason: &str) {
+pub(crate) fn skipped(name: &str, reason: &str) {
     use std::io::Write;
     if let Some(path) = std::env::var_os("POLYKEY_TEST_SKIPS") {
         let mut file = std::fs::OpenOptions::new().append(true).create(true).open(path).unwrap();
