@@ -8,7 +8,7 @@ one that is upgraded from. The root is new: /usr is that of this machine under a
 administrator to type is typed. systemd is not there: its two commands are replaced by ones that note how
 they were called, and the node is started as the unit says, by its command and as its user.
 
-Exits with 77 and the reason where it cannot run.
+Exits with 77 and the reason where it cannot run; without root, the package is built and looked at all the same.
 """
 
 import os
@@ -25,7 +25,8 @@ from documents import REPOSITORY, block
 INSIDE = "POLYKEY_INSIDE_NAMESPACE"
 CONFIG = "/etc/polykey/polykey.toml"
 PROFILE = "/var/lib/polykey/admin.profile.toml"
-TOOLS = ("dpkg", "dpkg-deb", "readelf", "strip", "unshare", "setpriv", "chroot", "openssl", "mount")
+TO_BUILD = ("dpkg-deb", "readelf", "strip")
+TO_INSTALL = ("dpkg", "unshare", "setpriv", "runuser", "chroot", "openssl", "mount", "umount")
 ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin",
     "LC_ALL": "C.UTF-8",
@@ -334,11 +335,26 @@ def whole_life(root, first, second, versions):
     return len(before)
 
 
+def built(binary, base):
+    """The binary without its symbols, and the package of it, which can be seen without installing it."""
+    stripped = base / "polykey"
+    subprocess.run(["strip", "-o", stripped, binary], check=True)
+    package = build(stripped, base / "a")
+    the_package(package, build(stripped, base / "b"))
+    return stripped, package
+
+
 def main(binary, previous=None):
+    def need(tools):
+        if missing := [tool for tool in tools if not shutil.which(tool)]:
+            cannot(f"{', '.join(missing)} missing")
+
+    need(TO_BUILD)
     if os.geteuid() != 0:
-        cannot("needs root")
-    if missing := [tool for tool in TOOLS if not shutil.which(tool)]:
-        cannot(f"{', '.join(missing)} missing")
+        with tempfile.TemporaryDirectory() as directory:
+            built(binary, pathlib.Path(directory))
+        cannot("built and looked at; installing it needs root")
+    need(TO_INSTALL)
     if INSIDE not in os.environ:
         # In namespaces of its own: no mount is seen outside, and no process outlives it.
         os.environ[INSIDE] = "1"
@@ -348,15 +364,12 @@ def main(binary, previous=None):
         base = pathlib.Path(directory)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0755", "tmpfs", base], check=True)
         try:
-            stripped = base / "polykey"
-            subprocess.run(["strip", "-o", stripped, binary], check=True)
-            first = pathlib.Path(previous) if previous else build(stripped, base / "a")
-            if not previous:
-                the_package(first, build(stripped, base / "b"))
-            field = lambda p: subprocess.run(["dpkg-deb", "-f", p, "Version"], capture_output=True, text=True).stdout.strip()
-            second = build(stripped, base / "c", "--version", field(first) + "+next")
-            root = Root(base)
-            whole_life(root, first, second, (field(first), field(second)))
+            stripped, first = built(binary, base)
+            first = pathlib.Path(previous) if previous else first
+            tell = lambda package: ["dpkg-deb", "-f", package, "Version"]
+            version = lambda package: subprocess.check_output(tell(package), text=True).strip()
+            second = build(stripped, base / "c", "--version", version(first) + "+next")
+            whole_life(Root(base), first, second, (version(first), version(second)))
         finally:
             subprocess.run(["umount", "--recursive", "--lazy", base])
     print("the package installs, serves, upgrades and goes")
