@@ -109,7 +109,22 @@ compose-dev: ## 20 / 1 | a node in a container, with docker compose; without it,
 	@if docker compose version >/dev/null 2>&1; then docker compose -f $(COMPOSE) up --build; \
 	else echo 'docker compose is not here; this is what would run:'; \
 	  echo '  docker compose -f $(COMPOSE) up --build'; \
-	  $(MAKE) --no-print-directory deps && .venv/bin/python tests/python/packaging_check.py; fi
+	  $(MAKE) --no-print-directory deps build-local && .venv/bin/python tests/python/packaging_check.py; fi
+
+# Packages are made here.
+OUT := target/packages
+.PHONY: sbom
+sbom: ## 1 / 0 | what the binary is made of (CycloneDX), and the notices of others, in target/packages
+	@mkdir -p $(OUT)
+	@packaging/sbom --notices $(OUT)/THIRD-PARTY $(OUT)/sbom.cdx.json
+
+.PHONY: deb
+deb: dist sbom ## 16 / 5 | the Debian package of the dist build, in target/packages
+	@packaging/build-deb --doc $(OUT)/sbom.cdx.json --doc $(OUT)/THIRD-PARTY target/dist/polykey $(OUT)
+
+.PHONY: reproducible
+reproducible: ## 30 / 30 | builds the last commit twice, compares, and prints the SHA-256 of what is released
+	@packaging/reproducible $(OUT)
 
 .PHONY: clean
 clean: ## 0 / 0 | removes builds and the virtual environment, never a node's data

@@ -29,7 +29,7 @@ pub struct Finding {
 }
 
 /// Refuses a file that others may read.
-pub(super) fn private(path: &Path) -> Result<(), AppError> {
+fn private(path: &Path) -> Result<(), AppError> {
     let unreadable = |source| AppError::Unreadable { path: path.to_owned(), source };
     let mode = fs::metadata(path).map_err(unreadable)?.mode() & 0o7777;
     if mode & 0o077 == 0 { Ok(()) } else { Err(AppError::Exposed { path: path.to_owned(), mode }) }

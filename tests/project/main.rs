@@ -1,6 +1,7 @@
 //! What the project says about itself: version floors, licences, packaging, links, samples.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+mod configuration;
 mod packaging;
 mod versions;
 

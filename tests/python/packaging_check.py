@@ -1,6 +1,8 @@
 """Checks what is shipped besides the binary, as far as it can be without running it.
 
-The compose file parses and names files that are there; the Dockerfile copies from stages that exist
+    packaging_check.py [BINARY]
+
+The compose files parse, name what is there, and carry a configuration that BINARY takes; the Dockerfile copies from stages that exist
 and runs as nobody; the systemd unit names no option twice that may stand once; workflows parse and
 call the one entry point; every relative link in the documents leads somewhere.
 """
@@ -8,10 +10,14 @@ call the one entry point; every relative link in the documents leads somewhere.
 import pathlib
 import re
 import sys
+import tempfile
 
 import yaml
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+from documents import REPOSITORY as ROOT
+from documents import refused, secrets
+
+BINARY = sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "target/debug/polykey")
 problems = []
 
 
@@ -20,20 +26,59 @@ def check(ok, text):
         problems.append(text)
 
 
-def compose():
-    file = ROOT / "packaging" / "compose.dev.yaml"
-    services = yaml.safe_load(file.read_text())["services"]
+def compose(name):
+    file = ROOT / "packaging" / name
+    whole = yaml.safe_load(file.read_text())
+    services = whole["services"]
+
+    def declared(kind, names, service):
+        for name in names:
+            check(name in (whole.get(kind) or {}), f"{file.name}: {service} uses an undeclared one of {kind}: {name}")
+
     for name, service in services.items():
-        context = (file.parent / service["build"]["context"]).resolve()
-        check(context == ROOT, f"compose: {name} builds from {context}")
-        check((context / service["build"]["dockerfile"]).is_file(), f"compose: {name} has no Dockerfile")
-        check(service.get("read_only") is True, f"compose: {name} can write to its image")
-        check(service.get("cap_drop") == ["ALL"], f"compose: {name} keeps capabilities")
+        where = f"{file.name}: {name}"
+        if "build" in service:
+            context = (file.parent / service["build"]["context"]).resolve()
+            check(context == ROOT, f"{where} builds from {context}")
+            check((context / service["build"]["dockerfile"]).is_file(), f"{where} has no Dockerfile")
+            check(service.get("read_only") is True, f"{where} can write to its image")
+            check(not service.get("cap_add"), f"{where} keeps capabilities")
+            test = service["healthcheck"]["test"]
+            check(test[:3] == ["CMD", "/usr/bin/polykey", "health"], f"{where} has another probe: {test}")
+        check(service.get("cap_drop") == ["ALL"], f"{where} keeps capabilities")
+        check("no-new-privileges:true" in service.get("security_opt", []), f"{where} may gain privileges")
+        check("test" in service.get("healthcheck", {}), f"{where} has no health check")
         for port in service.get("ports", []):
-            check(str(port).startswith("127.0.0.1:"), f"compose: {name} is open to the network: {port}")
-        declared = yaml.safe_load(file.read_text())["volumes"]
-        for volume in service.get("volumes", []):
-            check(volume.split(":")[0] in declared, f"compose: {name} uses an undeclared volume: {volume}")
+            check(str(port).startswith("127.0.0.1:"), f"{where} is open to the network: {port}")
+        declared("volumes", [v.split(":")[0] for v in service.get("volumes", [])], name)
+        declared("networks", service.get("networks", []), name)
+        declared("secrets", service.get("secrets", []), name)
+        declared("configs", [c["source"] for c in service.get("configs", [])], name)
+        for other, condition in service.get("depends_on", {}).items():
+            check(other in services, f"{where} waits for {other}, which is not there")
+            check(condition == {"condition": "service_healthy"}, f"{where} does not wait for {other} to be well")
+        for name, value in (service.get("environment") or {}).items():
+            check("PASSWORD" not in name or name.endswith("_FILE"), f"{where} has a password in its environment")
+    return whole
+
+
+def compose_files():
+    compose("compose.dev.yaml")
+    whole = compose("compose.postgres.yaml")
+    check(whole["networks"]["database"] == {"internal": True}, "compose.postgres.yaml: the database is reached from outside")
+    nodes = [service for service in whole["services"].values() if "build" in service]
+    check(len({node["hostname"] for node in nodes}) == len(nodes) > 1, "compose.postgres.yaml: nodes of one name")
+    config = whole["configs"]["polykey"]["content"]
+    for node in nodes:
+        mounted = set(re.findall(r'"/run/secrets/([\w.-]+)"', config)) | set(re.findall(r'credential = "([\w-]+)"', config))
+        check(mounted <= set(node["secrets"]), f"compose.postgres.yaml: {mounted} in the configuration, {node['secrets']} mounted")
+        check(re.search(r'^health = "(.*)"$', config, re.M)[1] == node["healthcheck"]["test"][-1], "compose.postgres.yaml: the probe asks elsewhere")
+    with tempfile.TemporaryDirectory() as directory:
+        base = pathlib.Path(directory)
+        secrets(base / "secrets")
+        places = {"/run/secrets": base / "secrets", "/var/lib/polykey": base / "data"}
+        said = refused(BINARY, config, places, base)
+        check(not said, f"compose.postgres.yaml: the configuration is refused:\n{said}")
 
 
 def dockerfile():
@@ -78,7 +123,7 @@ def links():
     def anchor(heading):
         return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
-    files = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    files = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "packaging").rglob("*.md")]
     text = {f: re.sub(r"^```.*?^```", "", f.read_text(), flags=re.M | re.S) for f in files}
     headings = {f: {anchor(h) for h in re.findall(r"^#+ (.*)$", t, re.M)} for f, t in text.items()}
     for file in files:
@@ -92,7 +137,7 @@ def links():
                 check(fragment in headings[there], f"{file.name}: no {target}")
 
 
-for part in (compose, dockerfile, unit, workflows, links):
+for part in (compose_files, dockerfile, unit, workflows, links):
     part()
 for problem in problems:
     print(problem, file=sys.stderr)
