@@ -9,7 +9,7 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
-use crate::common::{Options, PATIENCE, POLYKEY, Server, skip};
+use crate::common::{Options, PATIENCE, POLYKEY, Server};
 
 fn status(pid: u32, field: &str) -> String {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
@@ -166,19 +166,4 @@ async fn a_socket_of_the_service_manager_is_served_from() {
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
     assert!(child.wait().unwrap().success());
     assert!(healthy.status.success(), "{}", String::from_utf8_lossy(&healthy.stderr));
-}
-
-#[test]
-fn the_unit_is_what_it_says() {
-    let found = Command::new("systemd-analyze").arg("--version").output();
-    if found.is_err() {
-        skip("the_unit_is_what_it_says", "systemd-analyze is missing");
-        return;
-    }
-    let unit = concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/polykey.service");
-    let mut command = Command::new("systemd-analyze");
-    command.args(["security", "--offline=true", "--threshold=20", "--no-pager", unit]);
-    let output = command.output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
 }
