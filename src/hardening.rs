@@ -31,6 +31,8 @@ pub struct Missed {
 pub fn apply(config: &Config) -> Vec<Missed> {
     let mut missed = process(config.runtime.lock_memory);
     if config.runtime.sandbox {
+        // Where it may write must be there.
+        std::fs::create_dir_all(&config.node.data_dir).ok();
         missed.extend(confine::confine(config));
     }
     missed
@@ -40,6 +42,12 @@ pub fn apply(config: &Config) -> Vec<Missed> {
 #[must_use]
 pub fn lacking(config: &Config) -> Option<String> {
     confine::lacking(config)
+}
+
+/// Whether a process that was confined for one configuration can do what another one needs.
+#[must_use]
+pub fn fits(was: &Config, is: &Config) -> bool {
+    confine::fits(was, is)
 }
 
 fn process(lock_memory: bool) -> Vec<Missed> {

@@ -63,13 +63,45 @@ pub fn stopping() {
     tell(&[NotifyState::Stopping]);
 }
 
-/// How often [`alive`] is expected, halved, where a watchdog is.
-#[must_use]
-pub fn watchdog() -> Option<Duration> {
-    sd_notify::watchdog_enabled().map(|within| within / 2)
+/// Tells the watchdog, where there is one, that the node's runtime does its work: while it serves, waits to
+/// be unlocked, and drains.
+pub fn keep_telling() {
+    let Some(within) = sd_notify::watchdog_enabled() else { return };
+    tokio::spawn(async move {
+        let mut ticks = tokio::time::interval(within / 2);
+        loop {
+            ticks.tick().await;
+            tell(&[NotifyState::Watchdog]);
+        }
+    });
 }
 
-/// The node does its work.
-pub fn alive() {
-    tell(&[NotifyState::Watchdog]);
+/// Ends its task when it is dropped.
+pub struct TurningAway(Option<tokio::task::JoinHandle<()>>);
+
+impl Drop for TurningAway {
+    fn drop(&mut self) {
+        if let Some(task) = &self.0 {
+            task.abort();
+        }
+    }
+}
+
+/// Closes what connects to the socket that was handed over, for as long as this is kept: it listens even
+/// while the node is locked.
+#[must_use]
+pub fn turn_away() -> TurningAway {
+    let listener = socket().ok().flatten().and_then(|socket| {
+        socket.set_nonblocking(true).ok()?;
+        tokio::net::TcpListener::from_std(socket).ok()
+    });
+    TurningAway(listener.map(|listener| {
+        tokio::spawn(async move {
+            loop {
+                if listener.accept().await.is_err() {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        })
+    }))
 }

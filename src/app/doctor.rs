@@ -156,16 +156,30 @@ fn permissions(config: &Config) -> Vec<Diagnosis> {
     let mut found = Vec::new();
     let files = std::iter::once(&config.file).chain(&config.policies);
     for path in files.chain([&config.listen.tls.certificate, &config.listen.tls.client_ca]) {
-        let Ok(meta) = fs::metadata(path) else { continue };
-        let mode = meta.mode() & 0o777;
-        if mode & 0o022 != 0 {
-            let text = format!("{} can be written by others (mode {mode:04o})", path.display());
-            found.push(Diagnosis::not(
-                "permissions",
-                Level::Error,
-                text,
-                format!("chmod go-w {}", path.display()),
-            ));
+        let us = rustix::process::geteuid().as_raw();
+        // Whoever can write the directory can put another file there.
+        for place in std::iter::once(path.as_path()).chain(path.parent()) {
+            let Ok(meta) = fs::metadata(place) else { continue };
+            let (mode, name) = (meta.mode() & 0o7777, place.display());
+            let sticky = meta.is_dir() && mode & 0o1000 != 0;
+            let mut wrong = |text: String, remedy: String| {
+                let one = Diagnosis::not("permissions", Level::Error, text, remedy);
+                if !found.iter().any(|other: &Diagnosis| other.text == one.text) {
+                    found.push(one);
+                }
+            };
+            if mode & 0o022 != 0 && !sticky {
+                wrong(
+                    format!("{name} can be written by others (mode {mode:04o})"),
+                    format!("chmod go-w {name}"),
+                );
+            }
+            if ![0, us].contains(&meta.uid()) {
+                wrong(
+                    format!("{name} belongs to user {}", meta.uid()),
+                    "It should be root's; or run this as the user of the node.".to_owned(),
+                );
+            }
         }
     }
     if found.is_empty() {
@@ -200,6 +214,7 @@ fn clock(config: &Config) -> Diagnosis {
 
 fn disk(config: &Config) -> Vec<Diagnosis> {
     let mut found = Vec::new();
+    let embedded = config.storage.database.is_none();
     let place = match config.storage.database {
         Some(_) => Some(config.node.data_dir.as_path()),
         None => config.storage.path.parent(),
@@ -214,6 +229,9 @@ fn disk(config: &Config) -> Vec<Diagnosis> {
             free if free < SPACE.0 => Diagnosis::not("disk", Level::Warning, text, remedy),
             _ => Diagnosis::ok("disk", text),
         });
+    }
+    if !embedded {
+        return found;
     }
     let kind = rustix::fs::statfs(place).map_or(0, |fs| fs.f_type);
     // linux/magic.h.
@@ -253,8 +271,18 @@ fn disk(config: &Config) -> Vec<Diagnosis> {
 fn syncs(place: &Path) -> std::io::Result<Duration> {
     // O_TMPFILE: there is nothing to be left behind.
     let flags = i32::try_from(rustix::fs::OFlags::TMPFILE.bits()).unwrap_or_default();
-    let mut file =
-        fs::OpenOptions::new().write(true).mode(0o600).custom_flags(flags).open(place)?;
+    let mut options = fs::OpenOptions::new();
+    options.write(true).mode(0o600);
+    let mut file = match options.clone().custom_flags(flags).open(place) {
+        // NFS and FUSE know no files without a name.
+        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+            let named = place.join(format!(".doctor-{}", std::process::id()));
+            let file = options.create_new(true).open(&named)?;
+            fs::remove_file(&named)?;
+            file
+        }
+        file => file?,
+    };
     let mut times = Vec::new();
     for _ in 0..SYNCS {
         let begun = Instant::now();
@@ -283,7 +311,7 @@ fn limits(config: &Config) -> Vec<Diagnosis> {
     // The node raises the first to the second itself.
     let files = rustix::process::getrlimit(Resource::Nofile).maximum;
     let needed = config.listen.net.max_connections as u64 + FILES;
-    let text = files.map_or("no limit".to_owned(), |files| format!("{files} files"));
+    let text = files.map_or("no limit".to_owned(), |files| format!("{files} files in this shell"));
     found.push(match files.is_some_and(|files| files < needed) {
         true => Diagnosis::not(
             "limits",
@@ -295,8 +323,9 @@ fn limits(config: &Config) -> Vec<Diagnosis> {
     });
     let locked = rustix::process::getrlimit(Resource::Memlock).current;
     if let Some(bytes) = locked.filter(|_| config.runtime.lock_memory) {
-        let text = format!("[runtime] lock_memory, and {} KiB may be locked", bytes / 1024);
-        let remedy = "Set LimitMEMLOCK=infinity.";
+        let text =
+            format!("[runtime] lock_memory, and {} KiB may be locked in this shell", bytes / 1024);
+        let remedy = "The node's unit needs LimitMEMLOCK=infinity; its log says if it lacks it.";
         found.push(Diagnosis::not("limits", Level::Warning, text, remedy));
     }
     found

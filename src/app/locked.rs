@@ -10,6 +10,7 @@ use super::door::With;
 use super::{App, AppError, RecoveryFailure, Running, event};
 use crate::config::Config;
 use crate::custody::NamedWrapper;
+use crate::hardening;
 use crate::time::Clock;
 
 /// Why the node is locked still, for whoever tried; no secrets.
@@ -78,6 +79,11 @@ impl Locked {
         let how = with.name();
         // It may have been mended since the start.
         if let Ok(now) = Config::load(&self.config.file) {
+            if !hardening::fits(&self.config, &now) {
+                let text = "the configuration now needs what this process gave up at its start \
+                            ([runtime] sandbox): restart it";
+                return Err(StillLocked::No(text.to_owned()));
+            }
             let before = std::mem::replace(&mut self.config, now);
             self.config.listen.address = before.listen.address;
             if let (Some(now), Some(before)) = (&mut self.config.anchor, before.anchor) {

@@ -16,6 +16,7 @@ use super::{
     Login, Node, Runtime, Storage, TlsReferences, Tokens, Tolerate, Unlock, Wrapper, replication,
     wrapper,
 };
+use crate::authn::layer::WITHOUT_TOKEN;
 use crate::custody::MASTER_KEY;
 use crate::net::NetConfig;
 use crate::net::tls::TlsFiles;
@@ -398,13 +399,15 @@ fn methods(value: &DeValue<'_>) -> Result<Vec<String>, Refused> {
     let Some(list) = value.as_array() else {
         return refuse(format!("a {}, not a list", value.type_str()), remedy);
     };
+    // What is asked before a token is looked at is limited by [login] and [listen].
+    let counted = METHODS.iter().filter(|method| !WITHOUT_TOKEN.contains(&method.path));
     let known =
-        |name: &str| METHODS.iter().any(|method| method.path.rsplit('/').next() == Some(name));
+        |name: &str| counted.clone().any(|method| method.path.rsplit('/').next() == Some(name));
     let mut methods = Vec::new();
     for item in list.iter() {
         match string(item.get_ref())? {
             name if known(name) => methods.push(name.to_owned()),
-            _ => return refuse("a method there is not", remedy),
+            _ => return refuse("no method, or one that needs no token", remedy),
         }
     }
     Ok(methods)

@@ -12,7 +12,10 @@ use landlock::{
     ABI, AccessFs, AccessNet, CompatLevel, Compatible, NetPort, PathBeneath, PathFd, Ruleset,
     RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
 };
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule,
+};
 
 use super::Missed;
 use crate::config::{Config, Wrapper};
@@ -29,6 +32,8 @@ pub(super) struct Needs {
     ports: Vec<u16>,
     /// Whether it calls others over TCP.
     calls: bool,
+    /// Whether it starts itself again, to drive PKCS#11 modules.
+    token: bool,
     /// Whether a library may run programs of the operator's choice.
     runs: bool,
 }
@@ -59,8 +64,13 @@ impl Needs {
         let away = config.storage.database.is_some() || config.replication.is_some();
         let calls = token || aws || away || config.refers_to_parameters();
         // `credential_process` of an AWS profile.
-        Ok(Self { writable, ports, calls, runs: aws || config.refers_to_parameters() })
+        Ok(Self { writable, ports, calls, token, runs: aws || config.refers_to_parameters() })
     }
+}
+
+/// Whether a process that was confined for one configuration can do what another one needs.
+pub(super) fn fits(was: &Config, is: &Config) -> bool {
+    !was.runtime.sandbox || Needs::of(was) == Needs::of(is)
 }
 
 /// Why this configuration on this kernel cannot be confined, if it cannot.
@@ -84,8 +94,17 @@ pub(super) fn confine(config: &Config) -> Vec<Missed> {
             missed.push(Missed { measure, reason });
         }
     };
-    attempt("confined files", Needs::of(config).and_then(|needs| landlock(&needs)));
-    attempt("fewer system calls", seccomp().map_err(|error| error.to_string()));
+    // Landlock holds for this thread and those it starts: another one would be left out.
+    let threads = std::fs::read_dir("/proc/self/task").map_or(1, Iterator::count);
+    let alone = match threads {
+        1 => Ok(()),
+        more => Err(format!("{more} threads run already, which is a bug")),
+    };
+    attempt("confined before the first thread", alone);
+    let needs = Needs::of(config);
+    let (runs, calls) = needs.as_ref().map_or((true, true), |n| (n.token || n.runs, n.calls));
+    attempt("confined files", needs.and_then(|needs| landlock(&needs)));
+    attempt("fewer system calls", seccomp(runs, calls).map_err(|error| error.to_string()));
     missed
 }
 
@@ -104,6 +123,11 @@ fn ruleset(needs: &Needs) -> Result<RulesetStatus, RulesetError> {
         .handle_access(write)?
         .handle_access(AccessNet::BindTcp)?
         .scope(Scope::Signal)?;
+    // A service manager may have its socket there.
+    let notify = std::env::var_os("NOTIFY_SOCKET");
+    if !notify.is_some_and(|path| path.as_encoded_bytes().starts_with(b"@")) {
+        handled = handled.scope(Scope::AbstractUnixSocket)?;
+    }
     if !needs.runs {
         handled = handled.handle_access(AccessFs::Execute)?;
     }
@@ -115,10 +139,10 @@ fn ruleset(needs: &Needs) -> Result<RulesetStatus, RulesetError> {
     let null = (Path::new("/dev/null"), AccessFs::WriteFile.into());
     // Itself, for the process that drives a PKCS#11 module, and the loader.
     let programs = ["/proc/self/exe", "/lib", "/lib64", "/usr/lib"].map(Path::new);
-    let programs = programs.into_iter().filter(|_| !needs.runs);
+    let programs = programs.into_iter().filter(|_| needs.token && !needs.runs);
     let programs = programs.map(|program| (program, AccessFs::Execute.into()));
     for (path, access) in places.chain([null]).chain(programs) {
-        // Into what is not there nobody writes: a start says so better.
+        // What is not there is not opened either: a start says so better.
         if let Ok(file) = PathFd::new(path) {
             rules = rules.add_rule(PathBeneath::new(file, access))?;
         }
@@ -131,7 +155,7 @@ fn ruleset(needs: &Needs) -> Result<RulesetStatus, RulesetError> {
 
 /// System calls that change the machine, look into other processes, load code into the kernel, or have
 /// been its weak places. They fail with EPERM.
-const REFUSED: [i64; 52] = [
+const REFUSED: [i64; 53] = [
     libc::SYS_acct,
     libc::SYS_add_key,
     libc::SYS_adjtimex,
@@ -155,6 +179,8 @@ const REFUSED: [i64; 52] = [
     libc::SYS_kexec_load,
     libc::SYS_keyctl,
     libc::SYS_lookup_dcookie,
+    // What is only in memory could be run past the rules for files.
+    libc::SYS_memfd_create,
     libc::SYS_mount,
     libc::SYS_mount_setattr,
     libc::SYS_move_mount,
@@ -186,13 +212,55 @@ const REFUSED: [i64; 52] = [
     libc::SYS_vmsplice,
 ];
 
-fn seccomp() -> Result<(), Box<dyn std::error::Error>> {
-    let rules: BTreeMap<i64, Vec<_>> = REFUSED.iter().map(|call| (*call, Vec::new())).collect();
+/// `runs`: it may start programs. `calls`: it calls others.
+fn seccomp(runs: bool, calls: bool) -> Result<(), Box<dyn std::error::Error>> {
+    let mut rules: BTreeMap<i64, Vec<_>> = REFUSED.iter().map(|call| (*call, Vec::new())).collect();
+    if !runs {
+        rules.extend([libc::SYS_execve, libc::SYS_execveat].map(|call| (call, Vec::new())));
+    }
+    rules.insert(libc::SYS_socket, sockets(calls)?);
     let refused = SeccompAction::Errno(u32::try_from(libc::EPERM)?);
     let arch = std::env::consts::ARCH.try_into()?;
     let filter = SeccompFilter::new(rules, SeccompAction::Allow, refused, arch)?;
     let program: BpfProgram = filter.try_into()?;
     Ok(seccompiler::apply_filter_all_threads(&program)?)
+}
+
+/// The sockets that are refused, since Landlock knows TCP alone: what passes for TCP and is not (MPTCP), other
+/// ways out of the machine, and whatever is no TCP for a node that calls nobody.
+fn sockets(calls: bool) -> Result<Vec<SeccompRule>, Box<dyn std::error::Error>> {
+    let is = |argument: u8, value: libc::c_int| {
+        let value = u64::try_from(value)?;
+        let equal = SeccompCmpOp::Eq;
+        Ok::<_, Box<dyn std::error::Error>>(SeccompCondition::new(
+            argument,
+            SeccompCmpArgLen::Dword,
+            equal,
+            value,
+        )?)
+    };
+    let kind = |kind: libc::c_int| {
+        // Beside the kind stand flags.
+        let masked = SeccompCmpOp::MaskedEq(0xf);
+        Ok::<_, Box<dyn std::error::Error>>(SeccompCondition::new(
+            1,
+            SeccompCmpArgLen::Dword,
+            masked,
+            u64::try_from(kind)?,
+        )?)
+    };
+    let mut refused = vec![SeccompRule::new(vec![is(2, libc::IPPROTO_MPTCP)?])?];
+    for family in [libc::AF_VSOCK, libc::AF_PACKET] {
+        refused.push(SeccompRule::new(vec![is(0, family)?])?);
+    }
+    if !calls {
+        for family in [libc::AF_INET, libc::AF_INET6] {
+            for other in [libc::SOCK_DGRAM, libc::SOCK_RAW, libc::SOCK_SEQPACKET] {
+                refused.push(SeccompRule::new(vec![is(0, family)?, kind(other)?])?);
+            }
+        }
+    }
+    Ok(refused)
 }
 
 #[cfg(test)]

@@ -121,6 +121,7 @@ impl Signals {
     /// # Errors
     /// [`AppError::Process`].
     pub(super) fn install() -> Result<Self, AppError> {
+        service_manager::keep_telling();
         let on = |kind| signal(kind).map_err(AppError::Process);
         Ok(Self {
             hangup: on(SignalKind::hangup())?,
@@ -190,7 +191,6 @@ async fn until_ended(running: &Running, signals: &mut Signals, door: Option<&Doo
                 }));
             }
             () = either(term, interrupt) => return End::Stop,
-            () = expected() => service_manager::alive(),
             request = asked => match request.ask {
                 Ask::Lock => return End::Lock(request),
                 Ask::Status | Ask::Unlock(_) => {
@@ -207,15 +207,12 @@ async fn until_unlocked(mut locked: Locked, signals: &mut Signals, door: &Door) 
     let socket = door.path().display().to_string();
     tracing::warn!(socket, why = locked.status(), "locked: waiting for `polykey unlock`");
     service_manager::ready("locked: waiting for `polykey unlock`");
+    let _refusing = service_manager::turn_away();
     let Signals { hangup, term, interrupt } = signals;
     loop {
         let mut request = tokio::select! {
             _ = hangup.recv() => continue,
             () = either(term, interrupt) => return None,
-            () = expected() => {
-                service_manager::alive();
-                continue;
-            }
             () = tokio::time::sleep(AGAIN), if locked.waits() => {
                 let us = rustix::process::geteuid().as_raw();
                 let opened = tokio::select! {
@@ -257,14 +254,6 @@ async fn until_unlocked(mut locked: Locked, signals: &mut Signals, door: &Door) 
                 }
             }
         }
-    }
-}
-
-/// Until the service manager's watchdog wants to hear of this loop, which runs beside the rest of the node.
-async fn expected() {
-    match service_manager::watchdog() {
-        Some(within) => tokio::time::sleep(within).await,
-        None => std::future::pending().await,
     }
 }
 
