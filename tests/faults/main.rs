@@ -20,6 +20,7 @@ mod cancel;
 mod disk;
 mod first_start;
 mod kill;
+mod log_mutations;
 #[cfg(feature = "aws")]
 mod migration;
 #[cfg(feature = "postgres")]
