@@ -45,7 +45,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::anchor::Keeper;
-use crate::audit::{self, Trail};
+use crate::audit::{self, Sinks, Trail};
 use crate::authn::limiter::Allowance;
 use crate::authn::session::{Authenticator, Settings};
 use crate::authz::Authorizer;
@@ -83,6 +83,8 @@ pub use secrets::Missing;
 const LONGEST_CALL: Duration = Duration::from_secs(60);
 /// Time for the audit trail to become durable at the end, beside the drain.
 const LAST_WORDS: Duration = Duration::from_secs(10);
+/// Time for the end of the log to reach the sinks; what is left follows after the next start.
+const LAST_COPIES: Duration = Duration::from_secs(2);
 /// The label of the slot that `init` makes.
 pub const FIRST_SLOT: &str = "main";
 
@@ -170,6 +172,8 @@ pub struct App {
     pub authorizer: Arc<ArcSwap<Authorizer>>,
     /// The audit trail.
     pub trail: Arc<Trail>,
+    /// Copies of the log.
+    pub sinks: Arc<Sinks>,
     /// The keys.
     pub keyring: Arc<Keyring>,
     /// What hardened keys lie under.
@@ -398,6 +402,7 @@ impl App {
         let signer: Arc<dyn audit::Signer> = Arc::new(CheckpointSigner(signer));
         let options = audit::Options::from(&config.audit);
         let trail = Arc::new(Trail::start(Arc::clone(&vault), options, Some(signer)).await?);
+        let sinks = Sinks::new(&config.audit, &config.node.data_dir, &trail);
 
         let directory = Arc::new(Directory::new(Arc::clone(&vault), security));
         let refusals = Arc::new(Refusals(Arc::clone(&trail)));
@@ -424,6 +429,8 @@ impl App {
             // Before what follows from it.
             checks.insert(1, replication::check(replicated, settings.max_lag));
         }
+        let copies = Arc::clone(&sinks);
+        checks.push(Box::new(move || copies.state()));
         let health = Health::new(checks);
         Ok(Self {
             config: Arc::new(config),
@@ -436,6 +443,7 @@ impl App {
             authenticator,
             authorizer,
             trail,
+            sinks,
             keyring,
             backends,
             nodes,
@@ -482,6 +490,7 @@ impl App {
             nodes.ready().await;
         }
         tasks::start(&app, &tasks, &stop);
+        app.sinks.start();
         let drain = CancellationToken::new();
         let served = app.serve(listener, drain.clone());
         let served = match served {
@@ -560,6 +569,7 @@ impl App {
         self.jobs.shutdown();
         self.jobs.note_clock().await;
         let durable = self.trail.shutdown(LAST_WORDS).await;
+        self.sinks.shutdown(LAST_COPIES).await;
         replication::settle(self.replication.as_ref()).await;
         if let Some(anchor) = &self.anchor
             && let Err(error) = anchor.settle().await

@@ -12,6 +12,7 @@ mod read;
 pub mod replication;
 mod sections;
 pub mod show;
+pub mod sinks;
 mod storage;
 #[cfg(test)]
 mod tests;
@@ -32,6 +33,7 @@ use crate::net::tls::TlsFiles;
 pub use read::{ConfigErrors, Problem};
 pub use replication::Replication;
 pub(crate) use sections::DEFAULT_ADDRESS;
+pub use sinks::Sink;
 
 /// Largest configuration file that is read, in bytes.
 const MAX_BYTES: u64 = 1024 * 1024;
@@ -274,12 +276,14 @@ pub struct Login {
 }
 
 /// `[audit]`
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Audit {
     /// When data-plane events are durable.
     pub data_plane: DataPlane,
     /// How often the head of the log is signed while it grows.
     pub checkpoint_interval: Duration,
+    /// `[audit.sinks.NAME]`: copies of the log, by their names.
+    pub sinks: BTreeMap<String, Sink>,
 }
 
 /// When events of the data plane are durable. Security-relevant ones always are before the reply.

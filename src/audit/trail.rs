@@ -388,6 +388,11 @@ impl Trail {
         usage::full(&*self.inner, &key.bytes()).await
     }
 
+    /// The size of the newest checkpoint that this node has signed or found at its start.
+    pub(super) fn checkpointed(&self) -> u64 {
+        self.inner.checkpointed.load(Ordering::Relaxed)
+    }
+
     /// What the trail says about itself, for health and metrics.
     #[must_use]
     pub fn status(&self) -> Status {

@@ -205,6 +205,15 @@ pub fn entries(config: &Config) -> Vec<Entry> {
             },
         ),
         ("audit.checkpoint_interval", time(audit.checkpoint_interval)),
+        (
+            "audit.sinks",
+            audit
+                .sinks
+                .iter()
+                .map(|(name, sink)| format!("{name} ({})", sink.place()))
+                .collect::<Vec<_>>()
+                .join(", "),
+        ),
         ("policies.files", policies.iter().map(|p| path(p)).collect::<Vec<_>>().join(", ")),
         ("limits.key_cache", limits.key_cache.to_string()),
         ("limits.directory_cache", limits.directory_cache.to_string()),

@@ -27,5 +27,6 @@ mod migration;
 mod nodes;
 mod races;
 mod revocation;
+mod sinks;
 mod support;
 mod tampering;
