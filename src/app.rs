@@ -22,6 +22,7 @@ mod reload;
 mod replication;
 mod report;
 mod restore;
+mod room;
 mod secrets;
 pub mod store;
 mod tasks;
@@ -67,7 +68,7 @@ use crate::nodes::Nodes;
 use crate::pki::Authority;
 use crate::rpc;
 use crate::time::{Clock, Time};
-use crate::vault::{Freshness, Invalidate, Vault, Witness};
+use crate::vault::{Freshness, Invalidate, Room, Vault, Witness};
 
 pub use bootstrap::{Admin, Bootstrapped, bootstrap};
 pub use check::{Finding, check};
@@ -429,6 +430,8 @@ impl App {
             // Before what follows from it.
             checks.insert(1, replication::check(replicated, settings.max_lag));
         }
+        let store = Arc::clone(&vault);
+        checks.push(Box::new(move || room::state(&store)));
         let copies = Arc::clone(&sinks);
         checks.push(Box::new(move || copies.state()));
         let health = Health::new(checks);
@@ -599,6 +602,8 @@ fn handler(keyring: &Arc<Keyring>, directory: &Arc<Directory>, clock: &Clock) ->
                 Kind::SweepIdempotency => tasks::sweep_idempotency(&keyring, now).await,
                 // A rotation wakes the resealing itself; it also runs at every start.
                 Kind::Reseal => Ok(()),
+                // A new version waits for room; what ends or destroys does not.
+                Kind::Rotate if keyring.vault().room() != Room::Enough => Err(Error::NoRoom),
                 _ => keyring.run_job(&job.record, &job.row, now).await,
             }
         })

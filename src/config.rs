@@ -190,6 +190,9 @@ pub struct Storage {
     pub cache_mib: usize,
     /// How many revisions the change log goes back.
     pub changes: u64,
+    /// Room on the disk of the store file, in MiB, with less of which changes are refused; 0 = none. Of no
+    /// meaning where there is a database.
+    pub reserve_mib: u64,
 }
 
 /// `[anchor]`: what the node is known to have served, kept outside the store.

@@ -68,13 +68,14 @@ fn connection(section: &str, connection: &AwsConnection) -> Vec<(String, String)
 
 /// Where the store is.
 fn stored(storage: &Storage) -> Vec<(String, String)> {
-    let Storage { path: file, database, cache_mib, changes } = storage;
+    let Storage { path: file, database, cache_mib, changes, reserve_mib } = storage;
     let mut all = vec![("changes", changes.to_string())];
     match database {
         None => all.extend([
             ("kind", "redb".to_owned()),
             ("path", path(file)),
             ("cache_mib", cache_mib.to_string()),
+            ("reserve_mib", reserve_mib.to_string()),
         ]),
         Some(database) => {
             let Database {

@@ -99,6 +99,7 @@ const BROKEN: &[Case] = &[
     (3, "[listen]\nmax_concurrent_streams = 65537", "4:26", "out of range", "from 1 to 65536"),
     (3, "[listen]\nmax_in_flight = 0", "4:17", "out of range", "from 1 to 1000000"),
     (9, "[storage]\ncache_mib = 0", "10:13", "[storage] cache_mib: out of range", "from 1 to 65536"),
+    (9, "[storage]\nreserve_mib = -1", "10:15", "out of range", "from 0 to 1048576"),
     (9, "[storage]\nchanges = 999", "10:11", "out of range", "from 1000 to 10000000"),
     (9, "[limits]\nkey_cache = 15", "10:13", "out of range", "from 16 to"),
     (9, "[limits]\nkey_generations = 0", "10:19", "out of range", "from 1 to 1024"),
@@ -401,7 +402,7 @@ fn the_example_shows_the_defaults() {
     let spelt_out = parse(&example().replace("\n#: ", "\n")).unwrap();
     assert_eq!(plain, Config { written: plain.written.clone(), ..spelt_out });
     // Each default that is shown must be read, not skipped: the text must differ in these lines.
-    assert_eq!(example().matches("\n#: ").count(), 35);
+    assert_eq!(example().matches("\n#: ").count(), 36);
 }
 
 #[test]

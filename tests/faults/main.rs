@@ -27,6 +27,7 @@ mod migration;
 mod nodes;
 mod races;
 mod revocation;
+mod room;
 mod sinks;
 mod support;
 mod tampering;
