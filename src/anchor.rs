@@ -4,7 +4,7 @@
 //! An anchor is never ahead of its store. It stops what its place is out of reach of: beside the store it
 //! stops a mistake, on another medium it stops whoever can put back the store alone.
 
-mod file;
+pub(crate) mod file;
 mod keeper;
 #[cfg(test)]
 mod tests;

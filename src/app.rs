@@ -23,6 +23,7 @@ mod reload;
 mod replication;
 mod report;
 mod restore;
+mod room;
 mod secrets;
 pub mod store;
 mod tasks;
@@ -46,7 +47,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::anchor::Keeper;
-use crate::audit::{self, Trail};
+use crate::audit::{self, Sinks, Trail};
 use crate::authn::limiter::Allowance;
 use crate::authn::session::{Authenticator, Settings};
 use crate::authz::Authorizer;
@@ -69,7 +70,7 @@ use crate::pki::Authority;
 use crate::rpc;
 use crate::service_manager;
 use crate::time::{Clock, Time};
-use crate::vault::{Freshness, Invalidate, Vault, Witness};
+use crate::vault::{Freshness, Invalidate, Room, Vault, Witness};
 
 pub use bootstrap::{Admin, Bootstrapped, bootstrap};
 pub use check::{Finding, check};
@@ -85,6 +86,8 @@ pub use secrets::Missing;
 const LONGEST_CALL: Duration = Duration::from_secs(60);
 /// Time for the audit trail to become durable at the end, beside the drain.
 const LAST_WORDS: Duration = Duration::from_secs(10);
+/// Time for the end of the log to reach the sinks; what is left follows after the next start.
+const LAST_COPIES: Duration = Duration::from_secs(2);
 /// The label of the slot that `init` makes.
 pub const FIRST_SLOT: &str = "main";
 
@@ -172,6 +175,8 @@ pub struct App {
     pub authorizer: Arc<ArcSwap<Authorizer>>,
     /// The audit trail.
     pub trail: Arc<Trail>,
+    /// Copies of the log.
+    pub sinks: Arc<Sinks>,
     /// The keys.
     pub keyring: Arc<Keyring>,
     /// What hardened keys lie under.
@@ -400,6 +405,7 @@ impl App {
         let signer: Arc<dyn audit::Signer> = Arc::new(CheckpointSigner(signer));
         let options = audit::Options::from(&config.audit);
         let trail = Arc::new(Trail::start(Arc::clone(&vault), options, Some(signer)).await?);
+        let sinks = Sinks::new(&config.audit, &config.node.data_dir, &trail);
 
         let directory = Arc::new(Directory::new(Arc::clone(&vault), security));
         let refusals = Arc::new(Refusals(Arc::clone(&trail)));
@@ -427,6 +433,10 @@ impl App {
             // Before what follows from it.
             checks.insert(1, replication::check(replicated, settings.max_lag));
         }
+        let store = Arc::clone(&vault);
+        checks.push(Box::new(move || room::state(&store)));
+        let copies = Arc::clone(&sinks);
+        checks.push(Box::new(move || copies.state()));
         let health = Health::new(checks);
         Ok(Self {
             config: Arc::new(config),
@@ -439,6 +449,7 @@ impl App {
             authenticator,
             authorizer,
             trail,
+            sinks,
             keyring,
             backends,
             nodes,
@@ -485,6 +496,7 @@ impl App {
             nodes.ready().await;
         }
         tasks::start(&app, &tasks, &stop);
+        app.sinks.start();
         let drain = CancellationToken::new();
         let served = app.serve(listener, drain.clone());
         let served = match served {
@@ -571,6 +583,7 @@ impl App {
         self.jobs.shutdown();
         self.jobs.note_clock().await;
         let durable = self.trail.shutdown(LAST_WORDS).await;
+        self.sinks.shutdown(LAST_COPIES).await;
         replication::settle(self.replication.as_ref()).await;
         if let Some(anchor) = &self.anchor
             && let Err(error) = anchor.settle().await
@@ -601,6 +614,8 @@ fn handler(keyring: &Arc<Keyring>, directory: &Arc<Directory>, clock: &Clock) ->
                 Kind::SweepIdempotency => tasks::sweep_idempotency(&keyring, now).await,
                 // A rotation wakes the resealing itself; it also runs at every start.
                 Kind::Reseal => Ok(()),
+                // A new version waits for room; what ends or destroys does not.
+                Kind::Rotate if keyring.vault().room() != Room::Enough => Err(Error::NoRoom),
                 _ => keyring.run_job(&job.record, &job.row, now).await,
             }
         })

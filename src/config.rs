@@ -12,6 +12,7 @@ mod read;
 pub mod replication;
 mod sections;
 pub mod show;
+pub mod sinks;
 mod storage;
 #[cfg(test)]
 mod tests;
@@ -33,6 +34,7 @@ use crate::rates::Rule;
 pub use read::{ConfigErrors, Problem};
 pub use replication::Replication;
 pub(crate) use sections::DEFAULT_ADDRESS;
+pub use sinks::Sink;
 
 /// Largest configuration file that is read, in bytes.
 const MAX_BYTES: u64 = 1024 * 1024;
@@ -191,6 +193,9 @@ pub struct Storage {
     pub cache_mib: usize,
     /// How many revisions the change log goes back.
     pub changes: u64,
+    /// Room on the disk of the store file, in MiB, with less of which changes are refused; 0 = none. Of no
+    /// meaning where there is a database.
+    pub reserve_mib: u64,
 }
 
 /// `[anchor]`: what the node is known to have served, kept outside the store.
@@ -277,12 +282,14 @@ pub struct Login {
 }
 
 /// `[audit]`
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Audit {
     /// When data-plane events are durable.
     pub data_plane: DataPlane,
     /// How often the head of the log is signed while it grows.
     pub checkpoint_interval: Duration,
+    /// `[audit.sinks.NAME]`: copies of the log, by their names.
+    pub sinks: BTreeMap<String, Sink>,
 }
 
 /// When events of the data plane are durable. Security-relevant ones always are before the reply.

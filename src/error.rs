@@ -191,6 +191,12 @@ pub enum Error {
         /// When it makes sense to try again.
         retry_after: Duration,
     },
+    /// The disk under the store is full, or so nearly that changes are refused.
+    #[error(
+        "the disk of this node is full: changes are refused until an operator has made room, and \
+         what can be read or used without being recorded goes on"
+    )]
+    NoRoom,
     /// Something this node depends on is away.
     #[error("temporarily unavailable; retry later")]
     Unavailable {

@@ -44,7 +44,7 @@ use crate::custody::{Backends, Tokens};
 use crate::error::{Error, Reason};
 use crate::key::{self, KeyId, KeyName, KeyState, Version, VersionState, version_row};
 use crate::time::Time;
-use crate::vault::{Invalidate, Tx, Vault, space};
+use crate::vault::{Invalidate, Room, Tx, Vault, space};
 
 pub use forge::Forge;
 pub use idempotency::{Idempotency, Remember};
@@ -291,6 +291,8 @@ impl Keyring {
         let result =
             self.authorizer.load().authorize(&cx.caller.facts, resource, &context, command);
         match result {
+            // What adds is refused while there is still room to record what is done.
+            Ok(_) if C::ACTION.adds() && self.vault.room() != Room::Enough => Err(Error::NoRoom),
             Ok(permit) => Ok(permit),
             Err(denied) => {
                 let (action, error) = match denied {

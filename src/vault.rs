@@ -10,6 +10,7 @@ pub mod freshness;
 mod head;
 mod lane;
 mod reseal;
+pub mod room;
 mod seal;
 mod sequencer;
 pub mod space;
@@ -39,6 +40,7 @@ use damage::Damage;
 pub use freshness::Freshness;
 use head::{Head, LeafEvents};
 pub use reseal::{Position, Stale};
+pub use room::Room;
 pub use sequencer::Receipt;
 use sequencer::{Sequencer, Writer};
 use space::{Record, meta};
@@ -176,6 +178,7 @@ pub struct Vault {
     /// None where no other node can change what this one remembers.
     freshness: OnceLock<Arc<Freshness>>,
     refuses: OnceLock<Refuses>,
+    room: room::Gauge,
     clock: Clock,
 }
 
@@ -317,6 +320,7 @@ impl Vault {
             witnesses: OnceLock::new(),
             freshness: OnceLock::new(),
             refuses: OnceLock::new(),
+            room: room::Gauge::default(),
             clock,
         })
     }
@@ -373,6 +377,17 @@ impl Vault {
     #[must_use]
     pub fn damaged(&self) -> u64 {
         self.damage.count()
+    }
+
+    /// How much room there is for what is written, as whoever watches the disk has last said.
+    #[must_use]
+    pub fn room(&self) -> Room {
+        self.room.read()
+    }
+
+    /// Says how much room there is for what is written.
+    pub fn set_room(&self, room: Room) {
+        self.room.set(room);
     }
 
     /// Has every change asked first; the first call counts.
@@ -761,6 +776,9 @@ impl Vault {
         }
         if !self.writable() {
             return Err(Error::unavailable("the store takes no commits just now"));
+        }
+        if self.room() == Room::None {
+            return Err(Error::NoRoom);
         }
         self.sequencer.submit(commit, events, enabled, oldest_epoch).await
     }

@@ -10,6 +10,7 @@ use rustix::fs::FlockOperation;
 
 use super::{AppError, anchor, load_authority, reload, secrets};
 use crate::config::Config;
+use crate::config::sinks::{Target, Way};
 use crate::custody::{MASTER_KEY, NamedWrapper};
 use crate::net::tls::{self, TlsState};
 
@@ -117,6 +118,9 @@ pub async fn check(config: &Config) -> Vec<Finding> {
         Finding { subject: "store", result: store(config) },
         Finding { subject: "anchor", result: anchor::look(config) },
     ]);
+    if !config.audit.sinks.is_empty() {
+        findings.push(Finding { subject: "audit sinks", result: sinks(config) });
+    }
     findings
 }
 
@@ -135,6 +139,36 @@ fn data_directory(path: &Path) -> Result<String, AppError> {
     rustix::fs::access(path, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK)
         .map_err(|error| unreadable(error.into()))?;
     Ok(path.display().to_string())
+}
+
+/// A sink that cannot be written is no hindrance to a start: what no node could write is.
+fn sinks(config: &Config) -> Result<String, AppError> {
+    let mut told = Vec::new();
+    for (name, sink) in &config.audit.sinks {
+        match &sink.target {
+            Target::File(file) => {
+                let directory = file.path.parent().filter(|p| !p.as_os_str().is_empty());
+                let directory = directory.unwrap_or(Path::new("."));
+                let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+                rustix::fs::access(directory, access).map_err(|error| AppError::Unreadable {
+                    path: directory.to_owned(),
+                    source: error.into(),
+                })?;
+                told.push(format!("{name} ({})", sink.place()));
+            }
+            Target::Syslog(syslog) => {
+                if let Way::Tls { ca, client, .. } = &syslog.way {
+                    tls::read_roots(ca)?;
+                    if let Some((certificate, key)) = client {
+                        tls::read_certificates(certificate)?;
+                        tls::read_key(key)?;
+                    }
+                }
+                told.push(format!("{name} ({}, {NOT_ASKED})", sink.place()));
+            }
+        }
+    }
+    Ok(told.join(", "))
 }
 
 /// Opening a store may repair it, which would be touching it: only the outside is looked at.

@@ -7,7 +7,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{App, event, pace, reload, replication};
+use super::{App, event, pace, reload, replication, room};
 use crate::custody::NamedWrapper;
 use crate::custody::breaker::Terms;
 use crate::custody::signing::{self, Purpose};
@@ -34,6 +34,7 @@ pub(super) fn start(app: &Arc<App>, tasks: &TaskTracker, stop: &CancellationToke
     tasks.spawn(until(stop.clone(), tick(Arc::clone(app))));
     tasks.spawn(until(stop.clone(), watch(Arc::clone(app))));
     tasks.spawn(until(stop.clone(), replication::watch(Arc::clone(app))));
+    tasks.spawn(until(stop.clone(), room::watch(Arc::clone(app))));
     tasks.spawn(until(stop.clone(), sweep(Arc::clone(app))));
     tasks.spawn(until(stop.clone(), verify(Arc::clone(app))));
     tasks.spawn(until(stop.clone(), ask_backends(Arc::clone(app))));

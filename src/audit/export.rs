@@ -56,6 +56,16 @@ struct EndLine {
     end: u64,
 }
 
+/// The line of a leaf, without its end.
+pub(super) fn leaf_line(leaf: u64, salt: &[u8], body: &[u8]) -> serde_json::Result<Vec<u8>> {
+    serde_json::to_vec(&LeafLine { leaf, data: BASE64.encode(&[salt, body].concat()) })
+}
+
+/// The line of a checkpoint, without its end.
+pub(super) fn checkpoint_line(note: &str) -> serde_json::Result<Vec<u8>> {
+    serde_json::to_vec(&CheckpointLine { checkpoint: note.to_owned() })
+}
+
 /// Writes an export, line by line.
 #[derive(Debug)]
 pub struct ExportWriter<W> {

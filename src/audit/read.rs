@@ -233,7 +233,7 @@ fn cursor(ring: &Ring, order: Order, filter: &Filter, token: &str) -> Result<Cur
     Ok(Cursor { leaf: u64::from_be_bytes(*leaf), position: u32::from_be_bytes(position) })
 }
 
-fn entries(
+pub(super) fn entries(
     index: u64,
     body: AuditBody,
 ) -> impl DoubleEndedIterator<Item = Entry> + ExactSizeIterator {

@@ -22,7 +22,7 @@ use crate::config;
 use crate::config::DataPlane;
 use crate::error::Error;
 use crate::key::KeyId;
-use crate::vault::Vault;
+use crate::vault::{Room, Vault};
 
 /// Bytes of events at which a block is full, far below what a row takes.
 pub(super) const BLOCK_BYTES: usize = 1024 * 1024;
@@ -259,6 +259,9 @@ impl Trail {
         if state.closed {
             return Err(Error::unavailable("the audit trail is closed"));
         }
+        if inner.vault.room() == Room::None {
+            return Err(Error::NoRoom);
+        }
         if state.waiting() >= inner.options.queue || state.bytes >= QUEUE_BYTES {
             return Err(Error::Exhausted { retry_after: Duration::from_millis(100) });
         }
@@ -284,8 +287,8 @@ impl Trail {
     /// dropped.
     ///
     /// # Errors
-    /// [`Error::Exhausted`] if too many events wait already, [`Error::Unavailable`] after
-    /// [`Self::shutdown`]: the use must be refused then.
+    /// [`Error::Exhausted`] if too many events wait already, [`Error::NoRoom`] if the disk is full,
+    /// [`Error::Unavailable`] after [`Self::shutdown`]: the use must be refused then.
     pub fn data_plane(&self, event: impl Entry) -> Result<(), Error> {
         self.push(&event, None)
     }
@@ -386,6 +389,11 @@ impl Trail {
     /// [`Error::Unavailable`] if the store cannot be read.
     pub async fn usage(&self, key: &KeyId) -> Result<UsageRecord, Error> {
         usage::full(&*self.inner, &key.bytes()).await
+    }
+
+    /// The size of the newest checkpoint that this node has signed or found at its start.
+    pub(super) fn checkpointed(&self) -> u64 {
+        self.inner.checkpointed.load(Ordering::Relaxed)
     }
 
     /// What the trail says about itself, for health and metrics.

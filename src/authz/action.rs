@@ -328,6 +328,80 @@ macro_rules! actions {
     };
 }
 
+impl Action {
+    /// Whether it makes something or changes it to more than it was: refused when the disk is nearly full.
+    /// Reading, use, and what takes away (revoking, disabling, destroying, deleting) are not.
+    #[must_use]
+    pub const fn adds(self) -> bool {
+        match self {
+            Self::CreateKey
+            | Self::ImportKey
+            | Self::ImportPlaintext
+            | Self::HardenKey
+            | Self::GetImportParameters
+            | Self::ShareKey
+            | Self::RotateKey
+            | Self::UpdateKeyMetadata
+            | Self::EnableKey
+            | Self::CancelKeyDestruction
+            | Self::SetAlias
+            | Self::SetVersionBounds
+            | Self::RotateRoot
+            | Self::RewrapRoot
+            | Self::RotateTokenKey
+            | Self::CreateClient
+            | Self::UpdateClient
+            | Self::EnableClient
+            | Self::RotateApiKey
+            | Self::AssignRoles
+            | Self::IssueCertificate
+            | Self::DefineRole => true,
+            Self::Encrypt
+            | Self::Decrypt
+            | Self::Rewrap
+            | Self::GenerateDataKey
+            | Self::GenerateWrappedDataKey
+            | Self::Sign
+            | Self::Verify
+            | Self::GenerateMac
+            | Self::VerifyMac
+            | Self::DeriveKey
+            | Self::Agree
+            | Self::Encapsulate
+            | Self::Decapsulate
+            | Self::WrapKey
+            | Self::UnwrapKey
+            | Self::GetKey
+            | Self::GetKeyMetadata
+            | Self::ReadKeyHistory
+            | Self::ReadKeyPolicies
+            | Self::ExportKey
+            | Self::RevokeKey
+            | Self::DisableKey
+            | Self::ScheduleKeyDestruction
+            | Self::DeleteAlias
+            | Self::TrimVersions
+            | Self::ListKeys
+            | Self::GenerateRandom
+            | Self::ReadAudit
+            | Self::ReadPolicies
+            | Self::ExplainDecision
+            | Self::ReadNode
+            | Self::ListClients
+            | Self::ReloadConfiguration
+            | Self::VerifyStore
+            | Self::BackupStore
+            | Self::ManageJobs
+            | Self::ConfirmClock
+            | Self::ReadClient
+            | Self::RevokeToken
+            | Self::DisableClient
+            | Self::RemoveClient
+            | Self::DeleteRole => false,
+        }
+    }
+}
+
 actions! {
     CreateKey            Create     Key    KeysCreate   "Create a key."
     ImportKey            Create     Key    KeysImport   "Create a key from a supplied value."

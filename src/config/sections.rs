@@ -14,7 +14,7 @@ use super::read::{ConfigErrors, Document, Refused, Section, path, refuse, string
 use super::{
     Anchor, Audit, Bootstrap, Ca, Config, DataPlane, Hardened, Limits, Listen, Log, LogFormat,
     Login, Node, Runtime, Storage, TlsReferences, Tokens, Tolerate, Unlock, Wrapper, replication,
-    wrapper,
+    sinks, wrapper,
 };
 use crate::authn::layer::WITHOUT_TOKEN;
 use crate::custody::MASTER_KEY;
@@ -324,6 +324,7 @@ fn audit(section: Section<'_, '_>) -> Audit {
     let audit = Audit {
         data_plane: section.word("data_plane", &words, DataPlane::Buffered),
         checkpoint_interval: section.duration("checkpoint_interval", ("1s", "24h"), MINUTE),
+        sinks: section.inner("sinks").map(|sinks| sinks::sections(&sinks)).unwrap_or_default(),
     };
     section.finish();
     audit

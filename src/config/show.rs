@@ -69,13 +69,14 @@ fn connection(section: &str, connection: &AwsConnection) -> Vec<(String, String)
 
 /// Where the store is.
 fn stored(storage: &Storage) -> Vec<(String, String)> {
-    let Storage { path: file, database, cache_mib, changes } = storage;
+    let Storage { path: file, database, cache_mib, changes, reserve_mib } = storage;
     let mut all = vec![("changes", changes.to_string())];
     match database {
         None => all.extend([
             ("kind", "redb".to_owned()),
             ("path", path(file)),
             ("cache_mib", cache_mib.to_string()),
+            ("reserve_mib", reserve_mib.to_string()),
         ]),
         Some(database) => {
             let Database {
@@ -207,6 +208,15 @@ pub fn entries(config: &Config) -> Vec<Entry> {
             },
         ),
         ("audit.checkpoint_interval", time(audit.checkpoint_interval)),
+        (
+            "audit.sinks",
+            audit
+                .sinks
+                .iter()
+                .map(|(name, sink)| format!("{name} ({})", sink.place()))
+                .collect::<Vec<_>>()
+                .join(", "),
+        ),
         ("policies.files", policies.iter().map(|p| path(p)).collect::<Vec<_>>().join(", ")),
         ("limits.key_cache", limits.key_cache.to_string()),
         ("limits.directory_cache", limits.directory_cache.to_string()),

@@ -24,13 +24,15 @@ pub(super) fn storage(section: Section<'_, '_>, node: Option<&Node>) -> Option<S
     let default = || Some(node?.data_dir.join("polykey.redb"));
     let storage = if database == Some(true) {
         let database = Some(self::database(&section)?);
-        Storage { path: default().unwrap_or_default(), database, cache_mib: 32, changes }
+        let path = default().unwrap_or_default();
+        Storage { path, database, cache_mib: 32, changes, reserve_mib: 0 }
     } else {
         Storage {
             path: section.path("path").or_else(default).unwrap_or_default(),
             database: None,
             cache_mib: section.integer("cache_mib", 1..=65_536, 32),
             changes,
+            reserve_mib: section.integer("reserve_mib", 0..=1_048_576, 64),
         }
     };
     section.finish();

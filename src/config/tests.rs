@@ -99,6 +99,7 @@ const BROKEN: &[Case] = &[
     (3, "[listen]\nmax_concurrent_streams = 65537", "4:26", "out of range", "from 1 to 65536"),
     (3, "[listen]\nmax_in_flight = 0", "4:17", "out of range", "from 1 to 1000000"),
     (9, "[storage]\ncache_mib = 0", "10:13", "[storage] cache_mib: out of range", "from 1 to 65536"),
+    (9, "[storage]\nreserve_mib = -1", "10:15", "out of range", "from 0 to 1048576"),
     (9, "[storage]\nchanges = 999", "10:11", "out of range", "from 1000 to 10000000"),
     (9, "[limits]\nkey_cache = 15", "10:13", "out of range", "from 16 to"),
     (9, "[limits]\nkey_generations = 0", "10:19", "out of range", "from 1 to 1024"),
@@ -118,6 +119,21 @@ const BROKEN: &[Case] = &[
     (3, "[listen]\nconnection_age = \"1 fortnight\"", "4:18", "not a time with its unit", "from 0s to 168h"),
     (9, "[audit]\ncheckpoint_interval = \"0s\"", "10:23", "out of range", "from 1s to 24h"),
     (9, "[login]\naddress_interval = \"1ms\"", "10:20", "out of range", "from 10ms to 1h"),
+    // Sinks.
+    (9, "[audit.sinks.a]\npath = \"p\"", "9:14", "[audit.sinks.a] kind: missing", "add `kind = \"file\"`"),
+    (9, "[audit.sinks.a]\nkind = \"kafka\"", "10:8", "not a kind of sink", "\"file\" or \"syslog\""),
+    (9, "[audit.sinks.a]\nkind = \"file\"", "9:14", "[audit.sinks.a] path: missing", "add `path ="),
+    (9, "[audit.sinks.a]\nkind = \"file\"\npath = \"p\"\nkeep = 0", "12:8", "out of range", "from 1 to 10000"),
+    (9, "[audit.sinks.a]\nkind = \"file\"\npath = \"p\"\nsocket = \"s\"", "12:1", "`socket` is not an option", "options are: content"),
+    (9, "[audit.sinks.a]\nkind = \"file\"\npath = \"p\"\n[audit.sinks.b]\nkind = \"file\"\npath = \"p\"", "12:14", "another sink writes the same file", "of its own"),
+    (9, "[audit.sinks.\"../x\"]\nkind = \"file\"\npath = \"p\"", "9:14", "none of a sink", "1 to 64 of"),
+    (9, "[audit]\nsinks = 3", "10:9", "[audit] sinks: a integer", "as a table"),
+    (9, "[audit.sinks.a]\nkind = \"syslog\"", "9:14", "[audit.sinks.a] socket: missing", "either `socket` or `address`"),
+    (9, "[audit.sinks.a]\nkind = \"syslog\"\nsocket = \"s\"\naddress = \"h:1\"", "11:10", "an `address` as well", "either `socket` or `address`"),
+    (9, "[audit.sinks.a]\nkind = \"syslog\"\naddress = \"host\"", "11:11", "not a host with a port", "HOST:PORT"),
+    (9, "[audit.sinks.a]\nkind = \"syslog\"\nsocket = \"s\"\nca = \"c\"", "12:6", "to an `address` alone", "remove it"),
+    (9, "[audit.sinks.a]\nkind = \"syslog\"\naddress = \"h:1\"\nca = \"c\"\nkey = \"k\"", "9:14", "go together", "both, or neither"),
+    (9, "[audit.sinks.a]\nkind = \"syslog\"\naddress = \"h:1\"\nfacility = 24", "12:12", "out of range", "from 0 to 23"),
     // Words.
     (9, "[audit]\ndata_plane = \"sometimes\"", "10:14", "[audit] data_plane: not one of its words", "\"buffered\" or \"durable\""),
     (9, "[log]\nlevel = \"verbose\"", "10:9", "[log] level: not one of its words", "\"off\" or \"error\""),
@@ -407,6 +423,7 @@ fn the_optional_examples_are_valid() {
         config.ca.is_some() && config.listen.health.is_some() && config.listen.tls.crl.is_some()
     );
     assert_eq!(config.listen.net.workers, Some(2));
+    assert_eq!(config.audit.sinks.keys().collect::<Vec<_>>(), ["collector", "disk"]);
     assert_eq!(config.replication.unwrap().mode, replication::Mode::SyncOrRefuse);
     assert_eq!(config.wrappers.keys().collect::<Vec<_>>(), ["both", "cloud", "hsm", "spare"]);
 }
@@ -452,7 +469,8 @@ fn the_example_documents_every_option() {
     let example = example();
     for option in lists.iter().flat_map(|list| list.split(", ")) {
         let documented = example.lines().any(|l| {
-            l.trim_start_matches(['#', ':', '?', ' ']).starts_with(&format!("{option} = "))
+            let l = l.trim_start_matches(['#', ':', '?', ' ']);
+            l.starts_with(&format!("{option} = ")) || l.starts_with(&format!("[audit.{option}."))
         });
         assert!(documented, "{option} is not in the example");
     }
@@ -515,4 +533,34 @@ fn a_store_in_a_database_is_taken_apart_and_its_password_kept_out() {
         let errors = database(text).unwrap_err().to_string();
         assert!(errors.contains(said) && !errors.contains(CANARY), "{text}: {errors}");
     }
+}
+
+#[test]
+fn a_sink_is_a_file_or_a_syslog_collector() {
+    use sinks::{Content, FileTarget, SyslogTarget, Target, Way};
+    let sinks = |text: &str| parse(&edited(9, text)).unwrap().audit.sinks;
+    let found = sinks(
+        "[audit.sinks.disk]\nkind = \"file\"\npath = \"a.jsonl\"\n[audit.sinks.siem]\n\
+         kind = \"syslog\"\naddress = \"log.example:6514\"\nca = \"ca.pem\"\n\
+         content = \"events\"\nfacility = 4\n",
+    );
+    let path = "/etc/polykey/a.jsonl".into();
+    let disk = Sink {
+        target: Target::File(FileTarget { path, max_mib: 64, keep: 16 }),
+        content: Content::Leaves,
+    };
+    let (address, ca) = ("log.example:6514".to_owned(), "/etc/polykey/ca.pem".into());
+    let way = Way::Tls { address, ca, client: None };
+    let siem = Sink {
+        target: Target::Syslog(SyslogTarget { way, facility: 4 }),
+        content: Content::Events,
+    };
+    assert_eq!(
+        found.into_iter().collect::<Vec<_>>(),
+        [("disk".into(), disk), ("siem".into(), siem)]
+    );
+    let local = sinks("[audit.sinks.a]\nkind = \"syslog\"\nsocket = \"/dev/log\"\n");
+    let Target::Syslog(local) = &local["a"].target else { panic!() };
+    assert_eq!(*local, SyslogTarget { way: Way::Unix("/dev/log".into()), facility: 13 });
+    assert!(parse(BASE).unwrap().audit.sinks.is_empty());
 }

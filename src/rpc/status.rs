@@ -25,7 +25,7 @@ pub fn code(error: &Error) -> Code {
         Error::State(Reason::AlreadyExists) => Code::AlreadyExists,
         Error::State(_) => Code::FailedPrecondition,
         Error::Conflict => Code::Aborted,
-        Error::Exhausted { .. } => Code::ResourceExhausted,
+        Error::Exhausted { .. } | Error::NoRoom => Code::ResourceExhausted,
         Error::Unavailable { .. } => Code::Unavailable,
         Error::OutcomeUnknown { .. } => Code::Unknown,
         Error::DeadlineExceeded => Code::DeadlineExceeded,
@@ -42,6 +42,7 @@ pub fn reason(error: &Error) -> &'static str {
         Error::OutcomeUnknown { .. } => "OUTCOME_UNKNOWN",
         Error::Conflict => "CHANGED_CONCURRENTLY",
         Error::Denied { .. } => "PERMISSION_DENIED",
+        Error::NoRoom => "DISK_FULL",
         Error::Unauthenticated
         | Error::Invalid(_)
         | Error::NotFound
@@ -102,6 +103,7 @@ fn details(error: &Error) -> Vec<prost_types::Any> {
         Error::Exhausted { retry_after } | Error::Unavailable { retry_after, .. } => {
             vec![retry(*retry_after)]
         }
+        Error::NoRoom => vec![info(reason(error), &[]), retry(Duration::from_secs(30))],
         Error::Unauthenticated
         | Error::NotFound
         | Error::Crypto

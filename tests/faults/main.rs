@@ -20,11 +20,14 @@ mod cancel;
 mod disk;
 mod first_start;
 mod kill;
+mod log_mutations;
 #[cfg(feature = "aws")]
 mod migration;
 #[cfg(feature = "postgres")]
 mod nodes;
 mod races;
 mod revocation;
+mod room;
+mod sinks;
 mod support;
 mod tampering;
