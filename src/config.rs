@@ -13,6 +13,7 @@ pub mod replication;
 mod sections;
 pub mod show;
 mod storage;
+pub mod telemetry;
 #[cfg(test)]
 mod tests;
 mod wrapper;
@@ -32,6 +33,7 @@ use crate::net::tls::TlsFiles;
 pub use read::{ConfigErrors, Problem};
 pub use replication::Replication;
 pub(crate) use sections::DEFAULT_ADDRESS;
+pub use telemetry::Telemetry;
 
 /// Largest configuration file that is read, in bytes.
 const MAX_BYTES: u64 = 1024 * 1024;
@@ -75,6 +77,8 @@ pub struct Config {
     pub limits: Limits,
     /// `[log]`
     pub log: Log,
+    /// `[telemetry]`
+    pub telemetry: Option<Telemetry>,
     /// `[ca]`
     pub ca: Option<Ca>,
     /// `[runtime]`
@@ -162,6 +166,8 @@ pub struct Listen {
     pub allow_common_name: bool,
     /// A loopback address that tells probes without TLS whether the node serves.
     pub health: Option<SocketAddr>,
+    /// A loopback address that gives its figures to a Prometheus without TLS.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// TLS material that is referred to.

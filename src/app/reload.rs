@@ -1,5 +1,5 @@
-//! What is read again while the node runs: certificates, revocation lists and policies. What is
-//! broken keeps what was in force.
+//! What is read again while the node runs: certificates, revocation lists and policies, and of the
+//! configuration the level of the log and the way of telemetry. What is broken keeps what was in force.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -9,9 +9,15 @@ use std::sync::Arc;
 use super::{App, AppError, event, secrets};
 use crate::authz::{Authorizer, DEFAULTS, PolicyFile};
 use crate::config::Config;
+use crate::metrics::port::Gather;
+use crate::telemetry;
+use crate::telemetry::otlp::send::Sender;
 
 /// Largest policy file that is read, in bytes.
 const MAX_POLICY: u64 = 1024 * 1024;
+
+/// A way of telemetry.
+pub(super) type Way = (crate::config::Telemetry, Sender);
 
 /// What a reload did.
 #[derive(Debug)]
@@ -20,6 +26,8 @@ pub struct Reloaded {
     pub certificates: Result<(), AppError>,
     /// Policies; the same.
     pub policies: Result<(), AppError>,
+    /// Level of the log and way of telemetry; the same.
+    pub settings: Result<(), AppError>,
 }
 
 /// The policies that a configuration names, compiled with the shipped ones.
@@ -41,7 +49,8 @@ pub(super) fn policies(config: &Config) -> Result<Authorizer, AppError> {
 }
 
 impl App {
-    /// Reads certificates, revocation lists and policies again.
+    /// Reads certificates, revocation lists and policies again, and of the configuration what can change
+    /// in a node that runs.
     pub async fn reload(self: &Arc<Self>) -> Reloaded {
         let certificates = self.reload_certificates().await;
         self.reloaded("ReloadCertificates", &certificates).await;
@@ -50,7 +59,35 @@ impl App {
             self.authorizer.store(Arc::new(authorizer));
         });
         self.reloaded("ReloadPolicies", &policies).await;
-        Reloaded { certificates, policies }
+        let settings = self.reload_settings().await;
+        self.reloaded("ReloadSettings", &settings).await;
+        Reloaded { certificates, policies, settings }
+    }
+
+    async fn reload_settings(self: &Arc<Self>) -> Result<(), AppError> {
+        let file = self.config.file.clone();
+        let fresh = run(move || Ok(Config::load(&file)?)).await?;
+        // All that can fail comes first, so that what is broken changes nothing.
+        let to = self.way(&fresh).await?;
+        telemetry::set_level(fresh.log.level)?;
+        // Also where the section is the same: what it refers to may not be.
+        self.lead_to(to);
+        Ok(())
+    }
+
+    /// The way that a configuration leads telemetry, if it does.
+    pub(super) async fn way(&self, config: &Config) -> Result<Option<Way>, AppError> {
+        let Some(settings) = config.telemetry.clone() else { return Ok(None) };
+        let secrets = Box::pin(secrets::telemetry(config, &settings)).await?;
+        let sender = Sender::new(&settings, secrets)?;
+        Ok(Some((settings, sender)))
+    }
+
+    /// Leads telemetry this way from now on.
+    pub(super) fn lead_to(self: &Arc<Self>, way: Option<Way>) {
+        let app = Arc::downgrade(self);
+        let gather: Gather = Arc::new(move || app.upgrade().map(|app| app.figures()));
+        self.telemetry.lead_to(way, &gather);
     }
 
     async fn reload_certificates(&self) -> Result<(), AppError> {
