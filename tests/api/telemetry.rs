@@ -223,6 +223,25 @@ async fn a_collector_over_http_gets_what_was_asked_for() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_collector_that_others_vouch_for_is_sent_nothing() {
+    let (status, output, theirs) = Server::dev().stop();
+    assert!(status.success(), "{output}");
+    let theirs = theirs.unwrap();
+    let collector = Collector::with_tls(&theirs.path().join("state")).await;
+    let section = format!(
+        "\n[telemetry]\nendpoint = \"https://localhost:{}\"\nca = \"ca.pem\"\nprotocol = \"http\"\nsample = 1\n",
+        collector.address.port()
+    );
+    let server = node(|text| text + &section);
+    let admin = server.admin().await;
+    admin.create(json!({})).await;
+    server.says("does not take telemetry", 1).await;
+    let (status, output, _directory) = server.stop();
+    assert!(status.success() && output.contains("certificate"), "{output}");
+    assert!(collector.seen().requests.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nobody_waits_for_a_collector_that_is_away_or_hangs() {
     // One that accepts, and says nothing.
     let hanging = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
