@@ -16,6 +16,7 @@ mod draw;
 #[cfg(feature = "postgres")]
 mod epoch;
 mod error;
+mod figures;
 pub mod locked;
 mod measured;
 mod recover;
@@ -43,6 +44,7 @@ use polykey_proto::polykey::record::v1::audit_event::Outcome;
 use polykey_proto::polykey::record::v1::job_record::Kind;
 use polykey_storage::replicated::Replicated;
 use polykey_storage::{Revision, RowKey, Store};
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -62,13 +64,16 @@ use crate::health::grpc::HealthService;
 use crate::health::{Health, State, plain};
 use crate::jobs::{Alarm, Handler, Runner};
 use crate::keyring::{Forge, KeyCaches, Keyring};
-use crate::metrics::RequestMetrics;
+use crate::metrics::calls::Calls;
+use crate::metrics::{RequestMetrics, port};
 use crate::net::tls::{self, TlsState};
 use crate::net::{self, Connections, DrainReport, Listener, NetMetrics, Served};
 use crate::nodes::Nodes;
 use crate::pki::Authority;
 use crate::rpc;
 use crate::service_manager;
+use crate::telemetry::otlp::Telemetry;
+use crate::telemetry::otlp::encode::Source;
 use crate::time::{Clock, Time};
 use crate::vault::{Freshness, Invalidate, Room, Vault, Witness};
 
@@ -193,6 +198,12 @@ pub struct App {
     pub wrappers: Vec<NamedWrapper>,
     /// Figures of requests.
     pub metrics: Arc<RequestMetrics>,
+    /// Requests by method and code.
+    pub calls: Arc<Calls>,
+    /// Where telemetry goes.
+    pub telemetry: Arc<Telemetry>,
+    /// Figures that take a read.
+    pub slow: figures::Slow,
     /// Figures of the network, once there is one.
     pub network: Arc<std::sync::OnceLock<Arc<NetMetrics>>>,
     /// The open connections, once there are any.
@@ -438,8 +449,13 @@ impl App {
         let copies = Arc::clone(&sinks);
         checks.push(Box::new(move || copies.state()));
         let health = Health::new(checks);
+        let source = Source {
+            instance: data_encoding::HEXLOWER.encode(&vault.node_id()),
+            since: Duration::from_micros(u64::try_from(now.micros()).unwrap_or(0)),
+        };
         Ok(Self {
             config: Arc::new(config),
+            telemetry: Arc::new(Telemetry::new(source)),
             started_at: now,
             clock,
             custody,
@@ -458,6 +474,8 @@ impl App {
             authority,
             wrappers,
             metrics: Arc::default(),
+            calls: Arc::new(Calls::new(rpc::methods::METHODS.iter().map(|m| (m.path, m.lasts)))),
+            slow: figures::Slow::default(),
             network: Arc::default(),
             connections: Arc::default(),
             replication,
@@ -469,17 +487,22 @@ impl App {
     /// Starts the tasks, and last of all listens.
     ///
     /// # Errors
-    /// [`AppError::Net`] or [`AppError::HealthPort`]; everything is at rest again then.
+    /// [`AppError::Net`], [`AppError::HealthPort`] or [`AppError::MetricsPort`]; everything is at rest again then.
     pub async fn spawn(self) -> Result<Running, AppError> {
-        let listening = self.listen().await;
-        let (listener, health_port) = match listening {
-            Ok(both) => both,
+        let prepared = async { Ok((self.way(&self.config).await?, self.listen().await?)) };
+        let (way, listening) = match Box::pin(prepared).await {
+            Ok((way, listening)) => (way, Ok(listening)),
+            Err(error) => (None, Err(error)),
+        };
+        let (listener, health_port, metrics_port) = match listening {
+            Ok(all) => all,
             Err(error) => {
                 self.close().await.ok();
                 return Err(error);
             }
         };
         let app = Arc::new(self);
+        app.lead_to(way);
         let stop = CancellationToken::new();
         let tasks = TaskTracker::new();
         let health_address = match health_port {
@@ -490,6 +513,12 @@ impl App {
             }
             None => None,
         };
+        let metrics_address = metrics_port.as_ref().and_then(|port| port.local_addr().ok());
+        if let Some(port) = metrics_port {
+            let app = Arc::downgrade(&app);
+            let gather = Arc::new(move || app.upgrade().map(|app| app.figures()));
+            tasks.spawn(port::serve(port, gather, stop.clone()));
+        }
         if let Some(nodes) = &app.nodes {
             // Before anything is said of its health.
             tasks.spawn(Arc::clone(nodes).follow(stop.clone()));
@@ -506,6 +535,7 @@ impl App {
                 tasks.close();
                 tasks.wait().await;
                 app.rest().await.ok();
+                app.telemetry.end().await;
                 return Err(error);
             }
         };
@@ -513,10 +543,12 @@ impl App {
         app.connections.set(Arc::clone(served.connections())).ok();
         let address = served.local_addr();
         app.health.refresh();
-        Ok(Running { app, address, health_address, served, drain, stop, tasks })
+        Ok(Running { app, address, health_address, metrics_address, served, drain, stop, tasks })
     }
 
-    async fn listen(&self) -> Result<(Listener, Option<tokio::net::TcpListener>), AppError> {
+    async fn listen(
+        &self,
+    ) -> Result<(Listener, Option<TcpListener>, Option<TcpListener>), AppError> {
         let health_port = match self.config.listen.health {
             Some(address) => Some(
                 plain::bind(address)
@@ -525,12 +557,20 @@ impl App {
             ),
             None => None,
         };
+        let metrics_port = match self.config.listen.metrics {
+            Some(address) => Some(
+                plain::bind(address)
+                    .await
+                    .map_err(|source| AppError::MetricsPort { address, source })?,
+            ),
+            None => None,
+        };
         let handed = service_manager::socket().map_err(AppError::Process)?;
         let listener = match handed {
             Some(socket) => Listener::from_std(socket).map_err(AppError::Process)?,
             None => Listener::bind(self.config.listen.address)?,
         };
-        Ok((listener, health_port))
+        Ok((listener, health_port, metrics_port))
     }
 
     fn serve(
@@ -561,7 +601,9 @@ impl App {
             reload: reload::asked_for(self),
         };
         let service = rpc::service(deps, admin, |routes| routes.add_service(health));
-        let service = measured::Measured::new(service, Arc::clone(&self.metrics));
+        let (metrics, calls) = (Arc::clone(&self.metrics), Arc::clone(&self.calls));
+        let telemetry = Arc::clone(&self.telemetry);
+        let service = measured::Measured::new(service, metrics, calls, telemetry);
         let net = self.config.listen.net.clone();
         Ok(net::serve(listener, net, Arc::clone(&self.tls), service, drain)?)
     }
@@ -628,6 +670,7 @@ pub struct Running {
     app: Arc<App>,
     address: SocketAddr,
     health_address: Option<SocketAddr>,
+    metrics_address: Option<SocketAddr>,
     served: Served,
     drain: CancellationToken,
     stop: CancellationToken,
@@ -654,6 +697,12 @@ impl Running {
     #[must_use]
     pub fn health_address(&self) -> Option<SocketAddr> {
         self.health_address
+    }
+
+    /// Where its metrics port is.
+    #[must_use]
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        self.metrics_address
     }
 
     /// What it consists of.
@@ -698,6 +747,7 @@ impl Running {
         self.tasks.close();
         self.tasks.wait().await;
         let last = self.app.rest().await;
+        self.app.telemetry.end().await;
         let config = Arc::clone(&self.app.config);
         // Whoever else still holds the app closes the store when it lets go.
         if let Some(app) = Arc::into_inner(self.app) {

@@ -158,6 +158,12 @@ impl Authorizer {
         self
     }
 
+    /// How well what is remembered of decisions does.
+    #[must_use]
+    pub fn memo_counts(&self) -> crate::cache::Counts {
+        self.memo.counts()
+    }
+
     /// What is odd about the policies without being wrong, for instance one that can never apply.
     pub fn warnings(&self) -> &[PolicyError] {
         &self.warnings

@@ -22,6 +22,19 @@ pub struct Ticket {
 pub struct Shard<K, V> {
     map: LruCache<K, V>,
     generation: u64,
+    hits: u64,
+    misses: u64,
+}
+
+/// How well a cache does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Questions that were answered from it.
+    pub hits: u64,
+    /// Questions that were not.
+    pub misses: u64,
+    /// What it holds.
+    pub entries: usize,
 }
 
 /// What guards a shard. There is one choice in the server; the test of the ticket rule puts a lock
@@ -70,7 +83,8 @@ impl<K: Hash + Eq + Clone, V: Clone, L: Locks> Cache<K, V, L> {
     #[must_use]
     pub fn with_locks(capacity: usize) -> Self {
         let each = NonZeroUsize::new(capacity.div_ceil(SHARDS)).unwrap_or(NonZeroUsize::MIN);
-        let shard = || L::new(Shard { map: LruCache::new(each), generation: 0 });
+        let shard =
+            || L::new(Shard { map: LruCache::new(each), generation: 0, hits: 0, misses: 0 });
         Self { shards: (0..SHARDS).map(|_| shard()).collect(), hasher: RandomState::new() }
     }
 
@@ -82,7 +96,16 @@ impl<K: Hash + Eq + Clone, V: Clone, L: Locks> Cache<K, V, L> {
 
     /// What is known of `key`.
     pub fn get(&self, key: &K) -> Option<V> {
-        L::with(self.shards.get(self.index(key))?, |shard| shard.map.get(key).cloned())
+        L::with(self.shards.get(self.index(key))?, |shard| {
+            let found = shard.map.get(key).cloned();
+            // Under the lock that is held anyway.
+            if found.is_some() {
+                shard.hits += 1;
+            } else {
+                shard.misses += 1;
+            }
+            found
+        })
     }
 
     /// To be taken before the value of `key` is read from the store.
@@ -148,6 +171,23 @@ impl<K: Hash + Eq + Clone, V: Clone, L: Locks> Cache<K, V, L> {
         }
     }
 
+    /// How well it has done since it was made.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        let each = self.shards.iter().map(|shard| {
+            L::with(shard, |shard| Counts {
+                hits: shard.hits,
+                misses: shard.misses,
+                entries: shard.map.len(),
+            })
+        });
+        each.fold(Counts::default(), |sum, one| Counts {
+            hits: sum.hits + one.hits,
+            misses: sum.misses + one.misses,
+            entries: sum.entries + one.entries,
+        })
+    }
+
     /// How many entries there are.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -176,6 +216,15 @@ impl<K, V, L: Locks> std::fmt::Debug for Cache<K, V, L> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn hits_and_misses_are_counted() {
+        let cache = Cache::new(64);
+        assert_eq!(cache.get(&1), None);
+        cache.insert(cache.ticket(&1), 1, "a");
+        assert_eq!((cache.get(&1), cache.get(&1), cache.get(&2)), (Some("a"), Some("a"), None));
+        assert_eq!(cache.counts(), Counts { hits: 2, misses: 2, entries: 1 });
+    }
 
     #[test]
     fn a_value_read_before_an_invalidation_is_not_inserted_after_it() {

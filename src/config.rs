@@ -14,6 +14,7 @@ mod sections;
 pub mod show;
 pub mod sinks;
 mod storage;
+pub mod telemetry;
 #[cfg(test)]
 mod tests;
 mod wrapper;
@@ -35,6 +36,7 @@ pub use read::{ConfigErrors, Problem};
 pub use replication::Replication;
 pub(crate) use sections::DEFAULT_ADDRESS;
 pub use sinks::Sink;
+pub use telemetry::Telemetry;
 
 /// Largest configuration file that is read, in bytes.
 const MAX_BYTES: u64 = 1024 * 1024;
@@ -80,6 +82,8 @@ pub struct Config {
     pub rates: Vec<Rule>,
     /// `[log]`
     pub log: Log,
+    /// `[telemetry]`
+    pub telemetry: Option<Telemetry>,
     /// `[ca]`
     pub ca: Option<Ca>,
     /// `[runtime]`
@@ -167,6 +171,8 @@ pub struct Listen {
     pub allow_common_name: bool,
     /// A loopback address that tells probes without TLS whether the node serves.
     pub health: Option<SocketAddr>,
+    /// A loopback address that gives its figures to a Prometheus without TLS.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// TLS material that is referred to.
@@ -369,7 +375,11 @@ impl Config {
         let named = [certificate, key, client_ca, crl, &self.tokens.signing_key];
         let database = self.storage.database.as_ref().and_then(|d| d.password.as_ref());
         let replica = self.replication.as_ref().and_then(|r| r.password.as_ref());
-        named.into_iter().flatten().chain(database).chain(replica).any(ssm)
+        let told = self.telemetry.iter().flat_map(|telemetry| {
+            let ca = telemetry.ca.iter().filter_map(|(_, reference)| reference.as_ref());
+            telemetry.headers.values().chain(ca)
+        });
+        named.into_iter().flatten().chain(database).chain(replica).chain(told).any(ssm)
             || std::iter::once(&self.master_key).chain(self.wrappers.values()).any(wrapper)
     }
 

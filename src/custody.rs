@@ -25,6 +25,7 @@ mod tokens;
 mod wrappers;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use polykey_hsm::{KeyWrapper, Ring, RootKey, random};
 use polykey_proto::polykey::record::v1::{
@@ -134,6 +135,8 @@ pub struct Custody {
     created_at: Time,
     /// The slot that opened the root; when that is removed, the one that was proven to open then.
     opened_by: parking_lot::Mutex<[u8; 16]>,
+    /// The slot that opened the root at the start, and how long that took; `None` in a store just founded.
+    opened_in: Option<([u8; 16], Duration)>,
     /// One commit of slots or root at a time. Nobody waits for a device while holding it.
     state: Mutex<State>,
     resealing: Mutex<()>,
@@ -226,7 +229,9 @@ impl Custody {
                 "the slot table has more slots than there can be".into(),
             ));
         }
+        let began = Instant::now();
         let (root, opened_by) = slots::open_any(&table, wrappers, node_id).await?;
+        let opened_in = began.elapsed();
         let ring = Ring::open(&root, &table.ring)
             .map_err(|e| OpenError::Damaged(format!("the ring of storage keys: {e}")))?;
         if ring.node_id() != node_id {
@@ -252,7 +257,9 @@ impl Custody {
                 "the clock is behind the last commit of the store: check the time of this machine"
             );
         }
-        Ok(Arc::new(Self::new(vault, Time::from_micros(node.created_at), root, opened_by)))
+        let mut custody = Self::new(vault, Time::from_micros(node.created_at), root, opened_by);
+        custody.opened_in = Some((opened_by, opened_in));
+        Ok(Arc::new(custody))
     }
 
     fn new(vault: Vault, created_at: Time, root: Arc<RootKey>, opened_by: [u8; 16]) -> Self {
@@ -260,10 +267,18 @@ impl Custody {
             vault: Arc::new(vault),
             created_at,
             opened_by: parking_lot::Mutex::new(opened_by),
+            opened_in: None,
             state: Mutex::new(State { root, candidate: None }),
             resealing: Mutex::new(()),
             wake: Notify::new(),
         }
+    }
+
+    /// The id of the slot that opened the root at the start, and how long that took, slots that did not
+    /// open included.
+    #[must_use]
+    pub fn opened_in(&self) -> Option<([u8; 16], Duration)> {
+        self.opened_in
     }
 
     /// The sealed store.
@@ -420,7 +435,7 @@ impl Custody {
                 }
                 return Err(Error::unavailable(format!("the change was not made: {cause}")));
             }
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
         Err(Error::OutcomeUnknown { internal: cause })
     }

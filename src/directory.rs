@@ -27,7 +27,7 @@ use zeroize::Zeroize;
 use crate::authn::certificate::CertificateIdentity;
 use crate::authn::token::KeySet;
 use crate::authz::{PermissionSet, PrincipalFacts, built_in};
-use crate::cache::Cache;
+use crate::cache::{Cache, Counts};
 use crate::error::Error;
 use crate::keyring::Remember;
 use crate::time::Time;
@@ -97,6 +97,12 @@ impl Directory {
     #[must_use]
     pub fn vault(&self) -> &Arc<Vault> {
         &self.vault
+    }
+
+    /// How well what it remembers does, by name.
+    #[must_use]
+    pub fn cache_counts(&self) -> [(&'static str, Counts); 4] {
+        self.caches.counts()
     }
 
     /// The security epoch: it differs from a remembered one if anything has changed since that a

@@ -38,11 +38,12 @@ use crate::authz::{
     Action, Authorized, Authorizer, Command, Denied, KeyFacts, KeyPolicies, Permission,
     PolicyErrors, Resource,
 };
-use crate::cache::Cache;
+use crate::cache::{Cache, Counts};
 use crate::context::Context;
 use crate::custody::{Backends, Tokens};
 use crate::error::{Error, Reason};
 use crate::key::{self, KeyId, KeyName, KeyState, Version, VersionState, version_row};
+use crate::telemetry::trace::{self, Stage};
 use crate::time::Time;
 use crate::vault::{Invalidate, Room, Tx, Vault, space};
 
@@ -171,6 +172,18 @@ impl KeyCaches {
         (self.keys.len(), self.versions.len())
     }
 
+    /// How well each does, by name.
+    #[must_use]
+    pub fn counts(&self) -> [(&'static str, Counts); 5] {
+        [
+            ("keys", self.keys.counts()),
+            ("versions", self.versions.counts()),
+            ("parsed_keys", self.parsed.counts()),
+            ("opened_keys", self.opened.counts()),
+            ("key_policies", self.policies.counts()),
+        ]
+    }
+
     /// Whether nothing is remembered.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -237,6 +250,13 @@ impl std::fmt::Debug for Keyring {
 }
 
 impl Keyring {
+    /// How well what it remembers does, by name.
+    #[must_use]
+    pub fn cache_counts(&self) -> Vec<(&'static str, Counts)> {
+        let decisions = ("decisions", self.authorizer.load().memo_counts());
+        self.caches.counts().into_iter().chain([decisions]).collect()
+    }
+
     /// A keyring over an open vault; `caches` must be the ones the vault invalidates.
     #[must_use]
     pub fn new(
@@ -288,8 +308,10 @@ impl Keyring {
             Resource::Key { facts, .. } => KeyId::from_slice(facts.id.as_bytes()),
             _ => None,
         };
+        let stage = trace::begin(Stage::Authorize);
         let result =
             self.authorizer.load().authorize(&cx.caller.facts, resource, &context, command);
+        drop(stage);
         match result {
             // What adds is refused while there is still room to record what is done.
             Ok(_) if C::ACTION.adds() && self.vault.room() != Room::Enough => Err(Error::NoRoom),

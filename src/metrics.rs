@@ -1,5 +1,10 @@
 //! What the node measures of itself: requests, and the process they run in.
 
+pub mod calls;
+pub mod family;
+pub mod histogram;
+pub mod port;
+
 use std::collections::VecDeque;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -152,7 +157,7 @@ fn cores() -> usize {
 }
 
 /// Processor time of this process since its start.
-fn process_time() -> Duration {
+pub(crate) fn process_time() -> Duration {
     let time = rustix::time::clock_gettime(ClockId::ProcessCPUTime);
     Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
 }
@@ -163,6 +168,21 @@ pub fn resident_bytes() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/self/statm").ok()?;
     let pages: u64 = text.split_whitespace().nth(1)?.parse().ok()?;
     pages.checked_mul(u64::try_from(rustix::param::page_size()).ok()?)
+}
+
+/// Open file descriptors of this process, where the system tells.
+#[must_use]
+pub fn open_descriptors() -> Option<u64> {
+    let entries = std::fs::read_dir("/proc/self/fd").ok()?;
+    // The one that reads the directory is among them.
+    u64::try_from(entries.count().saturating_sub(1)).ok()
+}
+
+/// Threads of this process, where the system tells.
+#[must_use]
+pub fn threads() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/self/status").ok()?;
+    text.lines().find_map(|line| line.strip_prefix("Threads:"))?.trim().parse().ok()
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
@@ -228,6 +248,7 @@ mod tests {
     #[test]
     fn the_process_is_measured() {
         assert!(resident_bytes().unwrap() > 1 << 20);
+        assert!(open_descriptors().unwrap() >= 3 && threads().unwrap() >= 1);
         let figures = RequestMetrics::default().figures();
         assert!(figures.memory_percent > 0.0 && figures.memory_percent <= 100.0);
         assert!(process_time() > Duration::ZERO);

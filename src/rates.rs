@@ -75,6 +75,12 @@ impl Rates {
         Self { limits: rules.iter().map(limit).collect(), clock: DefaultClock::default() }
     }
 
+    /// The rules, in the order of their names.
+    #[must_use]
+    pub fn rules(&self) -> Vec<Rule> {
+        self.limits.iter().map(|limit| limit.rule.clone()).collect()
+    }
+
     /// Forgets clients whose buckets are full again.
     pub fn forget(&self) {
         self.limits.iter().for_each(|limit| limit.buckets.retain_recent());

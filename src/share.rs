@@ -14,13 +14,15 @@ type Held<K> = Arc<Mutex<HashMap<K, usize>>>;
 #[derive(Debug)]
 pub(crate) struct Places<K> {
     free: Arc<Semaphore>,
+    count: usize,
     share: usize,
     held: Held<K>,
 }
 
 impl<K> Clone for Places<K> {
     fn clone(&self) -> Self {
-        Self { free: Arc::clone(&self.free), share: self.share, held: Arc::clone(&self.held) }
+        let (free, held) = (Arc::clone(&self.free), Arc::clone(&self.held));
+        Self { free, count: self.count, share: self.share, held }
     }
 }
 
@@ -35,7 +37,12 @@ impl<K: Eq + Hash + Clone> Places<K> {
     /// `count` places, half of them at most for one holder.
     pub(crate) fn new(count: usize) -> Self {
         let free = Arc::new(Semaphore::new(count));
-        Self { free, share: count.div_ceil(2), held: Arc::default() }
+        Self { free, count, share: count.div_ceil(2), held: Arc::default() }
+    }
+
+    /// How many are taken.
+    pub(crate) fn taken(&self) -> usize {
+        self.count.saturating_sub(self.free.available_permits())
     }
 
     /// A place for `holder`; `None` stands for the node itself, which has no share. No place if all are
@@ -76,7 +83,7 @@ mod tests {
     fn one_holder_leaves_places_for_the_others() {
         let places = Places::new(5);
         let mut mine: Vec<_> = (0..9).filter_map(|_| places.take(Some(&"a"))).collect();
-        assert_eq!(mine.len(), 3);
+        assert_eq!((mine.len(), places.taken()), (3, 3));
         let other: Vec<_> = (0..9).filter_map(|_| places.take(Some(&"b"))).collect();
         assert_eq!(other.len(), 2, "no more than there are");
         assert!(places.take(None).is_none());

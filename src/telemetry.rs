@@ -3,22 +3,31 @@
 //! Nothing secret reaches a line because nothing secret implements `Display` or shows itself in
 //! `Debug`; a panic is logged by its place alone, since its message may quote a value.
 
+pub mod lines;
+pub mod otlp;
+pub mod trace;
+
 use std::io;
 use std::panic::PanicHookInfo;
+use std::sync::OnceLock;
 
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::{EnvFilter, ParseError};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::{Layer, Registry};
+use tracing_subscriber::{Layer, Registry, reload};
 
 use crate::config::{Log, LogFormat};
+use crate::net::tls::TlsConfigError;
 
 /// The environment variable that wins over the configured level: a level, or directives such as
 /// `info,polykey::net=debug`.
 pub const VARIABLE: &str = "POLYKEY_LOG";
 
-/// Why there is no log.
+/// The filter in force, once there is a log: that belongs to the process.
+static FILTER: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
+
+/// Why there is no log, or no way to a collector.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TelemetryError {
@@ -30,6 +39,22 @@ pub enum TelemetryError {
     /// It is not text.
     #[error("{VARIABLE}: not UTF-8 text; write a level such as `debug`")]
     NotText,
+    /// The collector's authorities cannot be used.
+    #[error("[telemetry] ca: {0}")]
+    Authorities(#[from] TlsConfigError),
+    /// The system knows no authorities.
+    #[error(
+        "[telemetry]: this system has no certificate authorities; name the collector's in `ca`"
+    )]
+    NoAuthorities,
+    /// Something else of the section cannot be used.
+    #[error("[telemetry] {what}: {why}")]
+    Unusable {
+        /// Which setting.
+        what: &'static str,
+        /// What is wrong with it. No values.
+        why: String,
+    },
 }
 
 /// Which events are logged: `directives` if there are any, else those of `level` and above. What
@@ -44,7 +69,7 @@ fn filter(level: LevelFilter, directives: Option<&str>) -> Result<EnvFilter, Tel
     }
 }
 
-fn lines<W>(format: LogFormat, ansi: bool, writer: W) -> Box<dyn Layer<Registry> + Send + Sync>
+fn printed<W>(format: LogFormat, ansi: bool, writer: W) -> Box<dyn Layer<Registry> + Send + Sync>
 where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
@@ -61,16 +86,36 @@ where
 /// # Errors
 /// [`TelemetryError`] when [`VARIABLE`] cannot be understood.
 pub fn start(log: &Log) -> Result<(), TelemetryError> {
-    let directives = match std::env::var(VARIABLE) {
-        Ok(text) => Some(text),
-        Err(std::env::VarError::NotPresent) => None,
-        Err(std::env::VarError::NotUnicode(_)) => return Err(TelemetryError::NotText),
-    };
-    let filter = filter(log.level, directives.as_deref())?;
+    let filter = filter(log.level, directives()?.as_deref())?;
     let ansi = io::IsTerminal::is_terminal(&io::stderr()) && std::env::var_os("NO_COLOR").is_none();
-    let layer = lines(log.format, ansi, io::stderr).with_filter(filter);
-    if tracing::subscriber::set_global_default(Registry::default().with(layer)).is_ok() {
+    let (filter, handle) = reload::Layer::new(filter);
+    // One filter for both ways out, so that a level that is off costs nothing.
+    let both = printed(log.format, ansi, io::stderr).and_then(lines::Lines).with_filter(filter);
+    if tracing::subscriber::set_global_default(Registry::default().with(both)).is_ok() {
         std::panic::set_hook(Box::new(on_panic));
+        FILTER.get_or_init(|| handle);
+    }
+    Ok(())
+}
+
+fn directives() -> Result<Option<String>, TelemetryError> {
+    match std::env::var(VARIABLE) {
+        Ok(text) => Ok(Some(text)),
+        Err(std::env::VarError::NotPresent) => Ok(None),
+        Err(std::env::VarError::NotUnicode(_)) => Err(TelemetryError::NotText),
+    }
+}
+
+/// Logs from this level on from now on, unless [`VARIABLE`] says otherwise. Nothing where no log was
+/// started.
+///
+/// # Errors
+/// [`TelemetryError`] when the variable cannot be understood, which the start has excluded.
+pub fn set_level(level: LevelFilter) -> Result<(), TelemetryError> {
+    let filter = filter(level, directives()?.as_deref())?;
+    if let Some(handle) = FILTER.get() {
+        // It fails only once the log is gone, with the process.
+        let _ = handle.reload(filter);
     }
     Ok(())
 }
@@ -110,7 +155,7 @@ mod tests {
     fn logged(format: LogFormat, level: LevelFilter, directives: Option<&str>) -> String {
         let memory = Memory::default();
         let writer = memory.clone();
-        let layer = lines(format, false, move || writer.clone());
+        let layer = printed(format, false, move || writer.clone());
         let layer = layer.with_filter(filter(level, directives).unwrap());
         tracing::subscriber::with_default(Registry::default().with(layer), || {
             tracing::info!(target: "polykey::net", request_id = "r1", "served");
@@ -151,7 +196,7 @@ mod tests {
     fn a_panic_is_logged_without_its_message() {
         let memory = Memory::default();
         let writer = memory.clone();
-        let layer = lines(LogFormat::Json, false, move || writer.clone());
+        let layer = printed(LogFormat::Json, false, move || writer.clone());
         let before = std::panic::take_hook();
         std::panic::set_hook(Box::new(on_panic));
         tracing::subscriber::with_default(Registry::default().with(layer), || {

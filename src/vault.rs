@@ -35,6 +35,8 @@ use polykey_storage::{
 };
 
 use crate::error::Error;
+use crate::metrics::histogram::{Distribution, Histogram};
+use crate::telemetry::trace::{self, Stage};
 use crate::time::{Clock, Time};
 use damage::Damage;
 pub use freshness::Freshness;
@@ -74,15 +76,27 @@ impl Invalidate for Vec<Arc<dyn Invalidate>> {
 pub(crate) type Refuses = Box<dyn Fn(&Commit) -> Option<StoreError> + Send + Sync>;
 
 /// Figures of the writer, for health and metrics.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Metrics {
     groups: AtomicU64,
     commits: AtomicU64,
     failed: AtomicU64,
+    latency: Histogram,
+    sizes: Histogram,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let zero = AtomicU64::default;
+        let (latency, sizes) = (Histogram::of_time(), Histogram::of_groups());
+        Self { groups: zero(), commits: zero(), failed: zero(), latency, sizes }
+    }
 }
 
 impl Metrics {
-    fn group(&self, commits: usize) {
+    fn group(&self, commits: usize, took: std::time::Duration) {
+        self.latency.took(took);
+        self.sizes.record(commits as u64);
         self.groups.fetch_add(1, Ordering::Relaxed);
         self.commits.fetch_add(commits as u64, Ordering::Relaxed);
     }
@@ -94,6 +108,11 @@ impl Metrics {
     pub fn read(&self) -> (u64, u64, u64) {
         let load = |n: &AtomicU64| n.load(Ordering::Relaxed);
         (load(&self.groups), load(&self.commits), load(&self.failed))
+    }
+    /// How long the store took for each group, and how many commits were in it.
+    #[must_use]
+    pub fn distributions(&self) -> (Distribution, Distribution) {
+        (self.latency.read(), self.sizes.read())
     }
 }
 
@@ -706,6 +725,19 @@ impl Vault {
         self.store.peers().is_some()
     }
 
+    /// Changes that wait for the writer, and how many may.
+    #[must_use]
+    pub fn queued(&self) -> (usize, usize) {
+        self.sequencer.queued()
+    }
+
+    /// How long this node may go on serving what it remembers; `None` where no other node changes
+    /// the store.
+    #[must_use]
+    pub fn lease_left(&self) -> Option<std::time::Duration> {
+        self.freshness.get().map(|freshness| freshness.left())
+    }
+
     /// Why this node may not be fresh, if it is not.
     #[must_use]
     pub fn behind(&self) -> Option<String> {
@@ -780,6 +812,7 @@ impl Vault {
         if self.room() == Room::None {
             return Err(Error::NoRoom);
         }
+        let _stage = trace::begin(Stage::Commit);
         self.sequencer.submit(commit, events, enabled, oldest_epoch).await
     }
 

@@ -9,10 +9,11 @@ use polykey_hsm::SlotKind;
 use rustix::fs::FlockOperation;
 
 use super::{AppError, anchor, load_authority, reload, secrets};
-use crate::config::Config;
 use crate::config::sinks::{Target, Way};
+use crate::config::{Config, Telemetry};
 use crate::custody::{MASTER_KEY, NamedWrapper};
 use crate::net::tls::{self, TlsState};
+use crate::telemetry::otlp::send::Sender;
 
 /// The first bytes of every store file: redb's magic number.
 const MAGIC: &[u8] = b"redb\x1a\x0a\xa9\x0d\x0a";
@@ -103,6 +104,10 @@ pub async fn check(config: &Config) -> Vec<Finding> {
         Ok(Some(_)) => Some(Ok("a seed of 32 bytes".to_owned())),
         Err(error) => Some(Err(error)),
     };
+    let telemetry = match &config.telemetry {
+        None => None,
+        Some(settings) => Some(way(config, settings).await),
+    };
     let mut findings = vec![Finding { subject: "certificates", result: certificates }];
     let more = more.into_iter();
     findings.extend(more.map(|error| Finding { subject: "certificates", result: Err(error) }));
@@ -112,6 +117,7 @@ pub async fn check(config: &Config) -> Vec<Finding> {
         Finding { subject: "master key", result: master_key },
     ]);
     findings.extend(signing_key.map(|result| Finding { subject: "token signing key", result }));
+    findings.extend(telemetry.map(|result| Finding { subject: "telemetry", result }));
     findings.extend(further.map(|result| Finding { subject: "wrappers", result }));
     findings.extend([
         Finding { subject: "data directory", result: data_directory(&config.node.data_dir) },
@@ -122,6 +128,13 @@ pub async fn check(config: &Config) -> Vec<Finding> {
         findings.push(Finding { subject: "audit sinks", result: sinks(config) });
     }
     findings
+}
+
+/// The way to the collector, which is not asked.
+async fn way(config: &Config, settings: &Telemetry) -> Result<String, AppError> {
+    let secrets = Box::pin(secrets::telemetry(config, settings)).await?;
+    Sender::new(settings, secrets)?;
+    Ok(format!("{}, {NOT_ASKED}", settings.endpoint))
 }
 
 fn data_directory(path: &Path) -> Result<String, AppError> {

@@ -98,6 +98,19 @@ pub enum AppError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The port of figures cannot be used.
+    #[error("cannot listen on the metrics port {address}: {source}")]
+    MetricsPort {
+        /// Its address.
+        address: SocketAddr,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A configuration asks for what the process cannot do any more.
+    #[error(
+        "the configuration now needs what this process gave up at its start ([runtime] sandbox)"
+    )]
+    NeedsRestart,
     /// The local socket cannot be used.
     #[error("{}: {source}", path.display())]
     Door {
@@ -242,6 +255,7 @@ impl AppError {
             | Self::Init(custody::InitError::AlreadyInitialised)
             | Self::Setup(SetupError::InUse(_))
             | Self::HealthPort { .. }
+            | Self::MetricsPort { .. }
             | Self::Door { .. }
             | Self::Net(NetError::Bind { .. }) => Fault::Conflict,
             Self::Custody(
@@ -329,7 +343,9 @@ impl AppError {
                  path have fewer than 108 bytes."
                     .into()
             }
+            Self::NeedsRestart => "Restart the node.".into(),
             Self::HealthPort { .. } => "Choose another port for [listen] health.".into(),
+            Self::MetricsPort { .. } => "Choose another port for [listen] metrics.".into(),
             Self::MasterKey(custody::WrapperError::Local(
                 polykey_hsm::LocalError::Unreadable { .. },
             )) => {

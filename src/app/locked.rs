@@ -80,9 +80,7 @@ impl Locked {
         // It may have been mended since the start.
         if let Ok(now) = Config::load(&self.config.file) {
             if !hardening::fits(&self.config, &now) {
-                let text = "the configuration now needs what this process gave up at its start \
-                            ([runtime] sandbox): restart it";
-                return Err(StillLocked::No(text.to_owned()));
+                return Err(StillLocked::No(format!("{}: restart it", AppError::NeedsRestart)));
             }
             let before = std::mem::replace(&mut self.config, now);
             self.config.listen.address = before.listen.address;

@@ -1,5 +1,5 @@
-//! What is read again while the node runs: certificates, revocation lists and policies. What is
-//! broken keeps what was in force.
+//! What is read again while the node runs: certificates, revocation lists and policies, and of the
+//! configuration the level of the log, the rules of rates and the way of telemetry. What is broken keeps what was in force.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -9,10 +9,17 @@ use std::sync::Arc;
 use super::{App, AppError, event, secrets};
 use crate::authz::{Authorizer, DEFAULTS, PolicyFile};
 use crate::config::Config;
+use crate::hardening;
+use crate::metrics::port::Gather;
 use crate::rpc::admin::Reload;
+use crate::telemetry;
+use crate::telemetry::otlp::send::Sender;
 
 /// Largest policy file that is read, in bytes.
 const MAX_POLICY: u64 = 1024 * 1024;
+
+/// A way of telemetry.
+pub(super) type Way = (crate::config::Telemetry, Sender);
 
 /// What a reload did.
 #[derive(Debug)]
@@ -21,6 +28,8 @@ pub struct Reloaded {
     pub certificates: Result<(), AppError>,
     /// Policies; the same.
     pub policies: Result<(), AppError>,
+    /// Level of the log and way of telemetry; the same.
+    pub settings: Result<(), AppError>,
 }
 
 /// The policies that a configuration names, compiled with the shipped ones.
@@ -42,7 +51,8 @@ pub(super) fn policies(config: &Config) -> Result<Authorizer, AppError> {
 }
 
 impl App {
-    /// Reads certificates, revocation lists and policies again.
+    /// Reads certificates, revocation lists and policies again, and of the configuration what can change
+    /// in a node that runs.
     pub async fn reload(self: &Arc<Self>) -> Reloaded {
         let certificates = self.reload_certificates().await;
         self.reloaded("ReloadCertificates", &certificates).await;
@@ -51,7 +61,42 @@ impl App {
             self.authorizer.store(Arc::new(authorizer));
         });
         self.reloaded("ReloadPolicies", &policies).await;
-        Reloaded { certificates, policies }
+        let settings = self.reload_settings().await;
+        self.reloaded("ReloadSettings", &settings).await;
+        Reloaded { certificates, policies, settings }
+    }
+
+    async fn reload_settings(self: &Arc<Self>) -> Result<(), AppError> {
+        let file = self.config.file.clone();
+        let fresh = run(move || Ok(Config::load(&file)?)).await?;
+        if !hardening::fits(&self.config, &fresh) {
+            return Err(AppError::NeedsRestart);
+        }
+        // All that can fail comes first, so that what is broken changes nothing.
+        let to = self.way(&fresh).await?;
+        telemetry::set_level(fresh.log.level)?;
+        // Also where the section is the same: what it refers to may not be.
+        self.lead_to(to);
+        // Rules that are the same keep their full and empty buckets.
+        if self.authenticator.rates().rules() != fresh.rates {
+            self.authenticator.limit(&fresh.rates);
+        }
+        Ok(())
+    }
+
+    /// The way that a configuration leads telemetry, if it does.
+    pub(super) async fn way(&self, config: &Config) -> Result<Option<Way>, AppError> {
+        let Some(settings) = config.telemetry.clone() else { return Ok(None) };
+        let secrets = Box::pin(secrets::telemetry(config, &settings)).await?;
+        let sender = Sender::new(&settings, secrets)?;
+        Ok(Some((settings, sender)))
+    }
+
+    /// Leads telemetry this way from now on.
+    pub(super) fn lead_to(self: &Arc<Self>, way: Option<Way>) {
+        let app = Arc::downgrade(self);
+        let gather: Gather = Arc::new(move || app.upgrade().map(|app| app.figures()));
+        self.telemetry.lead_to(way, &gather);
     }
 
     async fn reload_certificates(&self) -> Result<(), AppError> {
@@ -94,10 +139,14 @@ pub(super) fn asked_for(app: &Arc<App>) -> Reload {
         let app = app.clone();
         Box::pin(async move {
             let Some(app) = app.upgrade() else { return Vec::new() };
-            let Reloaded { certificates, policies } = app.reload().await;
+            let Reloaded { certificates, policies, settings } = app.reload().await;
             let problem =
                 |result: Result<(), AppError>| result.err().map(|error| error.to_string());
-            vec![("certificates", problem(certificates)), ("policies", problem(policies))]
+            vec![
+                ("certificates", problem(certificates)),
+                ("policies", problem(policies)),
+                ("settings", problem(settings)),
+            ]
         })
     })
 }

@@ -7,10 +7,11 @@ use polykey_hsm::{Deadline, SecretSource, bootstrap, decode_key};
 use zeroize::Zeroizing;
 
 use super::{AppError, event};
-use crate::config::{Config, TlsReferences};
+use crate::config::{Config, Telemetry, TlsReferences};
 use crate::custody::signing::{self, Purpose};
 use crate::error::Error;
 use crate::net::tls::TlsTexts;
+use crate::telemetry::otlp::send::Secrets;
 use crate::time::Clock;
 use crate::vault::Vault;
 
@@ -72,6 +73,32 @@ pub(super) async fn tls(config: &Config) -> Result<TlsTexts, AppError> {
         *place = Some(Arc::new(text));
     }
     Ok(texts)
+}
+
+/// What the section of telemetry refers to.
+pub(super) async fn telemetry(config: &Config, settings: &Telemetry) -> Result<Secrets, AppError> {
+    const CA: &str = "[telemetry] ca";
+    const HEADERS: &str = "[telemetry] headers";
+    let mut secrets = Secrets::default();
+    let mut wanted = Vec::new();
+    let ca = settings.ca.as_ref().map(|(path, reference)| {
+        reference.clone().unwrap_or_else(|| SecretSource::File(path.clone()))
+    });
+    wanted.extend(ca.as_ref().map(|source| (CA, source)));
+    wanted.extend(settings.headers.values().map(|source| (HEADERS, source)));
+    let mut found = resolve(config, &wanted).await?.into_iter();
+    if ca.is_some() {
+        secrets.ca = found.next();
+    }
+    for ((name, source), value) in settings.headers.iter().zip(found) {
+        let text = std::str::from_utf8(&value).map_err(|_| {
+            let text = format!("{source}: not text");
+            AppError::Secrets(vec![Missing { setting: HEADERS, text, away: false }])
+        })?;
+        let text = Zeroizing::new(text.trim_end_matches(['\r', '\n']).to_owned());
+        secrets.headers.push((name.clone(), text));
+    }
+    Ok(secrets)
 }
 
 /// The seed that signs tokens, if one is referred to.

@@ -18,14 +18,14 @@ use crate::time::Time;
 
 /// How often figures are sampled and health is told.
 const TICK: Duration = Duration::from_secs(1);
-/// How often the certificate files are looked at.
+/// How often the certificate files, and what figures take a read, are looked at.
 const LOOK: Duration = Duration::from_secs(10);
 /// How often what has expired is swept away, and it is written down where the clock stands.
 const SWEEP: Duration = Duration::from_secs(600);
 /// Rows swept in one commit.
 const BATCH: usize = 256;
 /// Age at which the key that signs tokens is followed by another: 30 days.
-const SIGNING_KEY_AGE: Duration = Duration::from_secs(30 * 86_400);
+pub(super) const SIGNING_KEY_AGE: Duration = Duration::from_secs(30 * 86_400);
 
 /// Starts everything; all of it ends after `stop`.
 pub(super) fn start(app: &Arc<App>, tasks: &TaskTracker, stop: &CancellationToken) {
@@ -38,6 +38,7 @@ pub(super) fn start(app: &Arc<App>, tasks: &TaskTracker, stop: &CancellationToke
     tasks.spawn(until(stop.clone(), sweep(Arc::clone(app))));
     tasks.spawn(until(stop.clone(), verify(Arc::clone(app))));
     tasks.spawn(until(stop.clone(), ask_backends(Arc::clone(app))));
+    tasks.spawn(until(stop.clone(), measure(Arc::clone(app))));
 }
 
 async fn until(stop: CancellationToken, work: impl Future<Output = ()>) {
@@ -55,6 +56,16 @@ async fn tick(app: Arc<App>) {
         app.metrics.sample();
         app.keyring.forget_expired();
         app.health.refresh();
+    }
+}
+
+/// Looks at what figures take a read.
+async fn measure(app: Arc<App>) {
+    let mut looks = tokio::time::interval(LOOK);
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        looks.tick().await;
+        app.look().await;
     }
 }
 

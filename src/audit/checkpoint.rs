@@ -244,6 +244,7 @@ impl Inner {
             result => result?,
         };
         self.checkpointed.store(checkpoint.size, Ordering::Relaxed);
+        self.checkpointed_at.store(checkpoint.time.micros(), Ordering::Relaxed);
         Ok(Some(checkpoint))
     }
 }

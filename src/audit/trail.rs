@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -22,6 +22,7 @@ use crate::config;
 use crate::config::DataPlane;
 use crate::error::Error;
 use crate::key::KeyId;
+use crate::time::Time;
 use crate::vault::{Room, Vault};
 
 /// Bytes of events at which a block is full, far below what a row takes.
@@ -87,6 +88,10 @@ pub struct Status {
     pub failing: bool,
     /// Leaves whose use of keys has not been written yet.
     pub usage_backlog: usize,
+    /// Leaves that no checkpoint covers yet.
+    pub uncovered: u64,
+    /// When the last checkpoint was signed.
+    pub checkpoint: Option<Time>,
 }
 
 pub(super) type Waiter = oneshot::Sender<Result<u64, Error>>;
@@ -151,6 +156,8 @@ pub(super) struct Inner {
     pub(super) failing: AtomicBool,
     /// Size of the last checkpoint.
     pub(super) checkpointed: AtomicU64,
+    /// When it was signed, in microseconds; 0 if there is none.
+    pub(super) checkpointed_at: AtomicI64,
     /// One checkpoint at a time.
     pub(super) signing: tokio::sync::Mutex<()>,
     /// One write-behind of usage at a time.
@@ -206,7 +213,9 @@ impl Trail {
         signer: Option<Arc<dyn Signer>>,
     ) -> Result<Self, Error> {
         let mark = usage::load_mark(&vault).await?;
-        let checkpointed = checkpoint::latest(&vault).await?.map_or(0, |c| c.size);
+        let latest = checkpoint::latest(&vault).await?;
+        let (checkpointed, checkpointed_at) =
+            latest.map_or((0, 0), |latest| (latest.size, latest.time.micros()));
         let options = Options {
             linger: options.linger.min(Duration::from_millis(50)),
             queue: options.queue.max(1),
@@ -234,6 +243,7 @@ impl Trail {
             closing: CancellationToken::new(),
             failing: AtomicBool::new(false),
             checkpointed: AtomicU64::new(checkpointed),
+            checkpointed_at: AtomicI64::new(checkpointed_at),
             signing: tokio::sync::Mutex::new(()),
             folding: tokio::sync::Mutex::new(()),
         });
@@ -399,12 +409,16 @@ impl Trail {
     /// What the trail says about itself, for health and metrics.
     #[must_use]
     pub fn status(&self) -> Status {
+        let signed = self.inner.checkpointed.load(Ordering::Relaxed);
+        let uncovered = self.inner.vault.leaves().saturating_sub(signed);
         let state = self.inner.state.lock();
         Status {
             queued: state.waiting(),
             capacity: self.inner.options.queue,
             failing: self.inner.failing.load(Ordering::Relaxed),
             usage_backlog: state.usage.backlog(),
+            uncovered,
+            checkpoint: Time::optional(self.inner.checkpointed_at.load(Ordering::Relaxed)),
         }
     }
 

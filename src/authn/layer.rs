@@ -25,6 +25,7 @@ use super::session::{Attempt, Authenticator, Session};
 use crate::error::Error;
 use crate::limits::shown;
 use crate::net::{Connection, RequestId};
+use crate::telemetry::trace::{self, Stage};
 use crate::time::{Clock, Time};
 
 const BEARER: &[u8] = b"Bearer ";
@@ -130,10 +131,16 @@ where
         let mut inner = std::mem::replace(&mut self.inner, clone);
         Box::pin(async move {
             let id = request_id(&mut request);
-            let response = match shared.admit(&mut request, id.as_str()).await {
+            let stage = trace::begin(Stage::Authenticate);
+            let admitted = shared.admit(&mut request, id.as_str()).await;
+            drop(stage);
+            let response = match admitted {
                 Ok(()) => {
                     request.extensions_mut().insert(id.clone());
-                    inner.call(request).await?
+                    match trace::begin(Stage::Operation) {
+                        None => inner.call(request).await?,
+                        Some(stage) => stage.around(inner.call(request)).await?,
+                    }
                 }
                 Err(error) => (shared.status)(&error).into_http(),
             };

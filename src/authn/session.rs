@@ -16,7 +16,7 @@ use super::Audit;
 use super::certificate::{self, PeerCertificate};
 use super::limiter::{Allowance, Limiter, network};
 use super::token::{Claims, Kind, MAX_TOKEN, TokenError};
-use crate::cache::Cache;
+use crate::cache::{Cache, Counts};
 use crate::context::Caller;
 use crate::directory::{Client, ClientState, Directory};
 use crate::error::Error;
@@ -223,6 +223,12 @@ impl Authenticator {
         // Nothing is ever invalidated here: the epoch in the session decides.
         let ticket = self.sessions.ticket(&name);
         self.sessions.insert(ticket, name, session.clone());
+    }
+
+    /// How well what it remembers of tokens does.
+    #[must_use]
+    pub fn session_counts(&self) -> Counts {
+        self.sessions.counts()
     }
 
     /// The same session at a later moment, for streams: the caller as it is by now.

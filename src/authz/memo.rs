@@ -3,6 +3,7 @@
 use std::hash::{BuildHasher as _, RandomState};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use lru::LruCache;
 use parking_lot::Mutex;
@@ -10,6 +11,7 @@ use uuid::Uuid;
 
 use super::Verdict;
 use super::action::{Action, PermissionSet};
+use crate::cache::Counts;
 
 /// What a remembered verdict holds for. The generation of the policies is not in it because a
 /// memo lives inside its [`Authorizer`](super::Authorizer): new policies start with an empty one.
@@ -40,6 +42,8 @@ const SHARDS: usize = 16;
 pub(super) struct Memo {
     shards: Vec<Mutex<LruCache<MemoKey, Arc<Verdict>>>>,
     hasher: RandomState,
+    hits: AtomicU64,
+    misses: AtomicU64,
 }
 
 impl Memo {
@@ -48,11 +52,20 @@ impl Memo {
         let shards = NonZeroUsize::new(capacity.div_ceil(SHARDS)).map_or_else(Vec::new, |each| {
             (0..SHARDS).map(|_| Mutex::new(LruCache::new(each))).collect()
         });
-        Self { shards, hasher: RandomState::new() }
+        let zero = AtomicU64::default;
+        Self { shards, hasher: RandomState::new(), hits: zero(), misses: zero() }
     }
 
     pub(super) fn get(&self, key: &MemoKey) -> Option<Arc<Verdict>> {
-        self.shard(key)?.lock().get(key).map(Arc::clone)
+        let found = self.shard(key)?.lock().get(key).map(Arc::clone);
+        let counter = if found.is_some() { &self.hits } else { &self.misses };
+        counter.fetch_add(1, Relaxed);
+        found
+    }
+
+    pub(super) fn counts(&self) -> Counts {
+        let (hits, misses) = (self.hits.load(Relaxed), self.misses.load(Relaxed));
+        Counts { hits, misses, entries: self.len() }
     }
 
     pub(super) fn put(&self, key: MemoKey, verdict: Arc<Verdict>) {

@@ -338,6 +338,21 @@ impl<'d, 't> Section<'d, 't> {
         self.get(key, |value| reference(self.document, value))
     }
 
+    /// References to secrets by names of the operator's choice.
+    pub(super) fn references(&self, key: &'static str) -> BTreeMap<String, SecretSource> {
+        let found = self.get(key, |value| {
+            let Some(table) = value.as_table() else {
+                let remedy = "write { NAME = { file = \"…\" } }";
+                return refuse(format!("a {}, not a table", value.type_str()), remedy);
+            };
+            let each = table.iter().map(|(name, value)| {
+                Ok((name.get_ref().to_string(), reference(self.document, value.get_ref())?))
+            });
+            each.collect()
+        });
+        found.unwrap_or_default()
+    }
+
     /// A table within the section, read like a section.
     /// Its name, as in `[listen]`.
     pub(super) fn name(&self) -> &str {

@@ -68,6 +68,7 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
     let limits = limits(root.section("limits"));
     let rates = rates(&root.section("rates"));
     let log = log(root.section("log"));
+    let telemetry = super::telemetry::section(root.section("telemetry"));
     let ca = ca(root.section("ca"));
     let (runtime, workers, blocking_threads) = runtime(root.section("runtime"));
     root.finish();
@@ -99,6 +100,7 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
         limits,
         rates,
         log,
+        telemetry,
         ca,
         runtime,
     })
@@ -123,7 +125,7 @@ fn loopback(value: &DeValue<'_>) -> Result<SocketAddr, Refused> {
     match address(value)? {
         found if found.ip().is_loopback() => Ok(found),
         _ => refuse(
-            "the health port speaks no TLS and must be on loopback",
+            "this port speaks no TLS and must be on loopback",
             "write 127.0.0.1 or [::1] and a port",
         ),
     }
@@ -137,9 +139,18 @@ fn listen(section: Section<'_, '_>) -> Option<Listen> {
     let crl = section.pem("crl");
     let socket = section.get("address", address).unwrap_or(DEFAULT_ADDRESS);
     let health = section.get("health", loopback);
-    if health.is_some_and(|health| health == socket && health.port() != 0) {
-        let refused = refuse::<()>("the same as `address`", "give the health port another number");
-        section.complain("health", refused.err().unwrap_or_default());
+    let metrics = section.get("metrics", loopback);
+    let same = |one: SocketAddr, other: SocketAddr| one == other && one.port() != 0;
+    for (key, port, others) in [
+        ("health", health, [("address", Some(socket)), ("metrics", None)]),
+        ("metrics", metrics, [("address", Some(socket)), ("health", health)]),
+    ] {
+        for (name, other) in others {
+            if port.zip(other).is_some_and(|(port, other)| same(port, other)) {
+                let remedy = "give it another port".to_owned();
+                section.complain(key, (format!("the same as `{name}`"), remedy));
+            }
+        }
     }
     let max_age =
         section.duration("connection_age", ("0s", "168h"), defaults.max_age.unwrap_or_default());
@@ -195,7 +206,7 @@ fn listen(section: Section<'_, '_>) -> Option<Listen> {
         crl: crl_reference.flatten(),
     };
     let tls = TlsFiles { certificate: certificate.0, key: key.0, client_ca: client_ca.0, crl };
-    Some(Listen { address: socket, tls, references, net, allow_common_name, health })
+    Some(Listen { address: socket, tls, references, net, allow_common_name, health, metrics })
 }
 
 fn anchor(section: Section<'_, '_>, storage: Option<&Storage>) -> Option<Anchor> {

@@ -139,6 +139,7 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         limits,
         rates,
         log,
+        telemetry,
         ca,
         runtime,
     } = config;
@@ -170,6 +171,7 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         ("listen.client_ca", path(&listen.tls.client_ca)),
         ("listen.crl", optional(listen.tls.crl.as_deref(), path)),
         ("listen.health", optional(listen.health, |health| health.to_string())),
+        ("listen.metrics", optional(listen.metrics, |metrics| metrics.to_string())),
         ("listen.allow_common_name", listen.allow_common_name.to_string()),
         ("listen.max_connections", net.max_connections.to_string()),
         ("listen.max_handshakes", net.max_handshakes.to_string()),
@@ -249,6 +251,7 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         );
         all.push(("master_key.argon2", cost));
     }
+    all.extend(telemetry.iter().flat_map(|telemetry| telemetry.entries(time)));
     all.extend(replication.iter().flat_map(|replication| replication.entries(time)));
     let mut all: Vec<(String, String)> =
         all.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();

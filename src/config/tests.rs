@@ -50,7 +50,7 @@ const BROKEN: &[Case] = &[
     (9, "[log]\nlevel = \"a\\qb\"", "10:12", "not TOML", "toml.io"),
     // Names.
     (9, "[nodes]\na = 1", "9:2", "`nodes` is not a section", "did you mean `node`?"),
-    (9, "[telemetry]", "9:2", "`telemetry` is not a section", "remove it; sections are: anchor"),
+    (9, "[observability]", "9:2", "`observability` is not a section", "remove it; sections are: anchor"),
     (9, "[Log]", "9:2", "this key is not a section", "sections are"),
     (2, "data_dir = \"d\"\nname = \"n\"", "3:1", "`name` is not an option", "options are: data_dir"),
     (2, "data-dir = \"d\"", "2:1", "`data-dir` is not an option", "did you mean `data_dir`?"),
@@ -89,7 +89,22 @@ const BROKEN: &[Case] = &[
     (3, "[listen]\naddress = 50053", "4:11", "a integer, not text", "in quotes"),
     (3, "[listen]\nhealth = \"0.0.0.0:8080\"", "4:10", "must be on loopback", "127.0.0.1 or [::1]"),
     (3, "[listen]\nhealth = \"10.0.0.1:8080\"", "4:10", "must be on loopback", "127.0.0.1 or [::1]"),
-    (3, "[listen]\nhealth = \"127.0.0.1:50053\"", "4:10", "[listen] health: the same as `address`", "another number"),
+    (3, "[listen]\nhealth = \"127.0.0.1:50053\"", "4:10", "[listen] health: the same as `address`", "another port"),
+    (3, "[listen]\nmetrics = \"192.168.1.1:9464\"", "4:11", "must be on loopback", "127.0.0.1 or [::1]"),
+    (3, "[listen]\nhealth = \"127.0.0.1:1\"\nmetrics = \"127.0.0.1:1\"", "5:11", "[listen] metrics: the same as `health`", "another port"),
+    // Where telemetry goes.
+    (9, "[telemetry]", "9:2", "[telemetry] endpoint: missing", "add `endpoint ="),
+    (9, "[telemetry]\nendpoint = \"collector:4317\"", "10:12", "not an address of a collector", "https://HOST:PORT"),
+    (9, "[telemetry]\nendpoint = \"https://u:CANARY-hunter2-Zm9vYmFy@h:1\"", "10:12", "not an address of a collector", "[telemetry.headers]"),
+    (9, "[telemetry]\nendpoint = \"https://h:1/otlp\"", "10:12", "OTLP/gRPC has no path", "protocol = \"http\""),
+    (9, "[telemetry]\nendpoint = \"http://h:1\"\nca = \"c\"", "11:6", "the endpoint has no TLS", "https://"),
+    (9, "[telemetry]\nendpoint = \"http://h:1\"\nheaders = { a = { env = \"X\" } }", "11:11", "in the clear", "https://"),
+    (9, "[telemetry]\nendpoint = \"https://h:1\"\nheaders = { te = { env = \"X\" } }", "11:11", "not the name of a header", "lower case"),
+    (9, "[telemetry]\nendpoint = \"https://h:1\"\nheaders = { a = \"CANARY-hunter2-Zm9vYmFy\" }", "11:11", "a string where a reference", "{ file ="),
+    (9, "[telemetry]\nendpoint = \"https://h:1\"\nsample = 1.5", "11:10", "out of range", "from 0 to 1"),
+    (9, "[telemetry]\nendpoint = \"https://h:1\"\nsample = \"all\"", "11:10", "a string, not a number", "0.05"),
+    (9, "[telemetry]\nendpoint = \"https://h:1\"\nsignals = [\"spans\"]", "11:11", "not one of its words", "\"traces\""),
+    (9, "[telemetry]\nendpoint = \"https://h:1\"\nsignals = []", "11:11", "empty", "remove the section"),
     // Numbers.
     (3, "[listen]\nmax_connections = 0", "4:19", "[listen] max_connections: out of range", "from 1 to 1000000"),
     (3, "[listen]\nmax_connections = -1", "4:19", "out of range", "from 1 to 1000000"),
@@ -422,6 +437,9 @@ fn the_optional_examples_are_valid() {
     assert!(
         config.ca.is_some() && config.listen.health.is_some() && config.listen.tls.crl.is_some()
     );
+    let telemetry = config.telemetry.unwrap();
+    assert!(telemetry.headers.len() == 1 && telemetry.sample == 50_000 && telemetry.tls());
+    assert_eq!(config.listen.metrics.unwrap().port(), 9464);
     assert_eq!(config.listen.net.workers, Some(2));
     assert_eq!(config.audit.sinks.keys().collect::<Vec<_>>(), ["collector", "disk"]);
     assert_eq!(config.replication.unwrap().mode, replication::Mode::SyncOrRefuse);

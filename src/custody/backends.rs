@@ -317,6 +317,13 @@ impl Backends {
         }))
     }
 
+    /// The breakers of all that is known, each with how many calls are running or waiting there.
+    #[must_use]
+    pub fn breakers(&self) -> Vec<(Arc<Breaker>, usize)> {
+        let known = self.known.load();
+        known.iter().map(|known| (Arc::clone(&known.breaker), known.places.taken())).collect()
+    }
+
     /// Asks each backend once, so that a node knows at its start which of them are away.
     pub async fn look(&self) {
         let known = self.known.load_full();

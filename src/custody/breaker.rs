@@ -13,6 +13,7 @@
 #[cfg(test)]
 mod tests;
 
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -24,6 +25,8 @@ use polykey_hsm::{
 };
 use tokio::runtime::Handle;
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
+
+use crate::metrics::histogram::{Distribution, Histogram};
 
 /// When a breaker opens, and how it looks whether it may close.
 #[derive(Clone, Copy, Debug)]
@@ -63,6 +66,55 @@ struct State {
     refusals: u64,
 }
 
+/// What callers ask of a wrapper.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// To wrap a key.
+    Wrap,
+    /// To open one.
+    Unwrap,
+}
+
+impl Ask {
+    /// Both, in their order.
+    pub const ALL: [Self; 2] = [Self::Wrap, Self::Unwrap];
+
+    /// Its word.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Wrap => "wrap",
+            Self::Unwrap => "unwrap",
+        }
+    }
+}
+
+/// How a wrapper did what was asked of it.
+#[derive(Debug)]
+pub struct Asked {
+    /// The time to an answer, or to the deadline.
+    latency: Histogram,
+    /// Calls that ended in anything but what was asked.
+    failed: AtomicU64,
+    /// Calls that were refused at once, because the breaker was open.
+    refused: AtomicU64,
+}
+
+impl Default for Asked {
+    fn default() -> Self {
+        let zero = AtomicU64::default;
+        Self { latency: Histogram::of_time(), failed: zero(), refused: zero() }
+    }
+}
+
+impl Asked {
+    /// (time of each call that was made, how many of them failed, how many were not made).
+    #[must_use]
+    pub fn read(&self) -> (Distribution, u64, u64) {
+        (self.latency.read(), self.failed.load(Relaxed), self.refused.load(Relaxed))
+    }
+}
+
 /// A wrapper behind a breaker. Deadlines of its callers must be the server's: those of clients would
 /// let one of them open it for all.
 pub struct Breaker {
@@ -73,6 +125,7 @@ pub struct Breaker {
     place: WrapContext,
     runtime: Handle,
     state: Mutex<State>,
+    asked: [Asked; 2],
     me: Weak<Self>,
 }
 
@@ -121,7 +174,7 @@ impl Breaker {
         let (name, place) = (name.into(), WrapContext::hardened_key(node, [0; 16]));
         Arc::new_cyclic(|me| {
             let (state, me) = (Mutex::default(), Weak::clone(me));
-            Self { name, inner, terms, place, runtime, state, me }
+            Self { name, inner, terms, place, runtime, state, asked: Default::default(), me }
         })
     }
 
@@ -135,6 +188,12 @@ impl Breaker {
     #[must_use]
     pub fn is_open(&self) -> bool {
         self.state.lock().open
+    }
+
+    /// How it did what callers asked, by [`Ask`].
+    #[must_use]
+    pub fn asked(&self) -> &[Asked; 2] {
+        &self.asked
     }
 
     /// Whether the backend refuses, as far as is known.
@@ -180,19 +239,31 @@ impl Breaker {
     /// Lets a call through unless it is open, and learns from its end.
     async fn through<T>(
         &self,
+        ask: Ask,
         deadline: Deadline,
         call: BoxFuture<'_, Result<T, WrapError>>,
     ) -> Result<T, WrapError> {
+        let [wrap, unwrap] = &self.asked;
+        let asked = match ask {
+            Ask::Wrap => wrap,
+            Ask::Unwrap => unwrap,
+        };
         let generation = {
             let state = self.state.lock();
             if state.open {
+                asked.refused.fetch_add(1, Relaxed);
                 return Err(WrapError::Unavailable { retryable: true });
             }
             state.generation
         };
+        let began = Instant::now();
         // Whoever forgets its deadline is held to it here.
         let answer = tokio::time::timeout_at(deadline.0.into(), call).await;
         let answer = answer.unwrap_or(Err(WrapError::DeadlineExceeded));
+        asked.latency.took(began.elapsed());
+        if answer.is_err() {
+            asked.failed.fetch_add(1, Relaxed);
+        }
         match &answer {
             Err(error) if away(error) => self.failed(generation, 1, error),
             answer => self.answered(answer),
@@ -310,7 +381,7 @@ impl KeyWrapper for Breaker {
         cx: &'a WrapContext,
         deadline: Deadline,
     ) -> BoxFuture<'a, Result<WrappedKey, WrapError>> {
-        Box::pin(self.through(deadline, self.inner.wrap_key(key, cx, deadline)))
+        Box::pin(self.through(Ask::Wrap, deadline, self.inner.wrap_key(key, cx, deadline)))
     }
 
     fn unwrap_key<'a>(
@@ -319,6 +390,6 @@ impl KeyWrapper for Breaker {
         cx: &'a WrapContext,
         deadline: Deadline,
     ) -> BoxFuture<'a, Result<KeyMaterial, WrapError>> {
-        Box::pin(self.through(deadline, self.inner.unwrap_key(wrapped, cx, deadline)))
+        Box::pin(self.through(Ask::Unwrap, deadline, self.inner.unwrap_key(wrapped, cx, deadline)))
     }
 }

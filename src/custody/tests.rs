@@ -24,7 +24,7 @@ use crate::key::{KeyId, Version, version_row};
 use crate::vault::faulty::{Dies, Faulty};
 use crate::vault::space::{self, Record};
 
-const FAST: Pace = Pace { batch: 16, look: 50, pause: std::time::Duration::ZERO };
+const FAST: Pace = Pace { batch: 16, look: 50, pause: Duration::ZERO };
 
 fn nobody() -> Arc<dyn Invalidate> {
     Arc::new(Vec::<Arc<dyn Invalidate>>::new())
@@ -631,7 +631,7 @@ async fn signing_keys_roll_over_and_old_ones_verify_for_a_while() {
     assert_ne!(note.public(), first.public());
     assert!(!note.verify(b"message", &signature));
 
-    let hour = std::time::Duration::from_secs(3600);
+    let hour = Duration::from_secs(3600);
     vault.clock().advance(hour);
     let second = signing::roll_over(vault, Purpose::Token, hour, event("RollOver")).await.unwrap();
     let now = vault.clock().now();

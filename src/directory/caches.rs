@@ -7,7 +7,7 @@ use polykey_storage::RowKey;
 
 use super::{Client, Family, Role};
 use crate::authn::token::KeySet;
-use crate::cache::Cache;
+use crate::cache::{Cache, Counts};
 use crate::vault::Invalidate;
 use crate::vault::space::{
     CLIENTS, IDENTITIES, REVOKED_TOKENS, ROLES, SIGNING_KEYS, TOKEN_FAMILIES,
@@ -36,6 +36,17 @@ impl SecurityCaches {
             revoked: Cache::new(entries),
             keys: Cache::new(1),
         }
+    }
+
+    /// How well each does, by name.
+    #[must_use]
+    pub fn counts(&self) -> [(&'static str, Counts); 4] {
+        [
+            ("clients", self.clients.counts()),
+            ("roles", self.roles.counts()),
+            ("token_families", self.families.counts()),
+            ("revoked_tokens", self.revoked.counts()),
+        ]
     }
 
     /// See [`super::Directory::epoch`].

@@ -18,6 +18,7 @@ use seccompiler::{
 };
 
 use super::Missed;
+use crate::config::sinks::{Target, Way};
 use crate::config::{Config, Wrapper};
 
 /// The newest rules that are asked for; a kernel that knows fewer enforces those.
@@ -58,10 +59,17 @@ impl Needs {
         writable.extend(config.anchor.as_ref().and_then(|anchor| parent(&anchor.file)));
         writable.extend(parent(&config.unlock.socket));
         writable.extend(config.runtime.writable.iter().cloned());
-        // [listen] health is on loopback and may be on any port as well.
-        let health = config.listen.health.map(|health| health.port());
-        let ports = std::iter::once(config.listen.address.port()).chain(health).collect();
-        let away = config.storage.database.is_some() || config.replication.is_some();
+        let plain = [config.listen.health, config.listen.metrics].into_iter().flatten();
+        let plain = plain.map(|address| address.port());
+        let ports = std::iter::once(config.listen.address.port()).chain(plain).collect();
+        let mut away = config.storage.database.is_some() || config.replication.is_some();
+        away |= config.telemetry.is_some();
+        for sink in config.audit.sinks.values() {
+            match &sink.target {
+                Target::File(file) => writable.extend(parent(&file.path)),
+                Target::Syslog(syslog) => away |= !matches!(syslog.way, Way::Unix(_)),
+            }
+        }
         let calls = token || aws || away || config.refers_to_parameters();
         // `credential_process` of an AWS profile.
         Ok(Self { writable, ports, calls, token, runs: aws || config.refers_to_parameters() })

@@ -138,6 +138,8 @@ pub(crate) struct Loaded {
     pub(crate) generation: u64,
     crl_next_update: Option<u64>,
     certificate: PeerValidity,
+    /// When the first of the clients' authorities ends.
+    client_ca_not_after: Option<u64>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -252,6 +254,12 @@ impl TlsState {
         self.current.load().certificate.not_after
     }
 
+    /// Last second of the first of the clients' authorities to end, Unix time.
+    #[must_use]
+    pub fn client_ca_not_after(&self) -> Option<u64> {
+        self.current.load().client_ca_not_after
+    }
+
     /// When the revocation list must have been replaced, Unix time: from then on every certificate is refused.
     #[must_use]
     pub fn crl_next_update(&self) -> Option<u64> {
@@ -312,10 +320,12 @@ fn read_all(
         Some(text) => private_key(&files.key, text)?,
         None => read_key(&files.key)?,
     };
-    let roots = match &texts.client_ca {
-        Some(text) => roots(&files.client_ca, certificates(&files.client_ca, text)?)?,
-        None => read_roots(&files.client_ca)?,
+    let authorities = match &texts.client_ca {
+        Some(text) => certificates(&files.client_ca, text)?,
+        None => read_certificates(&files.client_ca)?,
     };
+    let client_ca_not_after = first_end(&authorities);
+    let roots = roots(&files.client_ca, authorities)?;
     let certificate = server_validity(&files.certificate, &chain, clock)?;
 
     let mut builder =
@@ -353,7 +363,23 @@ fn read_all(
     // Early data could be replayed; no request here may run twice.
     server.max_early_data_size = 0;
 
-    Ok(Loaded { server: Arc::new(server), verifier, generation, crl_next_update, certificate })
+    Ok(Loaded {
+        server: Arc::new(server),
+        verifier,
+        generation,
+        crl_next_update,
+        certificate,
+        client_ca_not_after,
+    })
+}
+
+/// When the first of these certificates ends, Unix time.
+fn first_end(certificates: &[CertificateDer<'_>]) -> Option<u64> {
+    let end = |der: &CertificateDer<'_>| {
+        let (_, parsed) = x509_parser::parse_x509_certificate(der).ok()?;
+        u64::try_from(parsed.validity().not_after.timestamp()).ok()
+    };
+    certificates.iter().filter_map(end).min()
 }
 
 fn server_validity(
@@ -454,6 +480,11 @@ fn private_key(path: &Path, text: &[u8]) -> Result<PrivateKeyDer<'static>, TlsCo
 /// Reads trust anchors.
 pub(crate) fn read_roots(path: &Path) -> Result<RootCertStore, TlsConfigError> {
     roots(path, read_certificates(path)?)
+}
+
+/// The authorities in a PEM text that came from `path`.
+pub(crate) fn roots_in(path: &Path, text: &[u8]) -> Result<RootCertStore, TlsConfigError> {
+    roots(path, certificates(path, text)?)
 }
 
 fn roots(

@@ -125,6 +125,14 @@ impl Freshness {
             && now.day < self.until_day.load(Ordering::SeqCst)
     }
 
+    /// How much of the lease is left.
+    pub(crate) fn left(&self) -> Duration {
+        let left = |until: &AtomicU64, now: u64| until.load(Ordering::SeqCst).saturating_sub(now);
+        let now = Moment::now();
+        let by_both = left(&self.until, now.boot).min(left(&self.until_day, now.day));
+        Duration::from_nanos(by_both)
+    }
+
     /// Why nothing may be served, if so.
     pub(crate) fn stale(&self) -> Option<String> {
         (!self.holds()).then(|| self.why.lock().clone())
@@ -164,12 +172,13 @@ mod tests {
         let began = Moment::now();
         freshness.looked(began);
         freshness.require().await.unwrap();
+        assert!(!freshness.left().is_zero() && freshness.left() <= LONGEST_LEASE);
         assert!(freshness.until.load(Ordering::SeqCst) <= began.boot + count(LONGEST_LEASE));
         // A look that took longer than the lease gives none.
         let late = Freshness::new(LONGEST_LEASE, false);
         late.looked(Moment { boot: began.boot.saturating_sub(2_000_000_000), ..began });
         late.failed("the database does not answer".into());
-        assert!(late.require().await.is_err());
+        assert!(late.require().await.is_err() && late.left().is_zero());
         assert_eq!(late.stale().as_deref(), Some("the database does not answer"));
         // Nor does one whose machine was stopped while its own clocks stood.
         let stopped = Freshness::new(LONGEST_LEASE, false);

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use polykey_hsm::Ring;
@@ -99,6 +99,12 @@ impl Sequencer {
         Ok((Self { queue, nudged }, thread))
     }
 
+    /// Changes that wait, and how many may.
+    pub(crate) fn queued(&self) -> (usize, usize) {
+        let most = self.queue.max_capacity();
+        (most.saturating_sub(self.queue.capacity()), most)
+    }
+
     /// Has the writer find out whether the store must be reopened. Only the writer reopens it, and
     /// after a failed read nothing else would reach it, where every change begins with a read.
     pub(crate) fn nudge(&self) {
@@ -184,13 +190,16 @@ impl Writer {
         }
         let rows: Vec<Vec<RowKey>> =
             commits.iter().map(|c| c.writes.iter().map(|w| w.row().clone()).collect()).collect();
+        let began = Instant::now();
         let (result, head, leaves) = self.attempt(commits, events, (enabled, oldest));
+        let took = began.elapsed();
         match result {
             Ok(committed) => {
                 if committed.any() {
                     self.head = head;
                     publish(&self.published, &self.head);
-                    self.metrics.group(committed.outcomes.iter().filter(|o| o.is_ok()).count());
+                    let commits = committed.outcomes.iter().filter(|o| o.is_ok()).count();
+                    self.metrics.group(commits, took);
                 }
                 // Every cache forgets before any caller hears: what starts after the answer
                 // cannot meet the old row.
@@ -317,8 +326,8 @@ impl Writer {
                     self.caches.clear();
                 }
             }
-            let until = std::time::Instant::now() + pause;
-            while std::time::Instant::now() < until {
+            let until = Instant::now() + pause;
+            while Instant::now() < until {
                 match queue.try_recv() {
                     Ok(proposal) => {
                         let away = Error::unavailable("the store is being reopened");

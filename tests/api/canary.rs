@@ -6,7 +6,9 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::common::client::{message, pool};
+use crate::common::collector::Collector;
 use crate::common::{Options, Server};
+use crate::metrics::{get, with_port};
 
 /// What a secret looks like where it must not be: raw, hexadecimal, base64 at each of its three alignments.
 fn shapes(secret: &[u8]) -> Vec<Vec<u8>> {
@@ -70,8 +72,8 @@ fn the_search_finds_what_it_is_for() {
     assert!(hits(b"nothing of the sort", &secrets).is_empty());
 }
 
-#[tokio::test]
-async fn planted_secrets_are_in_no_log_no_error_no_audit_row_and_no_store() {
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn planted_secrets_are_in_no_log_no_error_no_audit_row_no_telemetry_and_no_store() {
     let trace = Options {
         env: vec![("POLYKEY_LOG".into(), "trace".into()), ("RUST_LOG".into(), "trace".into())],
         ..Options::default()
@@ -84,6 +86,12 @@ async fn planted_secrets_are_in_no_log_no_error_no_audit_row_and_no_store() {
     let text = std::fs::read_to_string(&config).unwrap();
     let text = text.replace("format = \"pretty\"", "format = \"json\"\nlevel = \"trace\"");
     assert!(text.contains("json"));
+    let collector = Collector::start().await;
+    let text = with_port(text)
+        + &format!(
+            "\n[telemetry]\nendpoint = \"http://{}\"\nprotocol = \"http\"\nsample = 1\n",
+            collector.address
+        );
     std::fs::write(&config, text).unwrap();
     let server = Server::dev_in(&state, &trace, None);
     let admin = server.admin().await;
@@ -240,9 +248,13 @@ async fn planted_secrets_are_in_no_log_no_error_no_audit_row_and_no_store() {
     let (code, audit, err) = server.cli(&["audit", "list", "-o", "json"]);
     assert_eq!(code, 0, "{err}");
     assert!(audit.contains("CreateKey"), "{audit}");
+    let (_, figures) = get(&server.port("metrics"), "/metrics");
     let (status, output, _) = server.stop();
     assert!(status.success(), "{output}");
     logs += &output;
+    let sent = collector.seen();
+    let counts = (sent.spans.len(), sent.lines.len(), sent.metrics.len());
+    assert!(counts.0 > 100 && counts.1 > 5 && counts.2 > 30, "{counts:?}");
     assert!(logs.contains("TRACE") || logs.contains("trace"), "the logs are not at TRACE level");
     let json_lines = output.lines().filter(|l| l.starts_with('{')).count();
     assert!(json_lines > 50, "only {json_lines} lines of JSON:\n{output}");
@@ -256,9 +268,13 @@ async fn planted_secrets_are_in_no_log_no_error_no_audit_row_and_no_store() {
             .unwrap_or_else(|_| master.into_bytes()),
     ));
     let mut found = Vec::new();
-    for (place, text) in
-        [("logs", logs.as_bytes()), ("errors", errors.as_bytes()), ("audit", audit.as_bytes())]
-    {
+    for (place, text) in [
+        ("logs", logs.as_bytes()),
+        ("errors", errors.as_bytes()),
+        ("audit", audit.as_bytes()),
+        ("figures", figures.as_bytes()),
+        ("collector", sent.raw.as_slice()),
+    ] {
         found.extend(hits(text, &secrets).into_iter().map(|hit| format!("{place}: {hit}")));
     }
     let mut all = Vec::new();

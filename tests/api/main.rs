@@ -30,6 +30,7 @@ mod hardened;
 mod hsm;
 mod limits;
 mod lock;
+mod metrics;
 mod newcomer;
 #[cfg(feature = "postgres")]
 mod nodes;
@@ -41,5 +42,6 @@ mod slots;
 #[cfg(feature = "postgres")]
 mod store_copy;
 mod stubs;
+mod telemetry;
 mod tokens;
 mod tour;

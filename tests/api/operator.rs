@@ -111,7 +111,7 @@ async fn a_reload_by_command_tells_what_was_wrong_and_keeps_what_was_in_force() 
     fs::write(&policy, "forbid (principal, action == Action::\"CreateKey\", resource);").unwrap();
     let (code, text, said) = server.cli(&["reload"]);
     assert_eq!(code, 0, "{said}");
-    assert!(text.contains("ok     certificates\nok     policies"), "{text}");
+    assert!(text.contains("ok     certificates\nok     policies\nok     settings"), "{text}");
     refused(makes().await, Code::PermissionDenied);
     fs::write(&policy, "forbid (principal").unwrap();
     let (code, text, _) = server.cli(&["reload"]);

@@ -5,6 +5,7 @@ pub(crate) mod aws;
 pub(crate) mod client;
 #[cfg(feature = "postgres")]
 pub(crate) mod cluster;
+pub(crate) mod collector;
 pub(crate) mod softhsm;
 pub(crate) mod steps;
 pub(crate) mod wire;
@@ -218,6 +219,35 @@ impl Server {
     /// Everything it has written so far, to both streams.
     pub(crate) fn output(&self) -> String {
         locked(&self.output).clone()
+    }
+
+    /// Waits until it has written this text so many times.
+    pub(crate) async fn says(&self, text: &str, times: usize) {
+        let said = || self.output().matches(text).count();
+        let wait = async {
+            while said() < times {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let waited = tokio::time::timeout(PATIENCE, wait).await;
+        assert!(waited.is_ok(), "`{text}` {} of {times} times:\n{}", said(), self.output());
+    }
+
+    /// The address in the line of its log that says what this port is. What `dev` says on the other stream may
+    /// be read before it.
+    pub(crate) fn port(&self, name: &str) -> String {
+        let text = format!("the {name} port is ");
+        let begun = std::time::Instant::now();
+        while !self.output().split(&text).nth(1).is_some_and(|rest| rest.contains('\n')) {
+            assert!(begun.elapsed() < PATIENCE, "no {text}\n{}", self.output());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let output = self.output();
+        let from = output.split(&text).nth(1).unwrap();
+        from.split(|c: char| !(c.is_ascii_digit() || c == '.' || c == ':'))
+            .next()
+            .unwrap()
+            .to_owned()
     }
 
     /// Asks it to stop, waits until it has, and gives back its directory.

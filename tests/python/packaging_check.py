@@ -4,9 +4,10 @@
 
 The compose files parse, name what is there, and carry a configuration that BINARY takes; the Dockerfile copies from stages that exist
 and runs as nobody; the systemd unit names no option twice that may stand once; workflows parse and
-call the one entry point; every relative link in the documents leads somewhere.
+call the one entry point; alert rules and dashboard are whole; every relative link in the documents leads somewhere.
 """
 
+import json
 import pathlib
 import re
 import sys
@@ -81,6 +82,31 @@ def compose_files():
         check(not said, f"compose.postgres.yaml: the configuration is refused:\n{said}")
 
 
+def alerts():
+    groups = yaml.safe_load((ROOT / "packaging" / "alerts.yaml").read_text())["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    names = [rule["alert"] for rule in rules]
+    check(len(set(names)) == len(names), "alerts: a name stands there twice")
+    for rule in rules:
+        check(set(rule) <= {"alert", "expr", "for", "labels", "annotations"}, f"alerts: {rule['alert']} has other keys")
+        check(rule["labels"]["severity"] in ("warning", "critical"), f"alerts: {rule['alert']} has no severity")
+        check(set(rule["annotations"]) == {"summary", "description"}, f"alerts: {rule['alert']} does not say what to do")
+        check(rule["expr"].count("(") == rule["expr"].count(")"), f"alerts: {rule['alert']} is not an expression")
+
+
+def dashboard():
+    panels = json.loads((ROOT / "packaging" / "grafana-dashboard.json").read_text())["panels"]
+    ids = [panel["id"] for panel in panels]
+    check(len(set(ids)) == len(ids), "dashboard: two panels have one id")
+    taken = set()
+    for panel in panels:
+        at = panel["gridPos"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        check(at["x"] + at["w"] <= 24 and not cells & taken, f"dashboard: {panel['title']} lies over another")
+        taken |= cells
+        check(panel["type"] == "row" or panel["targets"], f"dashboard: {panel['title']} shows nothing")
+
+
 def dockerfile():
     text = (ROOT / "packaging" / "Dockerfile").read_text().replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
@@ -137,7 +163,7 @@ def links():
                 check(fragment in headings[there], f"{file.name}: no {target}")
 
 
-for part in (compose_files, dockerfile, unit, workflows, links):
+for part in (compose_files, alerts, dashboard, dockerfile, unit, workflows, links):
     part()
 for problem in problems:
     print(problem, file=sys.stderr)

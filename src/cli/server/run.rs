@@ -20,7 +20,8 @@ use crate::{hardening, service_manager, telemetry};
 Signals:
   TERM, INT  take no more connections, let requests end within [listen] drain_timeout, then stop;
              the second one stops at once
-  HUP        read certificates, revocation lists and policies again; what is broken keeps what was
+  HUP        read certificates, revocation lists, policies, the log's level and [telemetry] again; what is
+             broken keeps what was
 
 Exit codes: 0 after a stop, 2 for a mistake in the configuration or a file it names, 5 when the address or
 the store is in use, 6 when a device or service that it needs does not answer, 7 when the store is damaged
@@ -99,11 +100,14 @@ pub(super) fn prepare_process(config: &Config) -> Result<(), AppError> {
 
 /// Says that it listens, when everything that a client needs is there.
 pub(super) fn announce(running: &Running) {
-    let address = running.address();
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), "listening on {address}");
     if let Some(address) = running.health_address() {
         tracing::info!("the health port is {address}");
     }
+    if let Some(address) = running.metrics_address() {
+        tracing::info!("the metrics port is {address}");
+    }
+    let address = running.address();
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), "listening on {address}");
     service_manager::ready(&format!("listening on {address}"));
 }
 
