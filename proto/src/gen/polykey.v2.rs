@@ -2394,7 +2394,7 @@ pub struct ReloadConfigurationResponse {
 /// What became of one part.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReloadedPart {
-    /// "certificates" or "policies".
+    /// "certificates", "policies" or "settings" (the log's level, \[rates\] and \[telemetry\]).
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
     /// Whether it is in force now.
