@@ -309,6 +309,12 @@ async fn sinks_fail_hold_up_nothing_and_have_the_whole_log_afterwards() {
         shows(&wire, "renamed", false).await;
         assert!(!server.output()[before..].contains("was deleted"), "taken for a loss");
 
+        // There must be something to lose.
+        let since = Instant::now();
+        while fs::metadata(&file).map_or(0, |held| held.len()) < 4096 {
+            assert!(since.elapsed() < PATIENCE, "the load is no load");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
         let deleted = ("deleted", "disk", "was deleted");
         episode(&server, &wire, deleted, async || fs::remove_file(&file).unwrap(), async || {})
             .await;
