@@ -352,6 +352,7 @@ impl App {
         let only_given = given.clone();
         let (mut wrappers, unusable) = Box::pin(wrappers(&config, given)).await?;
         let (store, replication) = store::open(&config, found).await?;
+        store::whole(&config, store.as_ref()).await?;
 
         let keys = Arc::new(KeyCaches::new(config.limits.key_cache));
         let security = Arc::new(SecurityCaches::new(config.limits.directory_cache));
@@ -402,6 +403,7 @@ impl App {
         let anchors = anchor.iter().map(|anchor| Arc::clone(anchor) as Arc<dyn Witness>);
         vault.set_witnesses(others.chain(anchors).collect());
         if let Some(replicated) = replication.clone() {
+            vault.confirm_by(replication::confirms(&replicated));
             vault.refuse_by(Box::new(move |commit| replicated.refuses(commit)));
         }
         replication::audit_promotion(&vault).await?;

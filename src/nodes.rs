@@ -233,10 +233,8 @@ impl Nodes {
                 self.announced.store(false, Ordering::SeqCst);
                 return Ok(());
             }
+            // The next look, begun when others count on this node again, gives the lease.
             following.told = Some((last, at));
-            if heard(following.told) {
-                self.freshness.looked(began);
-            }
         }
         Ok(())
     }

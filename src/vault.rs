@@ -27,7 +27,7 @@ use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
-use polykey_hsm::{MacPurpose, Ring, Sealer};
+use polykey_hsm::{BoxFuture, MacPurpose, Ring, Sealer};
 use polykey_proto::polykey::record::v1::{AuditEvent, CanaryRecord, HeadRecord};
 use polykey_storage::{
     Commit, Direction, Entry, Health, KeyRange, ReadError, Revision, RowKey, Snapshot, Space,
@@ -74,6 +74,10 @@ impl Invalidate for Vec<Arc<dyn Invalidate>> {
 
 /// Why a change is refused before it reaches the writer, if it is.
 pub(crate) type Refuses = Box<dyn Fn(&Commit) -> Option<StoreError> + Send + Sync>;
+
+/// Waits until a durable change may be acknowledged.
+pub(crate) type Confirms =
+    Box<dyn Fn(Revision) -> BoxFuture<'static, Result<(), Error>> + Send + Sync>;
 
 /// Figures of the writer, for health and metrics.
 #[derive(Debug)]
@@ -197,6 +201,7 @@ pub struct Vault {
     /// None where no other node can change what this one remembers.
     freshness: OnceLock<Arc<Freshness>>,
     refuses: OnceLock<Refuses>,
+    confirms: OnceLock<Confirms>,
     room: room::Gauge,
     clock: Clock,
 }
@@ -339,6 +344,7 @@ impl Vault {
             witnesses: OnceLock::new(),
             freshness: OnceLock::new(),
             refuses: OnceLock::new(),
+            confirms: OnceLock::new(),
             room: room::Gauge::default(),
             clock,
         })
@@ -412,6 +418,11 @@ impl Vault {
     /// Has every change asked first; the first call counts.
     pub(crate) fn refuse_by(&self, refuses: Refuses) {
         drop(self.refuses.set(refuses));
+    }
+
+    /// Has every change that a request finds made confirmed first; the first call counts.
+    pub(crate) fn confirm_by(&self, confirms: Confirms) {
+        drop(self.confirms.set(confirms));
     }
 
     /// Figures of the writer.
@@ -771,10 +782,13 @@ impl Vault {
     /// Returns when every witness knows of whatever is durable now: for a request that finds its change
     /// made, by a call whose acknowledgement may not have come to its end.
     pub(crate) async fn rewitnessed(&self) -> Result<(), Error> {
-        if self.witnesses.get().is_none_or(Vec::is_empty) {
+        if self.confirms.get().is_none() && self.witnesses.get().is_none_or(Vec::is_empty) {
             return Ok(());
         }
         let revision = self.read(self.store.snapshot().await)?.revision();
+        if let Some(confirms) = self.confirms.get() {
+            confirms(revision).await?;
+        }
         self.witnessed(revision, true).await
     }
 

@@ -3,9 +3,12 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use polykey_hsm::KeyWrapper;
+use polykey_hsm::{BoxFuture, KeyWrapper};
 use polykey_storage::replica::{self, Replica, ReplicaError, Step};
-use polykey_storage::{NoFinish, Store, redb};
+use polykey_storage::{
+    Changes, ChangesError, Commit, CommitError, Committed, Finish, NoFinish, ReadError,
+    ReopenError, Revision, Snapshot, Store, StoreStatus, redb,
+};
 
 use super::restore::{BackupView, RestoreFailure, Unfinished, foreign, opened};
 use super::{AppError, store};
@@ -22,6 +25,35 @@ pub struct Database {
     pub name: String,
     /// The store.
     pub store: Arc<dyn Store>,
+}
+
+/// A store that is read and never written: a node may be shipping to it, and would find that it diverged.
+struct Untouched(Arc<dyn Store>);
+
+impl Store for Untouched {
+    fn snapshot(&self) -> BoxFuture<'_, Result<Box<dyn Snapshot>, ReadError>> {
+        self.0.snapshot()
+    }
+    fn commit<'a>(
+        &'a self,
+        _: Vec<Commit>,
+        _: &'a mut dyn Finish,
+    ) -> BoxFuture<'a, Result<Committed, CommitError>> {
+        Box::pin(async { Err(CommitError::ReadOnly) })
+    }
+    fn changes(
+        &self,
+        after: Revision,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<Changes, ChangesError>> {
+        self.0.changes(after, limit)
+    }
+    fn reopen(&self) -> BoxFuture<'_, Result<Revision, ReopenError>> {
+        self.0.reopen()
+    }
+    fn status(&self) -> StoreStatus {
+        self.0.status()
+    }
 }
 
 impl std::fmt::Debug for Database {
@@ -49,7 +81,7 @@ pub(super) async fn drawn(
         return Err(failed(ReplicaError::Torn).into());
     }
     // Before much is read: whether anything opens it.
-    drop(opened(Arc::clone(source), wrappers, clock.clone()).await?);
+    drop(opened(Arc::new(Untouched(Arc::clone(source))), wrappers, clock.clone()).await?);
     let options = redb::Options { journal_bytes: 0, ..store::file_options(config) };
     let store: Arc<dyn Store> = Arc::new(redb::Redb::create(&target.path, options)?);
     let replica = Replica::new(Arc::clone(source), Arc::clone(&store));

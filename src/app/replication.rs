@@ -15,8 +15,8 @@ use crate::config::Config;
 use crate::error::Error;
 use crate::health::{Check, State};
 use crate::time::Time;
-use crate::vault::Vault;
 use crate::vault::space::{self, meta};
+use crate::vault::{Confirms, Vault};
 
 /// Time for the last changes to be shipped when the node stops.
 const LAST_SHIPMENT: Duration = Duration::from_secs(3);
@@ -241,6 +241,22 @@ pub(super) async fn settle(replicated: Option<&Arc<Replicated>>) {
         let settled = tokio::task::spawn_blocking(move || replicated.settle(LAST_SHIPMENT));
         drop(settled.await);
     }
+}
+
+/// Waits for the target with what a request finds made already.
+pub(super) fn confirms(replicated: &Arc<Replicated>) -> Confirms {
+    let replicated = Arc::clone(replicated);
+    Box::new(move |revision| {
+        let replicated = Arc::clone(&replicated);
+        Box::pin(async move {
+            let waited = tokio::task::spawn_blocking(move || replicated.confirmed(revision)).await;
+            match waited {
+                Ok(Ok(())) => Ok(()),
+                Ok(Err(error)) => Err(Error::OutcomeUnknown { internal: error.to_string() }),
+                Err(error) => Err(Error::internal(error.to_string())),
+            }
+        })
+    })
 }
 
 /// Brings the promotion of a store into its audit log, once.

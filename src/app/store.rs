@@ -3,10 +3,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use polykey_storage::replica::{self, ReplicaError};
 use polykey_storage::replicated::Replicated;
 use polykey_storage::{Revision, Store, redb};
 use rustix::fs::FlockOperation;
 
+use super::restore::RestoreFailure;
 use super::{AppError, LAST_WORDS, replication};
 #[cfg(feature = "postgres")]
 use crate::app::epoch;
@@ -102,6 +104,28 @@ async fn in_database(
 async fn in_database(_: &Config, _: &crate::config::Database) -> Result<Arc<dyn Store>, AppError> {
     // Its configuration is refused before.
     Err(crate::error::Error::internal("this build knows no databases").into())
+}
+
+/// Refuses a copy of a store in a database that stands between two revisions, and names one that may be
+/// shipped to by another node.
+pub(super) async fn whole(config: &Config, store: &dyn Store) -> Result<(), AppError> {
+    if config.storage.database.is_none() {
+        return Ok(());
+    }
+    let failed = |error| RestoreFailure::Database { name: name(config), error };
+    let mark = replica::watermark(store).await.map_err(failed)?;
+    let Some(mark) = mark else { return Ok(()) };
+    if replica::promotion(store).await.map_err(failed)?.is_some() {
+        return Ok(());
+    }
+    if !mark.whole {
+        return Err(failed(ReplicaError::Torn).into());
+    }
+    tracing::warn!(
+        "this store is a copy of another one and was never promoted: if a node still ships to it, that \
+         node will not be stopped; `polykey promote` is what fences it"
+    );
+    Ok(())
 }
 
 /// What the store is called in messages.

@@ -301,6 +301,16 @@ impl Replicated {
         Ok(Self { shared })
     }
 
+    /// Whether a revision that is durable here may be acknowledged: waits for the target as the commit of
+    /// it does. For a request that finds its change made by a call that was not answered. Blocks for the
+    /// timeout at most.
+    ///
+    /// # Errors
+    /// [`CommitError::OutcomeUnknown`].
+    pub fn confirmed(&self, revision: Revision) -> Result<(), CommitError> {
+        self.shared.confirm(revision, false)
+    }
+
     /// Waits until commits can be taken as the mode wants it. Blocks: for as long as a first copy or a
     /// backlog takes, where nothing may be committed without the target.
     ///
@@ -390,15 +400,18 @@ impl Drop for Replicated {
 }
 
 impl Shared {
+    // Whether all of it may be written once this node is fenced.
+    fn goes_on(&self, group: &[Commit]) -> bool {
+        self.options.goes_on.is_some_and(|goes_on| {
+            group.iter().flat_map(|commit| &commit.writes).all(|write| goes_on(write.row()))
+        })
+    }
+
     fn refuses(&self, group: &[Commit]) -> Result<(), StoreError> {
         let state = self.state.lock();
         if let Link::Fenced(Fenced { own, current, .. }) = state.link {
-            let goes_on = |commit: &Commit| match self.options.goes_on {
-                Some(goes_on) => commit.writes.iter().all(|write| goes_on(write.row())),
-                None => false,
-            };
             let fenced = StoreError::Fenced { own, current };
-            return if group.iter().all(goes_on) { Ok(()) } else { Err(fenced) };
+            return if self.goes_on(group) { Ok(()) } else { Err(fenced) };
         }
         if self.options.mode == Mode::Sync(WhenAway::Refuse) && !state.synced {
             return Err(self.missing(&state, "nothing is committed without it"));
@@ -418,7 +431,8 @@ impl Shared {
     }
 
     // A commit is durable here: whether it may be acknowledged.
-    fn confirm(&self, revision: Revision) -> Result<(), CommitError> {
+    // `goes_on`: what it wrote may be written once this node is fenced.
+    fn confirm(&self, revision: Revision, goes_on: bool) -> Result<(), CommitError> {
         let mut state = self.state.lock();
         state.sample(revision);
         self.changed.notify_all();
@@ -427,9 +441,7 @@ impl Shared {
         loop {
             match state.link {
                 _ if state.shipped >= revision => return Ok(()),
-                Link::Fenced(_) if self.options.goes_on.is_some() && !state.synced => {
-                    return Ok(());
-                }
+                Link::Fenced(_) if goes_on => return Ok(()),
                 Link::Fenced(Fenced { own, current, .. }) => {
                     state.synced = false;
                     let fenced = StoreError::Fenced { own, current };
@@ -475,9 +487,10 @@ impl Store for Replicated {
     ) -> BoxFuture<'a, Result<Committed, CommitError>> {
         Box::pin(async move {
             self.shared.refuses(&group).map_err(CommitError::Store)?;
+            let goes_on = self.shared.goes_on(&group);
             let committed = self.shared.store.commit(group, finish).await?;
             if committed.any() {
-                self.shared.confirm(committed.revision)?;
+                self.shared.confirm(committed.revision, goes_on)?;
             }
             Ok(committed)
         })

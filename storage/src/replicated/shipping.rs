@@ -67,6 +67,8 @@ pub(super) fn run(shared: &Arc<Shared>, opener: &Opener) {
 
 /// A target that is open.
 struct Session {
+    // The store that is shipped.
+    source: [u8; 16],
     known: Known,
     target: Arc<dyn Store>,
 }
@@ -95,7 +97,7 @@ impl Session {
             }
         };
         let Opened { store: target, .. } = opened;
-        let session = Self { known, target };
+        let session = Self { source: shared.store.status().id, known, target };
         session.check()?;
         Ok(session)
     }
@@ -107,12 +109,18 @@ impl Session {
         }
         match block_on(replica::promotion(self.target.as_ref())) {
             Ok(None) => Ok(()),
-            Ok(Some(promoted)) => {
-                let fence = self.fence(promoted.fenced.saturating_add(1));
-                Err(Trouble::Fenced(fence))
-            }
+            Ok(Some(promoted)) => Err(self.promoted(&promoted)),
             Err(error) => Err(self.trouble(&error)),
         }
+    }
+
+    // A promotion fences the store that it was a replica of, and no other.
+    fn promoted(&self, promotion: &replica::Promotion) -> Trouble {
+        if promotion.source == self.source {
+            return Trouble::Fenced(self.fence(promotion.fenced.saturating_add(1)));
+        }
+        let why = "it was promoted, and was a replica of another store; name a schema of its own";
+        Trouble::Refused(why.to_owned())
     }
 
     fn fenced_by(&self) -> Option<u64> {
@@ -179,9 +187,7 @@ impl Session {
             | ReplicaError::Damaged
             | ReplicaError::NotAReplica
             | ReplicaError::Torn => match block_on(replica::promotion(self.target.as_ref())) {
-                Ok(Some(promoted)) => {
-                    Trouble::Fenced(self.fence(promoted.fenced.saturating_add(1)))
-                }
+                Ok(Some(promoted)) => self.promoted(&promoted),
                 _ => Trouble::Refused(why),
             },
             ReplicaError::Commit(CommitError::TooLarge(_)) => Trouble::Refused(why),
