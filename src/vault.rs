@@ -27,7 +27,7 @@ use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
-use polykey_hsm::{BoxFuture, MacPurpose, Ring, Sealer};
+use polykey_hsm::{MacPurpose, Ring, Sealer};
 use polykey_proto::polykey::record::v1::{AuditEvent, CanaryRecord, HeadRecord};
 use polykey_storage::{
     Commit, Direction, Entry, Health, KeyRange, ReadError, Revision, RowKey, Snapshot, Space,
@@ -77,7 +77,7 @@ pub(crate) type Refuses = Box<dyn Fn(&Commit) -> Option<StoreError> + Send + Syn
 
 /// Waits until a durable change may be acknowledged.
 pub(crate) type Confirms =
-    Box<dyn Fn(Revision) -> BoxFuture<'static, Result<(), Error>> + Send + Sync>;
+    Box<dyn Fn(Revision) -> polykey_hsm::BoxFuture<'static, Result<(), Error>> + Send + Sync>;
 
 /// Figures of the writer, for health and metrics.
 #[derive(Debug)]
