@@ -133,7 +133,8 @@ fn takes(part: &Part, key: &str) -> String {
     let words = answer("\"?\"").or_else(|| answer("1")).unwrap_or_default();
     let words = words.strip_prefix("write ").unwrap_or(&words);
     match words {
-        "it in quotes" => "text".to_owned(),
+        // The value is one; what it stands beside is not right.
+        "it in quotes" | "remove it" | "add `ca`, or remove it" => "text".to_owned(),
         "it as a table { … }" => "a table".to_owned(),
         // Any time within its bounds will do as an example.
         time if time.starts_with("a time from") => {
@@ -212,7 +213,9 @@ fn page() -> String {
         let kind =
             part.kind().filter(|kind| part.name.contains("wrappers") || kind.text.is_empty());
         let of = kind.map(|kind| format!(", kind = {}", kind.value)).unwrap_or_default();
-        let name = if part.name.starts_with("wrappers.") { "wrappers.NAME" } else { &part.name };
+        let any = ["wrappers", "audit.sinks", "rates"];
+        let any = any.iter().find(|any| part.name.starts_with(&format!("{any}.")));
+        let name = any.map_or_else(|| part.name.clone(), |any| format!("{any}.NAME"));
         let _ = writeln!(page, "## [{name}]{of}\n");
         if !part.text.is_empty() {
             let _ = writeln!(page, "{}\n", part.text.trim());
@@ -271,6 +274,8 @@ fn every_option_of_every_kind_is_documented() {
                 |other: &Part| other.name == "master_key" || other.name.contains("wrappers");
             let same = |other: &&Part| other.name == part.name || wraps(other);
             let told = parts.iter().filter(same).flat_map(|p| &p.options).any(|o| o.key == key);
+            let inner = format!("{}.{key}.", part.name);
+            let told = told || parts.iter().any(|other| other.name.starts_with(&inner));
             assert!(told, "[{}] {key} is not in the example", part.name);
         }
     }
