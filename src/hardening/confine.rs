@@ -76,9 +76,26 @@ impl Needs {
     }
 }
 
+impl Needs {
+    fn covers(&self, other: &Self) -> bool {
+        let all = |of: &[PathBuf]| of.iter().all(|place| self.writable.contains(place));
+        all(&other.writable)
+            && other.ports.iter().all(|port| self.ports.contains(port))
+            && (self.calls || !other.calls)
+            && (self.token || !other.token)
+            && (self.runs || !other.runs)
+    }
+}
+
 /// Whether a process that was confined for one configuration can do what another one needs.
 pub(super) fn fits(was: &Config, is: &Config) -> bool {
-    !was.runtime.sandbox || Needs::of(was) == Needs::of(is)
+    match (Needs::of(was), Needs::of(is)) {
+        _ if !was.runtime.sandbox => true,
+        // What keeps files from being confined lets everything be.
+        (Err(_), _) => true,
+        (Ok(was), Ok(is)) => was.covers(&is),
+        (Ok(_), Err(_)) => false,
+    }
 }
 
 /// Why this configuration on this kernel cannot be confined, if it cannot.
@@ -294,6 +311,16 @@ mod tests {
         );
         let parameter = needs("[master_key]\nsource = { ssm = \"/p\" }\n").unwrap();
         assert!(parameter.calls && parameter.runs);
+    }
+
+    #[test]
+    fn less_fits_into_more_and_not_the_other_way() {
+        let config =
+            |more: &str| Config::parse(Path::new("/x/p.toml"), &format!("{TEXT}{more}")).unwrap();
+        let less = config("[master_key]\nsource = { file = \"m\" }\n");
+        let more = config("[master_key]\nsource = { ssm = \"/p\" }\n[anchor]\nfile = \"/a/b\"\n");
+        assert!(fits(&more, &less) && fits(&less, &less));
+        assert!(!fits(&less, &more));
     }
 
     #[test]

@@ -2,11 +2,13 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 use tonic::Code;
 
@@ -94,8 +96,8 @@ fn the_status_fits_a_screen_and_top_shows_it_again() {
     assert!(requests(1) > requests(0), "{text}");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_reload_by_command_tells_what_was_wrong_and_keeps_what_was_in_force() {
+/// A node with a policy file of its own, and where that is.
+fn with_a_policy_file() -> (Server, PathBuf, TempDir) {
     let (_, _, directory) = Server::dev().stop();
     let directory = directory.unwrap();
     let state = directory.path().join("state");
@@ -104,7 +106,12 @@ async fn a_reload_by_command_tells_what_was_wrong_and_keeps_what_was_in_force() 
     fs::write(&config, format!("{text}\n[policies]\nfiles = [\"own.cedar\"]\n")).unwrap();
     let policy = state.join("own.cedar");
     fs::write(&policy, "").unwrap();
-    let server = Server::attempt(&state, &Options::default()).unwrap();
+    (Server::attempt(&state, &Options::default()).unwrap(), policy, directory)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_by_command_tells_what_was_wrong_and_keeps_what_was_in_force() {
+    let (server, policy, _directory) = with_a_policy_file();
     let admin = server.admin().await;
     let makes = async || admin.call("CreateKey", json!({"key_type": "KEY_TYPE_AES_256"})).await;
     makes().await.unwrap();
@@ -156,15 +163,7 @@ async fn each_client_has_the_calls_that_its_rule_gives_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hundred_reloads_under_load_fail_nobody() {
-    let (_, _, directory) = Server::dev().stop();
-    let directory = directory.unwrap();
-    let state = directory.path().join("state");
-    let config = state.join("polykey.toml");
-    let text = fs::read_to_string(&config).unwrap();
-    fs::write(&config, format!("{text}\n[policies]\nfiles = [\"own.cedar\"]\n")).unwrap();
-    let policy = state.join("own.cedar");
-    fs::write(&policy, "").unwrap();
-    let server = Server::attempt(&state, &Options::default()).unwrap();
+    let (server, policy, _directory) = with_a_policy_file();
     let admin = server.admin().await;
     let key = admin.create(json!({})).await;
     let done = Arc::new(AtomicBool::new(false));
