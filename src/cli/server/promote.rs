@@ -3,10 +3,12 @@
 use std::path::PathBuf;
 
 use clap::Args;
+#[cfg(feature = "postgres")]
 use serde::Serialize;
 
 use super::super::App as Cli;
 use super::super::error::CliError;
+#[cfg(feature = "postgres")]
 use super::super::output::{Human, View};
 use crate::hardening;
 
@@ -29,6 +31,7 @@ pub struct PromoteArgs {
 }
 
 /// What was promoted.
+#[cfg(feature = "postgres")]
 #[derive(Serialize)]
 struct PromotedView {
     target: String,
@@ -40,6 +43,7 @@ struct PromotedView {
     next: String,
 }
 
+#[cfg(feature = "postgres")]
 impl View for PromotedView {
     fn human(&self) -> Human {
         let audited = match self.audited {
