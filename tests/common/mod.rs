@@ -6,6 +6,8 @@ pub(crate) mod client;
 #[cfg(feature = "postgres")]
 pub(crate) mod cluster;
 pub(crate) mod collector;
+#[cfg(feature = "postgres")]
+pub(crate) mod gateway;
 pub(crate) mod softhsm;
 pub(crate) mod steps;
 pub(crate) mod wire;

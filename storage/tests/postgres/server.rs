@@ -60,12 +60,30 @@ impl Server {
         let made = initdb.arg("-D").arg(&data).output().unwrap();
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
         certify(directory.path());
-        let hba = "local all all trust\nhost all all 127.0.0.1/32 scram-sha-256\n";
+        let hba = "local all,replication all trust\nhost all all 127.0.0.1/32 scram-sha-256\n";
         fs::write(data.join("pg_hba.conf"), hba).unwrap();
         let started = Self::launch(directory, settings);
         started.sql(&format!("CREATE ROLE {ROLE} LOGIN PASSWORD '{PASSWORD}'"));
         started.sql(&format!("CREATE DATABASE keys OWNER {ROLE}"));
         started
+    }
+
+    /// A standby that follows this server, synchronous once this server names it.
+    pub(crate) fn standby(&self) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        own(directory.path());
+        let mut copy = as_postgres("pg_basebackup");
+        copy.args(["-U", "postgres", "-R", "-X", "stream", "-c", "fast", "--no-sync", "-h"]);
+        copy.arg(self.directory.path()).args(["-p", &self.port.to_string(), "-D"]);
+        let made = copy.arg(directory.path().join("data")).output().unwrap();
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        certify(directory.path());
+        Self::launch(directory, &[])
+    }
+
+    /// Makes a primary of a standby; back when it takes writes.
+    pub(crate) fn promote(&self) {
+        assert_eq!(self.sql_in("postgres", "SELECT pg_promote(true, 60)").as_deref(), Ok("t"));
     }
 
     fn launch(directory: tempfile::TempDir, settings: &[&str]) -> Self {
@@ -104,7 +122,7 @@ impl Server {
         let mut child = command.stdout(Stdio::null()).stderr(log).spawn().unwrap();
         let until = Instant::now() + Duration::from_secs(60);
         let status = directory.join("data/postmaster.pid");
-        while !fs::read_to_string(&status).is_ok_and(|status| status.contains("ready")) {
+        while !accepts(&status) {
             if child.try_wait().unwrap().is_some() {
                 return None;
             }
@@ -129,6 +147,7 @@ impl Server {
         command.arg("-D").arg(self.directory.path().join("data"));
         let options = [
             "listen_addresses=127.0.0.1".to_owned(),
+            "max_connections=60".to_owned(),
             format!("port={}", self.port),
             format!("unix_socket_directories={}", self.directory.path().display()),
         ];
@@ -139,7 +158,7 @@ impl Server {
             let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
             self.child = child;
             while self.child.try_wait().unwrap().is_none() {
-                if fs::read_to_string(&status).is_ok_and(|status| status.contains("ready")) {
+                if accepts(&status) {
                     return;
                 }
                 thread::sleep(Duration::from_millis(20));
@@ -227,6 +246,11 @@ impl Drop for Server {
 /// A schema that nothing has used.
 pub(crate) fn schema() -> String {
     format!("s{}", SCHEMAS.fetch_add(1, Ordering::Relaxed))
+}
+
+// By its `postmaster.pid`: a primary is ready, a standby says that it is one.
+fn accepts(status: &Path) -> bool {
+    fs::read_to_string(status).is_ok_and(|text| text.contains("ready") || text.contains("standby"))
 }
 
 fn binary(name: &str) -> PathBuf {
