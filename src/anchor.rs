@@ -6,11 +6,11 @@
 
 pub(crate) mod file;
 mod keeper;
+mod medium;
 #[cfg(test)]
 mod tests;
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
 
 use data_encoding::HEXLOWER;
 use polykey_hsm::{MacPurpose, Ring};
@@ -19,8 +19,8 @@ use crate::error::Error;
 use crate::time::Time;
 use crate::vault::tree::Frontier;
 use crate::vault::{Mark, Vault};
-pub use file::{read, replace};
 pub use keeper::{Keeper, Status};
+pub use medium::Medium;
 
 /// The first line of every anchor.
 const FORMAT: &str = "polykey anchor 1";
@@ -41,52 +41,56 @@ pub struct Anchored {
 pub enum Unanchored {
     /// There is none.
     #[error(
-        "there is no anchor at {}: it was never made, or its medium is away, or somebody has removed it to \
-         put back an older store", .0.display()
+        "there is no anchor at {0}: it was never made, or its medium is away, or somebody has removed it to \
+         put back an older store"
     )]
-    Missing(PathBuf),
-    /// It cannot be read.
-    #[error("the anchor {} cannot be read: {error}", path.display())]
-    Unreadable {
+    Missing(Box<str>),
+    /// It cannot be read, or not be written where that is needed.
+    #[error("the anchor {medium} cannot be {what}: {error}")]
+    Unusable {
         /// Where it is.
-        path: PathBuf,
+        medium: Box<str>,
+        /// "read" or "written".
+        what: &'static str,
         /// What the system said.
         error: String,
+        /// Whether another start may find it.
+        away: bool,
     },
     /// It is not what the node has written.
-    #[error("the anchor {} is damaged, or was not written by this node: {what}", path.display())]
+    #[error("the anchor {medium} is damaged, or was not written by this node: {what}")]
     Damaged {
         /// Where it is.
-        path: PathBuf,
+        medium: Box<str>,
         /// What shows it.
         what: String,
     },
     /// It is of another node.
-    #[error("the anchor {} is of node {anchored}; the store is of node {found}", path.display())]
+    #[error("the anchor {medium} is of node {anchored}; the store is of node {found}")]
     OtherNode {
         /// Where it is.
-        path: PathBuf,
+        medium: Box<str>,
         /// Its node.
         anchored: String,
         /// That of the store.
         found: String,
     },
     /// There is an anchor, and no store.
-    #[error("the anchor {} is of node {anchored}, and there is no store", path.display())]
+    #[error("the anchor {medium} is of node {anchored}, and there is no store")]
     NoStore {
         /// Where it is.
-        path: PathBuf,
+        medium: Box<str>,
         /// Its node.
         anchored: String,
     },
     /// The store is older than what has been served.
     #[error(
-        "this store is older than what node {} has served: it stands at {found}, and the anchor {} at \
-         {anchored}", node, path.display()
+        "this store is older than what node {node} has served: it stands at {found}, and the anchor {medium} \
+         at {anchored}"
     )]
     Older {
         /// Where the anchor is.
-        path: PathBuf,
+        medium: Box<str>,
         /// The node.
         node: Box<str>,
         /// Where the anchor stands.
@@ -96,13 +100,13 @@ pub enum Unanchored {
     },
     /// The store has another history than what has been served.
     #[error(
-        "this store has another history than what node {} has served: it stands at {found}, and what it has \
-         of the audit log is not what the anchor {} has at {anchored}: an older copy was served elsewhere",
-        node, path.display()
+        "this store has another history than what node {node} has served: it stands at {found}, and what it \
+         has of the audit log is not what the anchor {medium} has at {anchored}: an older copy was served \
+         elsewhere"
     )]
     Forked {
         /// Where the anchor is.
-        path: PathBuf,
+        medium: Box<str>,
         /// The node.
         node: Box<str>,
         /// Where the anchor stands.
@@ -113,12 +117,30 @@ pub enum Unanchored {
 }
 
 impl Unanchored {
+    /// That the anchor there cannot be read or written.
+    fn unusable(medium: &Medium, what: &'static str, error: &std::io::Error) -> Self {
+        let away = error.kind() == std::io::ErrorKind::NotConnected;
+        Self::Unusable { medium: medium.to_string().into(), what, error: error.to_string(), away }
+    }
+
+    /// That the anchor there cannot be read.
+    #[must_use]
+    pub fn unreadable(medium: &Medium, error: &std::io::Error) -> Self {
+        Self::unusable(medium, "read", error)
+    }
+
+    /// That the anchor there cannot be written.
+    #[must_use]
+    pub fn unwritable(medium: &Medium, error: &std::io::Error) -> Self {
+        Self::unusable(medium, "written", error)
+    }
+
     /// A word for it, for the audit log.
     #[must_use]
     pub fn word(&self) -> &'static str {
         match self {
             Self::Missing(_) => "missing",
-            Self::Unreadable { .. } => "unreadable",
+            Self::Unusable { .. } => "unreadable",
             Self::Damaged { .. } => "damaged",
             Self::OtherNode { .. } => "other-node",
             Self::NoStore { .. } => "no-store",
@@ -246,9 +268,9 @@ impl Anchored {
     }
 
     /// An anchor, if this node has written it.
-    fn authentic(path: &std::path::Path, text: &str, ring: &Ring) -> Result<Self, Unanchored> {
+    fn authentic(medium: &str, text: &str, ring: &Ring) -> Result<Self, Unanchored> {
         let damaged =
-            |what: &str| Unanchored::Damaged { path: path.to_owned(), what: what.to_owned() };
+            |what: &str| Unanchored::Damaged { medium: medium.into(), what: what.to_owned() };
         let other = text.lines().next().filter(|line| line.starts_with("polykey anchor "));
         let Some((anchored, mac)) = Self::parse(text) else {
             return Err(match other {
@@ -260,7 +282,7 @@ impl Anchored {
         };
         if anchored.node_id != ring.node_id() {
             return Err(Unanchored::OtherNode {
-                path: path.to_owned(),
+                medium: medium.into(),
                 anchored: HEXLOWER.encode(&anchored.node_id),
                 found: HEXLOWER.encode(&ring.node_id()),
             });
@@ -280,23 +302,21 @@ fn signed(text: &str) -> Option<(&str, &str)> {
     Some((signed, last.strip_prefix("mac ")?.strip_suffix('\n')?))
 }
 
-/// Compares a store that has just been opened, and not written to yet, with the anchor at `path`.
+/// Compares a store that has just been opened, and not written to yet, with the anchor of a medium.
 ///
 /// # Errors
 /// The outer one if the store cannot be read; the inner one if the anchor does not vouch for it.
 pub async fn compare(
-    path: &std::path::Path,
+    medium: &Medium,
     vault: &Vault,
 ) -> Result<Result<Anchored, Unanchored>, Error> {
-    let text = match read(path) {
+    let at: Box<str> = medium.to_string().into();
+    let text = match medium.read() {
         Ok(Some(text)) => text,
-        Ok(None) => return Ok(Err(Unanchored::Missing(path.to_owned()))),
-        Err(error) => {
-            let error = error.to_string();
-            return Ok(Err(Unanchored::Unreadable { path: path.to_owned(), error }));
-        }
+        Ok(None) => return Ok(Err(Unanchored::Missing(at))),
+        Err(error) => return Ok(Err(Unanchored::unreadable(medium, &error))),
     };
-    let anchored = match Anchored::authentic(path, &text, &vault.ring()) {
+    let anchored = match Anchored::authentic(&at, &text, &vault.ring()) {
         Ok(anchored) => anchored,
         Err(refused) => return Ok(Err(refused)),
     };
@@ -314,9 +334,9 @@ pub async fn compare(
     }
     let node = HEXLOWER.encode(&anchored.node_id).into();
     let places = (Place::of(&anchored.mark, &found), Place::of(&found, &anchored.mark));
-    let (path, (anchored, found)) = (path.to_owned(), places);
+    let (medium, (anchored, found)) = (at, places);
     Ok(Err(match older {
-        true => Unanchored::Older { path, node, anchored, found },
-        false => Unanchored::Forked { path, node, anchored, found },
+        true => Unanchored::Older { medium, node, anchored, found },
+        false => Unanchored::Forked { medium, node, anchored, found },
     }))
 }

@@ -365,7 +365,7 @@ impl App {
         let caches: Arc<dyn Invalidate> = Arc::new(Rememberers(rememberers));
         let founding = found && store.status().revision == Revision::EMPTY;
         let custody = if founding {
-            if let Err(refused) = anchor::founding(&config) {
+            if let Err(refused) = anchor::founding(&config, &wrappers) {
                 store::unmake(&config);
                 return Err(refused);
             }
@@ -396,7 +396,7 @@ impl App {
         };
         wrappers.retain(|named| named.wrapper.kind() != SlotKind::Recovery);
         let vault = Arc::clone(custody.vault());
-        let anchor = Box::pin(anchor::admit(&config, &vault, &clock, founding)).await?;
+        let anchor = Box::pin(anchor::admit(&config, &wrappers, &vault, &clock, founding)).await?;
 
         let nodes = nodes(&config, &custody, &wrappers, caches);
         let others = nodes.iter().map(|nodes| Arc::clone(nodes) as Arc<dyn Witness>);

@@ -207,10 +207,35 @@ pub struct Storage {
 /// `[anchor]`: what the node is known to have served, kept outside the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Anchor {
-    /// Its file.
-    pub file: PathBuf,
+    /// Where it is.
+    pub place: AnchorPlace,
     /// What the operator accepts at this start. No setting: it is said on the command line.
     pub tolerate: Tolerate,
+}
+
+/// Where an anchor is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AnchorPlace {
+    /// In a file.
+    File(PathBuf),
+    /// In a data object of a PKCS#11 token.
+    Token {
+        /// [`MASTER_KEY`](crate::custody::MASTER_KEY), or the NAME of `[wrappers.NAME]`.
+        wrapper: String,
+        /// `CKA_LABEL` of the object.
+        label: String,
+    },
+}
+
+impl Anchor {
+    /// Its file, if that is what it is in.
+    #[must_use]
+    pub fn file(&self) -> Option<&Path> {
+        match &self.place {
+            AnchorPlace::File(file) => Some(file),
+            AnchorPlace::Token { .. } => None,
+        }
+    }
 }
 
 /// What is accepted of a store for which its anchor does not vouch.

@@ -35,7 +35,7 @@ use polykey_storage::{Revision, Store};
 use prost::Message;
 use tokio::sync::{Mutex, Notify};
 
-pub use backends::{BackendError, Backends};
+pub use backends::{BackendError, Backends, section};
 pub use change::{Removal, Rewrap, Terms};
 pub use error::{ChangeError, InitError, OpenError, Trial, TrialOutcome};
 pub use reseal::Pace;

@@ -18,6 +18,7 @@
 //! is made or destroyed by the operation of that name.
 
 mod config;
+mod data;
 mod device;
 mod frame;
 mod host;

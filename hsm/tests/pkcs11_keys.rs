@@ -316,3 +316,35 @@ fn kryoptic_keeps_keys_too() {
     let opened = block_on(token.open_resident(&aes, b"aad", &sealed, soon())).unwrap();
     assert_eq!(opened.as_slice(), MESSAGE);
 }
+
+#[test]
+fn a_data_object_is_the_old_or_the_new_one_whatever_breaks_off() {
+    const LABEL: &str = "polykey-anchor";
+    let lab = Lab::empty();
+    let token = lab.token();
+    let read = || block_on(token.data(LABEL, soon())).unwrap();
+    let put = |value: &[u8]| block_on(token.put_data(LABEL, value, soon()));
+    assert!(read().is_empty());
+    put(b"one").unwrap();
+    assert_eq!(read(), [b"one"]);
+    // As long as can be, and longer.
+    let long = vec![7; Pkcs11Token::MAX_DATA];
+    put(&long).unwrap();
+    assert_eq!(read(), std::slice::from_ref(&long));
+    assert!(matches!(put(&[&long[..], &[7]].concat()), Err(WrapError::Config(_))));
+    // Nothing is made: the old one stays. On every rung the call fails.
+    lab.rules("C_CreateObject 1 0 return 0x30");
+    put(b"two").unwrap_err();
+    lab.heal();
+    assert_eq!(read(), std::slice::from_ref(&long));
+    // The new one is made and the old one does not go: both are there, until the next one goes through.
+    lab.rules("C_DestroyObject 1 0 return 0x30");
+    put(b"two").unwrap_err();
+    lab.heal();
+    let both = read();
+    assert!(both.len() == 2 && both.contains(&b"two".to_vec()), "{}", both.len());
+    put(b"three").unwrap();
+    assert_eq!(read(), [b"three"]);
+    // Another label is another object; without the PIN nobody sees either.
+    assert!(block_on(token.data("another", soon())).unwrap().is_empty());
+}

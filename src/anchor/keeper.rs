@@ -1,10 +1,9 @@
 //! Keeps the anchor of an open store up to date, on a thread of its own: its medium may be slow, or away.
 //!
 //! A change that takes a right away waits for its anchor, for at most 2 s; any other is anchored within a
-//! second. Where the anchor cannot be written, changes go on without it and health says so: a revocation
+//! second in a file, and within 10 s in a token. Where the anchor cannot be written, changes go on without it and health says so: a revocation
 //! that an older store would undo is worth more than none.
 
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -13,14 +12,12 @@ use polykey_hsm::BoxFuture;
 use polykey_storage::Revision;
 use tokio::sync::oneshot;
 
-use super::{Anchored, file};
+use super::{Anchored, Medium};
 use crate::error::Error;
 use crate::health::State;
 use crate::time::Time;
 use crate::vault::{Vault, Witness};
 
-/// How often it is looked whether the store has changed.
-const LOOK: Duration = Duration::from_millis(500);
 /// How long a change that takes a right away waits.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// A write that takes longer than this is told in health.
@@ -32,7 +29,7 @@ const AGAIN: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Status {
     /// Where it is.
-    pub path: PathBuf,
+    pub medium: String,
     /// The revision that it is known to hold, and when it was written.
     pub anchored: Option<(Revision, Time)>,
     /// Why it cannot be written.
@@ -52,7 +49,7 @@ struct Work {
 }
 
 struct Shared {
-    path: PathBuf,
+    medium: Medium,
     work: Mutex<Work>,
     wake: Condvar,
 }
@@ -65,12 +62,12 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// One that writes the anchor of a vault at `path`. Needs a runtime.
+    /// One that writes the anchor of a vault. Needs a runtime.
     ///
     /// # Errors
     /// When the system gives no thread.
-    pub fn start(path: &Path, vault: &Arc<Vault>) -> std::io::Result<Arc<Self>> {
-        let shared = Shared { path: path.to_owned(), work: Mutex::default(), wake: Condvar::new() };
+    pub fn start(medium: Medium, vault: &Arc<Vault>) -> std::io::Result<Arc<Self>> {
+        let shared = Shared { medium, work: Mutex::default(), wake: Condvar::new() };
         let shared = Arc::new(shared);
         let (working, vault) = (Arc::clone(&shared), Arc::downgrade(vault));
         std::thread::Builder::new()
@@ -86,7 +83,7 @@ impl Keeper {
         let slow = work.writing.is_some_and(|began| began.elapsed() >= SLOW);
         let trouble = work.trouble.clone();
         let trouble = trouble.or_else(|| slow.then(|| "its medium does not answer".to_owned()));
-        Status { path: self.shared.path.clone(), anchored: work.anchored, trouble }
+        Status { medium: self.shared.medium.to_string(), anchored: work.anchored, trouble }
     }
 
     /// As health tells it.
@@ -130,8 +127,8 @@ impl Keeper {
         match self.status().trouble {
             None => Ok(()),
             Some(trouble) => {
-                let path = self.shared.path.display();
-                Err(Error::unavailable(format!("the anchor {path} cannot be written: {trouble}")))
+                let medium = &self.shared.medium;
+                Err(Error::unavailable(format!("the anchor {medium} cannot be written: {trouble}")))
             }
         }
     }
@@ -172,7 +169,7 @@ impl Shared {
                 let text = anchored.encode(&vault.ring());
                 // The store may be closed while the medium takes its time.
                 drop(vault);
-                Some(file::replace(&self.path, &text))
+                Some(self.medium.replace(&text))
             } else {
                 None
             };
@@ -189,7 +186,7 @@ impl Shared {
     /// Waits until it is time to look, or until somebody asks; `None` at the end.
     fn next(&self) -> Option<Vec<oneshot::Sender<()>>> {
         let mut work = self.work.lock();
-        let pause = if work.trouble.is_some() { AGAIN } else { LOOK };
+        let pause = if work.trouble.is_some() { AGAIN } else { self.medium.rest() };
         let until = Instant::now() + pause;
         while !work.stop && work.waiting.is_empty() {
             if self.wake.wait_until(&mut work, until).timed_out() {
@@ -210,7 +207,7 @@ impl Shared {
     }
 
     fn done(&self, anchored: &Anchored, written: std::io::Result<()>) {
-        let path = self.path.display();
+        let medium = &self.medium;
         let mut work = self.work.lock();
         work.writing = None;
         match written {
@@ -219,12 +216,12 @@ impl Shared {
                 work.counter = Some(anchored.mark.counter);
                 if work.trouble.take().is_some() {
                     let revision = anchored.mark.revision.0;
-                    tracing::info!(%path, revision, "the anchor is written again");
+                    tracing::info!(%medium, revision, "the anchor is written again");
                 }
             }
             Err(error) => {
                 if work.trouble.is_none() {
-                    tracing::error!(%path, %error, "the anchor cannot be written; changes go on without it");
+                    tracing::error!(%medium, %error, "the anchor cannot be written; changes go on without it");
                 }
                 work.trouble = Some(error.to_string());
             }

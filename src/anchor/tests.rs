@@ -1,6 +1,5 @@
 //! Anchors as text, against stores of the same, an older and another history, and on a medium that is away.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use polykey_proto::polykey::record::v1::{AliasRecord, AuditEvent};
@@ -40,8 +39,8 @@ async fn event(vault: &Vault, action: &str) {
     vault.record([event]).await.unwrap();
 }
 
-fn anchor(path: &Path, vault: &Vault) {
-    replace(path, &Anchored::now(vault).encode(&vault.ring())).unwrap();
+fn anchor(medium: &Medium, vault: &Vault) {
+    medium.replace(&Anchored::now(vault).encode(&vault.ring())).unwrap();
 }
 
 #[tokio::test]
@@ -51,7 +50,7 @@ async fn an_anchor_reads_as_it_was_written_and_not_when_a_bit_of_it_has_changed(
     for n in 0..5 {
         event(&vault, &n.to_string()).await;
     }
-    let path = Path::new("anchor");
+    let path = "anchor";
     let anchored = Anchored::now(&vault);
     let text = anchored.encode(&ring);
     assert_eq!(Anchored::authentic(path, &text, &ring).unwrap(), anchored);
@@ -82,7 +81,7 @@ async fn an_anchor_reads_as_it_was_written_and_not_when_a_bit_of_it_has_changed(
 async fn a_store_is_told_from_an_older_one_and_from_one_of_another_history() {
     let ring = Ring::generate(NODE).unwrap();
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("anchor");
+    let path = Medium::File(dir.path().join("anchor"));
     let vault = create(&ring).await;
     event(&vault, "first").await;
     let refused = compare(&path, &vault).await.unwrap().unwrap_err();
@@ -126,12 +125,12 @@ async fn what_is_urgent_is_anchored_when_it_is_answered_and_a_medium_that_is_awa
     let dir = tempfile::tempdir().unwrap();
     let place = dir.path().join("medium");
     std::fs::create_dir(&place).unwrap();
-    let path = place.join("anchor");
+    let path = Medium::File(place.join("anchor"));
     let vault = create(&ring).await;
-    let keeper = Keeper::start(&path, &vault).unwrap();
+    let keeper = Keeper::start(path.clone(), &vault).unwrap();
     let stands = || {
-        let text = read(&path).unwrap().unwrap();
-        Anchored::authentic(&path, &text, &ring).unwrap().mark
+        let text = path.read().unwrap().unwrap();
+        Anchored::authentic("anchor", &text, &ring).unwrap().mark
     };
     for n in 0..20 {
         event(&vault, &n.to_string()).await;

@@ -5,34 +5,49 @@ use std::sync::Arc;
 use polykey_proto::polykey::record::v1::AuditEvent;
 
 use super::{AppError, event};
-use crate::anchor::{self, Anchored, Keeper, Unanchored};
-use crate::config::{Anchor, Config, Tolerate};
+use crate::anchor::{self, Anchored, Keeper, Medium, Unanchored};
+use crate::config::{Anchor, AnchorPlace, Config, Tolerate};
+use crate::custody::{NamedWrapper, section};
 use crate::time::Clock;
 use crate::vault::Vault;
 
+/// What the anchor is kept on. The token is that of its wrapper, so that one process speaks to it.
+pub(super) fn medium(anchor: &Anchor, wrappers: &[NamedWrapper]) -> Result<Medium, AppError> {
+    let (wrapper, label) = match &anchor.place {
+        AnchorPlace::File(file) => return Ok(Medium::File(file.clone())),
+        AnchorPlace::Token { wrapper, label } => (wrapper, label),
+    };
+    let named = wrappers.iter().find(|named| named.name == *wrapper);
+    let Some(token) = named.and_then(|named| named.token.clone()) else {
+        let medium = format!("`{label}` in the token of {}", section(wrapper)).into();
+        let error = "the wrapper cannot be opened".to_owned();
+        return Err(Unanchored::Unusable { medium, what: "read", error, away: true }.into());
+    };
+    Ok(Medium::Token { wrapper: wrapper.clone(), label: label.clone(), token })
+}
+
 /// Refuses to make a store where the node that is anchored has lost its own.
-pub(super) fn founding(config: &Config) -> Result<(), AppError> {
-    let Some(Anchor { file, tolerate }) = &config.anchor else { return Ok(()) };
-    if *tolerate == Tolerate::Rollback {
+pub(super) fn founding(config: &Config, wrappers: &[NamedWrapper]) -> Result<(), AppError> {
+    let Some(anchor) = &config.anchor else { return Ok(()) };
+    if anchor.tolerate == Tolerate::Rollback {
         return Ok(());
     }
-    let unreadable = |error: std::io::Error| {
-        AppError::from(Unanchored::Unreadable { path: file.clone(), error: error.to_string() })
-    };
-    let Some(text) = anchor::read(file).map_err(unreadable)? else { return Ok(()) };
+    let medium = medium(anchor, wrappers)?;
+    let text = medium.read().map_err(|error| Unanchored::unreadable(&medium, &error))?;
+    let Some(text) = text else { return Ok(()) };
     let anchored = Anchored::claimed(&text).map(|it| data_encoding::HEXLOWER.encode(&it.node_id));
     let anchored = anchored.unwrap_or_else(|| "unknown".to_owned());
-    Err(Unanchored::NoStore { path: file.clone(), anchored }.into())
+    Err(Unanchored::NoStore { medium: medium.to_string().into(), anchored }.into())
 }
 
 /// Refuses a store for which its anchor does not vouch; what is accepted becomes an event.
 async fn vouched(
-    Anchor { file, tolerate }: &Anchor,
+    (medium, tolerate): (&Medium, Tolerate),
     vault: &Vault,
     clock: &Clock,
     backup: Option<u64>,
 ) -> Result<Option<AuditEvent>, AppError> {
-    let Err(refused) = anchor::compare(file, vault).await? else { return Ok(None) };
+    let Err(refused) = anchor::compare(medium, vault).await? else { return Ok(None) };
     let refused = match backup {
         Some(revision) => refused.as_of(revision),
         None => refused,
@@ -57,22 +72,26 @@ async fn vouched(
 /// Compares a store with its anchor before anything is written to it, and keeps the anchor from then on.
 pub(super) async fn admit(
     config: &Config,
+    wrappers: &[NamedWrapper],
     vault: &Arc<Vault>,
     clock: &Clock,
     founded: bool,
 ) -> Result<Option<Arc<Keeper>>, AppError> {
     let Some(told) = &config.anchor else { return Ok(None) };
+    let medium = medium(told, wrappers)?;
     let mut afresh = founded;
-    if founded && anchor::read(&told.file).is_ok_and(|text| text.is_some()) {
+    if founded && medium.read().is_ok_and(|text| text.is_some()) {
         let mut event = event("AcceptRollback", clock.now());
         event.details.insert("why".into(), "no-store".into());
         vault.record([event]).await?;
     }
-    if !founded && let Some(accepted) = vouched(told, vault, clock, None).await? {
+    if !founded
+        && let Some(accepted) = vouched((&medium, told.tolerate), vault, clock, None).await?
+    {
         vault.record([accepted]).await?;
         afresh = true;
     }
-    let keeper = Keeper::start(&told.file, vault).map_err(AppError::Process)?;
+    let keeper = Keeper::start(medium, vault).map_err(AppError::Process)?;
     let settled = keeper.settle().await;
     if afresh {
         // What was accepted once would have to be accepted at every start.
@@ -85,12 +104,14 @@ pub(super) async fn admit(
 /// is no anchor, nothing is known, and one is made. What is accepted becomes an event.
 pub(super) async fn restoring(
     config: &Config,
+    wrappers: &[NamedWrapper],
     vault: &Vault,
     clock: &Clock,
     revision: u64,
 ) -> Result<Option<AuditEvent>, AppError> {
     let Some(anchor) = &config.anchor else { return Ok(None) };
-    match vouched(anchor, vault, clock, Some(revision)).await {
+    let told = (&medium(anchor, wrappers)?, anchor.tolerate);
+    match vouched(told, vault, clock, Some(revision)).await {
         Err(AppError::Anchor(refused)) if matches!(*refused, Unanchored::Missing(_)) => Ok(None),
         accepted => accepted,
     }
@@ -99,33 +120,39 @@ pub(super) async fn restoring(
 /// The anchor of a vault as it is, to be put in force when its store is.
 pub(super) fn anew(
     config: &Config,
+    wrappers: &[NamedWrapper],
     vault: &Vault,
-) -> Option<impl FnOnce() -> Result<(), AppError> + use<>> {
-    let file = config.anchor.as_ref()?.file.clone();
+) -> Result<Option<impl FnOnce() -> Result<(), AppError> + use<>>, AppError> {
+    let Some(anchor) = &config.anchor else { return Ok(None) };
+    let medium = medium(anchor, wrappers)?;
     let text = Anchored::now(vault).encode(&vault.ring());
-    Some(move || {
-        anchor::replace(&file, &text).map_err(|source| AppError::Unwritable { path: file, source })
-    })
+    Ok(Some(move || {
+        medium.replace(&text).map_err(|error| Unanchored::unwritable(&medium, &error).into())
+    }))
 }
 
 /// For `polykey check`: what a start would find of the anchor, without the key that authenticates it.
 pub(super) fn look(config: &Config) -> Result<String, AppError> {
-    let Some(Anchor { file, .. }) = &config.anchor else {
-        return Ok("none: an older copy of the store would be served".to_owned());
+    let file = match config.anchor.as_ref().map(|anchor| &anchor.place) {
+        None => return Ok("none: an older copy of the store would be served".to_owned()),
+        Some(AnchorPlace::Token { wrapper, label }) => {
+            let section = section(wrapper);
+            return Ok(format!("`{label}` in the token of {section}, which a start reads"));
+        }
+        Some(AnchorPlace::File(file)) => file,
     };
-    let unreadable = |error: std::io::Error| {
-        AppError::from(Unanchored::Unreadable { path: file.clone(), error: error.to_string() })
-    };
-    let text = anchor::read(file).map_err(unreadable)?;
+    let medium = Medium::File(file.clone());
+    let at = || medium.to_string().into();
+    let text = medium.read().map_err(|error| Unanchored::unreadable(&medium, &error))?;
     // Of a database, only a start knows whether there is a store in it.
     let store = config.storage.database.is_none() && config.storage.path.exists();
     let said = match text {
-        None if store => return Err(Unanchored::Missing(file.clone()).into()),
+        None if store => return Err(Unanchored::Missing(at()).into()),
         None => format!("{} is made by `polykey init` or `polykey restore`", file.display()),
         Some(text) => {
             let Some(claimed) = Anchored::claimed(&text) else {
                 let what = "it is malformed".to_owned();
-                return Err(Unanchored::Damaged { path: file.clone(), what }.into());
+                return Err(Unanchored::Damaged { medium: at(), what }.into());
             };
             let (at, revision) = (claimed.at, claimed.mark.revision);
             format!("{} stands at revision {revision}, written {at}", file.display())

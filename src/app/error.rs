@@ -190,20 +190,25 @@ fn unanchored(refused: &Unanchored) -> &'static str {
              --accept-rollback once: it is audited, and what was revoked since then must be revoked again."
         }
         Unanchored::Missing(_) => {
-            "Give the medium of [anchor] file back. If there was no anchor yet, or it is lost, and this is \
+            "Give the medium of [anchor] back. If there was no anchor yet, or it is lost, and this is \
              the newest store, give --accept-rollback once: it makes one, and is audited."
         }
-        Unanchored::Unreadable { .. } | Unanchored::Damaged { .. } => {
+        Unanchored::Unusable { away: true, .. } => {
+            "Give the token of [anchor] back; `polykey hsm list` shows what its module sees. If it is lost and \
+             this is the newest store, name another place in [anchor] and give --accept-rollback once: it is \
+             audited."
+        }
+        Unanchored::Unusable { .. } | Unanchored::Damaged { .. } => {
             "Mend it, or put back the one that was there. If it is lost and this is the newest store, give \
              --accept-rollback once: it makes another, and is audited."
         }
         Unanchored::OtherNode { .. } => {
-            "Correct [anchor] file or [storage] path. If this store is to be anchored there from now on, give \
+            "Correct [anchor] or [storage] path. If this store is to be anchored there from now on, give \
              --accept-rollback once: it is audited."
         }
         Unanchored::NoStore { .. } => {
-            "Restore the newest backup, or correct [storage] path. For a new node, name another [anchor] \
-             file, or move that one away."
+            "Restore the newest backup, or correct [storage] path. For a new node, name another place in \
+             [anchor], or move that one away."
         }
     }
 }
@@ -223,7 +228,8 @@ impl AppError {
                 | Unanchored::Damaged { .. } => Fault::Damaged,
                 Unanchored::Missing(_) | Unanchored::OtherNode { .. } => Fault::Given,
                 Unanchored::NoStore { .. } => Fault::Conflict,
-                Unanchored::Unreadable { .. } => Fault::Machine,
+                Unanchored::Unusable { away: true, .. } => Fault::Away,
+                Unanchored::Unusable { .. } => Fault::Machine,
             },
             Self::Config(_)
             | Self::Telemetry(_)

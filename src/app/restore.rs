@@ -120,7 +120,7 @@ pub async fn verify_backup(
     recovery: Option<Recovery>,
     clock: Clock,
 ) -> Result<BackupView, AppError> {
-    let (wrappers, signers) = opening(config, recovery).await?;
+    let Opening { wrappers, signers, named: _ } = opening(config, recovery).await?;
     let target = Unfinished::at(scratch, ".polykey-backup-verify")?;
     let (custody, view) =
         unpacked(config, from, &target, &wrappers, signers.as_deref(), clock).await?;
@@ -158,7 +158,7 @@ pub async fn restore(
     if recovering {
         master_key(config, make_master_key).await?;
     }
-    let (wrappers, signers) = opening(config, recovery).await?;
+    let Opening { wrappers, signers, named: of_config } = opening(config, recovery).await?;
     let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(directory).map_err(place(directory))?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -179,14 +179,15 @@ pub async fn restore(
         done.details.insert("from".into(), from.name.clone());
     }
     let accepted =
-        anchor::restoring(config, custody.vault(), &clock, view.contents.revision).await?;
+        anchor::restoring(config, &of_config, custody.vault(), &clock, view.contents.revision)
+            .await?;
     let events: Vec<_> = [done].into_iter().chain(accepted).collect();
     custody.vault().record(events).await?;
     let recovered = match recovering {
         true => Some(give_back(&custody, config, make_master_key, clock).await?),
         false => None,
     };
-    let anchor = anchor::anew(config, custody.vault());
+    let anchor = anchor::anew(config, &of_config, custody.vault())?;
     drop(custody);
     store::closed_at(&target.path).await;
     named(&target.path, path).map_err(|source| match source.kind() {
@@ -226,20 +227,31 @@ async fn master_key(config: &Config, make: bool) -> Result<(), AppError> {
     opened.map(drop).map_err(|unusable| AppError::MasterKey(unusable.error))
 }
 
+/// What opens a store that is given back.
+struct Opening {
+    wrappers: Vec<Arc<dyn KeyWrapper>>,
+    /// Whose checkpoints count, where a recovery key opens it.
+    signers: Option<Vec<VerifyingKey>>,
+    /// Those of the configuration, of which one may be the anchor's.
+    named: Vec<NamedWrapper>,
+}
+
 /// What opens the root key, what was given, or else what the configuration names; and who must have signed
 /// the log.
-async fn opening(
-    config: &Config,
-    recovery: Option<Recovery>,
-) -> Result<(Vec<Arc<dyn KeyWrapper>>, Option<Vec<VerifyingKey>>), AppError> {
+async fn opening(config: &Config, recovery: Option<Recovery>) -> Result<Opening, AppError> {
+    let in_token = config.anchor.as_ref().is_some_and(|anchor| anchor.file().is_none());
+    let named = match recovery.is_none() || in_token {
+        true => wrappers(config, Vec::new()).await?.0,
+        false => Vec::new(),
+    };
     match recovery {
         Some(Recovery { key, signers }) => {
             let recovery = RecoveryWrapper::with(key).map_err(RecoveryFailure::from)?;
-            Ok((vec![Arc::new(recovery)], Some(signers)))
+            Ok(Opening { wrappers: vec![Arc::new(recovery)], signers: Some(signers), named })
         }
         None => {
-            let (named, _) = wrappers(config, Vec::new()).await?;
-            Ok((named.into_iter().map(|named| named.wrapper).collect(), None))
+            let wrappers = named.iter().map(|named| Arc::clone(&named.wrapper)).collect();
+            Ok(Opening { wrappers, signers: None, named })
         }
     }
 }

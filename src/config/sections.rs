@@ -12,9 +12,9 @@ use tracing::level_filters::LevelFilter;
 
 use super::read::{ConfigErrors, Document, Refused, Section, path, refuse, string};
 use super::{
-    Anchor, Audit, Bootstrap, Ca, Config, DataPlane, Hardened, Limits, Listen, Log, LogFormat,
-    Login, Node, Runtime, Storage, TlsReferences, Tokens, Tolerate, Unlock, Wrapper, replication,
-    sinks, wrapper,
+    Anchor, AnchorPlace, Audit, Bootstrap, Ca, Config, DataPlane, Hardened, Limits, Listen, Log,
+    LogFormat, Login, Node, Runtime, Storage, TlsReferences, Tokens, Tolerate, Unlock, Wrapper,
+    replication, sinks, wrapper,
 };
 use crate::authn::layer::WITHOUT_TOKEN;
 use crate::custody::MASTER_KEY;
@@ -37,7 +37,6 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
     let node = node(root.section("node"));
     let listen = listen(root.section("listen"));
     let storage = super::storage::storage(root.section("storage"), node.as_ref());
-    let anchor = anchor(root.section("anchor"), storage.as_ref());
     let replicated = root.section("replication");
     if replicated.present() && storage.as_ref().is_some_and(|storage| storage.database.is_some()) {
         replicated.note(
@@ -59,6 +58,7 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
         wrapper::check_quorums(&others, quorum, known);
     }
     let unlock = unlock(root.section("unlock"), node.as_ref());
+    let anchor = anchor(root.section("anchor"), storage.as_ref(), master_key.as_ref(), &wrappers);
     let hardened = hardened(root.section("hardened"), master_key.as_ref(), &wrappers);
     let bootstrap = bootstrap(root.section("bootstrap"));
     let tokens = tokens(root.section("tokens"));
@@ -209,17 +209,53 @@ fn listen(section: Section<'_, '_>) -> Option<Listen> {
     Some(Listen { address: socket, tls, references, net, allow_common_name, health, metrics })
 }
 
-fn anchor(section: Section<'_, '_>, storage: Option<&Storage>) -> Option<Anchor> {
-    let file = match section.present() {
+fn anchor(
+    section: Section<'_, '_>,
+    storage: Option<&Storage>,
+    master_key: Option<&Wrapper>,
+    wrappers: &BTreeMap<String, Wrapper>,
+) -> Option<Anchor> {
+    let wrapper = section.get("wrapper", |value| {
+        let name = string(value)?;
+        let remedy = "name the [wrappers.NAME] of a PKCS#11 token, or give a file instead";
+        match if name == MASTER_KEY { master_key } else { wrappers.get(name) } {
+            Some(Wrapper::Pkcs11(_)) => Ok(name.to_owned()),
+            Some(_) => refuse("not the wrapper of a PKCS#11 token", remedy),
+            None => refuse("there is no wrapper of this name", remedy),
+        }
+    });
+    let label = section.get("label", |value| {
+        let label = string(value)?;
+        let fine = (1..=64).contains(&label.len()) && label.bytes().all(|b| b.is_ascii_graphic());
+        match fine {
+            true => Ok(label.to_owned()),
+            false => refuse("not a label", "write 1 to 64 printable ASCII characters, no spaces"),
+        }
+    });
+    let in_token = section.has("wrapper");
+    let file = match section.present() && !in_token {
         true => section.need_path("file", "\"/mnt/other-medium/polykey.anchor\""),
         false => None,
     };
+    let refused = |what: &str, remedy: &str| (what.to_owned(), remedy.to_owned());
     if file.as_ref().is_some_and(|file| storage.is_some_and(|storage| storage.path == *file)) {
-        let refused = ("the store itself".to_owned(), "name a file on another medium".to_owned());
-        section.complain("file", refused);
+        section.complain("file", refused("the store itself", "name a file on another medium"));
+    }
+    if in_token && section.has("file") {
+        section.complain("file", refused("there is a wrapper, too", "keep one of the two"));
+    }
+    if !in_token && label.is_some() {
+        section.complain("label", refused("of an object in a token", "name its wrapper as well"));
     }
     section.finish();
-    Some(Anchor { file: file?, tolerate: Tolerate::Nothing })
+    let place = match wrapper {
+        Some(wrapper) => {
+            let label = label.unwrap_or_else(|| "polykey-anchor".to_owned());
+            AnchorPlace::Token { wrapper, label }
+        }
+        None => AnchorPlace::File(file?),
+    };
+    Some(Anchor { place, tolerate: Tolerate::Nothing })
 }
 
 /// How AWS is reached: the same keys wherever it is.

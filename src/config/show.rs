@@ -7,7 +7,10 @@ use std::time::Duration;
 use polykey_hsm::MasterKeySource;
 use polykey_hsm::aws::AwsConnection;
 
-use super::{Bootstrap, Config, DataPlane, Database, LogFormat, Storage, WhenFenced, Wrapper};
+use super::{
+    Anchor, AnchorPlace, Bootstrap, Config, DataPlane, Database, LogFormat, Storage, WhenFenced,
+    Wrapper,
+};
 use crate::custody::SlotSpec;
 use crate::rates::Rule;
 
@@ -151,6 +154,10 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         Wrapper::Aws(_) => ("aws", "master_key.key"),
         Wrapper::Quorum(_) => ("quorum", "master_key.of"),
     };
+    let in_token = anchor.as_ref().and_then(|anchor| match &anchor.place {
+        AnchorPlace::Token { wrapper, label } => Some((wrapper, label)),
+        AnchorPlace::File(_) => None,
+    });
     let others = wrappers.iter().map(|(name, wrapper)| {
         let place = place(wrapper);
         match wrapper {
@@ -188,7 +195,9 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         ("listen.connection_age_grace", time(net.max_age_grace)),
         ("listen.drain_timeout", time(net.drain_timeout)),
         ("master_key.kind", key_kind.to_owned()),
-        ("anchor.file", optional(anchor.as_ref(), |anchor| path(&anchor.file))),
+        ("anchor.file", optional(anchor.as_ref().and_then(Anchor::file), path)),
+        ("anchor.wrapper", optional(in_token, |(wrapper, _)| wrapper.clone())),
+        ("anchor.label", optional(in_token, |(_, label)| label.clone())),
         (key_setting, place(master_key)),
         ("wrappers", others.collect::<Vec<_>>().join(", ")),
         ("hardened.wrapper", optional(hardened.as_ref(), |h| h.wrapper.clone())),

@@ -19,7 +19,7 @@ use seccompiler::{
 
 use super::Missed;
 use crate::config::sinks::{Target, Way};
-use crate::config::{Config, Wrapper};
+use crate::config::{Anchor, Config, Wrapper};
 
 /// The newest rules that are asked for; a kernel that knows fewer enforces those.
 const RULES: ABI = ABI::V6;
@@ -56,7 +56,7 @@ impl Needs {
         let parent = |path: &Path| path.parent().map(Path::to_owned);
         let mut writable = vec![config.node.data_dir.clone()];
         writable.extend(parent(&config.storage.path).filter(|_| config.storage.database.is_none()));
-        writable.extend(config.anchor.as_ref().and_then(|anchor| parent(&anchor.file)));
+        writable.extend(config.anchor.as_ref().and_then(Anchor::file).and_then(parent));
         writable.extend(parent(&config.unlock.socket));
         writable.extend(config.runtime.writable.iter().cloned());
         let plain = [config.listen.health, config.listen.metrics].into_iter().flatten();

@@ -10,7 +10,8 @@ use polykey_storage::conformance::Rng;
 use serde_json::{Value, json};
 
 use crate::common::client::Client;
-use crate::common::{Ended, Options, POLYKEY, Server};
+use crate::common::softhsm::SoftHsm;
+use crate::common::{Ended, Options, PATIENCE, POLYKEY, Server};
 
 /// How often the node is killed.
 const KILLS: usize = 12;
@@ -114,6 +115,54 @@ async fn an_older_copy_is_refused_by_its_anchor_and_served_only_when_that_is_acc
     assert_eq!(ended.status.code(), Some(7), "{}", ended.output);
 }
 
+/// Where the store's own disk and every file system can be put back, a token cannot.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_copy_is_refused_by_the_anchor_in_a_token() {
+    let token = SoftHsm::new();
+    let section = "\n[anchor]\nwrapper = \"hsm\"\n".to_owned() + &token.section("wrappers.hsm");
+    let server = Server::dev_configured_with(&accepting(), |text| text + &section);
+    accepted(&server, "missing").await;
+    let state = server.state.clone();
+    let store = state.join("polykey.redb");
+    let key = server.admin().await.create(json!({})).await;
+    let _directory = server.stop().2;
+    let old = fs::read(&store).unwrap();
+
+    let server = Server::attempt(&state, &Options::default()).unwrap();
+    let admin = server.admin().await;
+    let before = status(&server)["revision"].as_u64().unwrap();
+    admin.call("RevokeKey", json!({"key_id": key, "immediate": true})).await.unwrap();
+    let told = status(&server);
+    let place = "`polykey-anchor` in the token of [wrappers.hsm]";
+    assert_eq!(told["anchor"]["file"], place, "{told}");
+    assert!(told["anchor"]["revision"].as_u64().unwrap() > before, "{told}");
+    // One object of the token, however often it changed.
+    assert_eq!(token.objects(), 1);
+    // While the token is away a revocation is not held up for long, and health says what is missing.
+    token.pull();
+    let key = admin.create(json!({})).await;
+    admin.call("RevokeKey", json!({"key_id": key, "immediate": true})).await.unwrap();
+    let trouble = status(&server)["anchor"]["trouble"].clone();
+    assert!(trouble.is_string(), "{trouble}");
+    token.insert();
+    let until = std::time::Instant::now() + PATIENCE;
+    while !status(&server)["anchor"]["trouble"].is_null() {
+        assert!(std::time::Instant::now() < until, "the anchor is not written again");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    server.stop();
+    let new = fs::read(&store).unwrap();
+
+    fs::write(&store, &old).unwrap();
+    refused(&state, 7, &["older than what node", place, "--accept-rollback"]);
+    // Without the token nothing is known of the newest store either: another start may find it.
+    fs::write(&store, &new).unwrap();
+    token.pull();
+    refused(&state, 6, &[place, "cannot be read", "hsm list"]);
+    token.insert();
+    Server::attempt(&state, &Options::default()).unwrap().stop();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_went_on_elsewhere_is_refused_however_long_it_is() {
     let medium = tempfile::tempdir().unwrap();
@@ -184,7 +233,7 @@ async fn an_anchor_that_is_missing_damaged_or_of_another_node_vouches_for_nothin
     let other = anchored(other_medium.path());
     let _other = other.stop().2;
     fs::copy(other_medium.path().join("polykey.anchor"), &place).unwrap();
-    refused(&state, 2, &["is of node", "the store is of node", "[anchor] file"]);
+    refused(&state, 2, &["is of node", "the store is of node", "Correct [anchor]"]);
 
     // A store that is gone is not made anew where an anchor tells of it.
     fs::write(&place, &good).unwrap();

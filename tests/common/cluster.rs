@@ -66,7 +66,8 @@ impl Cluster {
         std::fs::write(&password, postgres::PASSWORD).unwrap();
         std::fs::set_permissions(&password, std::fs::Permissions::from_mode(0o600)).unwrap();
         let first = Server::dev_configured(|text| in_database(&text, port, &password, more));
-        let mut cluster = Self { database, gateways, servers: vec![first], directories: vec![away] };
+        let mut cluster =
+            Self { database, gateways, servers: vec![first], directories: vec![away] };
         for _ in 1..nodes {
             cluster.join();
         }

@@ -25,6 +25,10 @@ pub(super) const VERSION: u8 = 2;
 /// A hello and a request together fit into a pipe (64 KiB, as a rule), so that writing them seldom waits.
 pub(super) const MAX_FRAME: usize = 48 * 1024;
 
+/// The longest value of a data object, in bytes: a frame holds [`MAX_OBJECTS`] of them.
+pub(super) const MAX_DATA: usize = 5 * 1024;
+/// Data objects of one label: one, and one more for each change that broke off.
+pub(super) const MAX_OBJECTS: usize = 8;
 /// Most tokens that a hello names.
 const MAX_TOKENS: usize = 32;
 
@@ -262,6 +266,8 @@ pub(super) enum Request {
     Create { key: KeySelector, choice: MechanismChoice },
     /// Something with a key that lives in the token.
     Key(KeyRequest),
+    /// What the data objects of this label hold; or put this there instead.
+    Data { label: String, value: Option<Vec<u8>> },
 }
 
 impl Request {
@@ -320,6 +326,12 @@ impl Request {
                 key.write(&mut w);
                 w.0
             }
+            Self::Data { label, value } => {
+                let mut w = Writer::new(22, value.as_ref().map_or(0, Vec::len));
+                w.text(label);
+                w.option(value.as_deref());
+                w.0
+            }
         }
     }
 
@@ -348,6 +360,7 @@ impl Request {
             },
             21 => Self::Key(KeyRequest::read(r)?),
             20 => Self::Create { key: key(r)?, choice: MechanismChoice::from_code(r.u8()?)? },
+            22 => Self::Data { label: text(r)?, value: option(r)?.map(<[u8]>::to_vec) },
             _ => return None,
         };
         r.rest().is_empty().then_some(request)
@@ -382,6 +395,8 @@ pub(super) enum Reply {
     },
     /// About a key that lives in the token.
     Key(KeyReply),
+    /// What data objects hold.
+    Data(Vec<Vec<u8>>),
     /// It cannot work as it is; the child goes on.
     Refused(String),
     /// The token refused the PIN; the child ends.
@@ -446,6 +461,12 @@ impl Reply {
                 key.write(&mut w);
                 w.0
             }
+            Self::Data(values) => {
+                let mut w = Writer::new(42, values.iter().map(Vec::len).sum());
+                w.u8(u8::try_from(values.len()).unwrap_or(u8::MAX));
+                values.iter().for_each(|value| w.bytes(value));
+                w.0
+            }
         }
     }
 
@@ -477,6 +498,10 @@ impl Reply {
             39 => Self::PinRefused { token: text(r)?, text: text(r)? },
             40 => Self::Unavailable(text(r)?),
             41 => Self::Key(KeyReply::read(r)?),
+            42 => {
+                let values = r.u8()?;
+                Self::Data((0..values).map(|_| Some(bytes(r)?.to_vec())).collect::<Option<_>>()?)
+            }
             _ => return None,
         };
         r.rest().is_empty().then_some(reply)

@@ -12,6 +12,7 @@ use rustix::process::{
 };
 use rustix::stdio::{dup2_stdin, dup2_stdout, stderr, stdin, stdout};
 
+use super::data;
 use super::device::{Device, Fault};
 use super::frame::{self, Hello, KeyReply, Reply, Request};
 use super::host::{LAST_CALL, PARENT};
@@ -109,6 +110,9 @@ fn answer(device: &mut Device, request: &Request) -> Result<Reply, Fault> {
                 Opened::Broken => Reply::Broken { id },
                 Opened::NotMine => Reply::NotMine { id },
             }
+        }
+        Request::Data { label, value } => {
+            Reply::Data(data::answer(device, label, value.as_deref())?)
         }
         Request::Key(request) => Reply::Key(resident::answer(device, request)?),
         Request::Create { key, choice } => {

@@ -124,7 +124,7 @@ impl AdminService {
             anchored_revision: anchored.map_or(0, |(revision, _)| revision.0),
             anchored_at: anchored.map(|(_, at)| timestamp(at)),
             anchor_trouble: anchor.as_ref().and_then(|it| it.trouble.clone()).unwrap_or_default(),
-            anchor: anchor.map(|it| it.path.display().to_string()).unwrap_or_default(),
+            anchor: anchor.map(|it| it.medium).unwrap_or_default(),
             replication: shipped.as_ref().map(replication),
         })
     }

@@ -47,6 +47,9 @@ fn frames() -> Vec<Frame> {
         }
         .encode(),
         Request::Create { key, choice }.encode(),
+        Request::Data { label: "d".to_owned(), value: None }.encode(),
+        Request::Data { label: "d".to_owned(), value: Some(vec![7; 9]) }.encode(),
+        Reply::Data(vec![vec![7; 9], Vec::new()]).encode(),
         Reply::Slots(vec![slot(None), slot(Some(token))]).encode(),
         Reply::Found { id: id(), mechanism: WrapMechanism::AesKw, locked_in: true }.encode(),
         Reply::Wrapped { id: id(), sealed }.encode(),
@@ -135,7 +138,7 @@ fn frames_pass_through_a_pipe_and_long_ones_do_not() {
 
 proptest! {
     #[test]
-    fn no_bytes_panic(frame in proptest::collection::vec(any::<u8>(), 0..300), kind in 0u8..42) {
+    fn no_bytes_panic(frame in proptest::collection::vec(any::<u8>(), 0..300), kind in 0u8..43) {
         let mut frame = frame;
         frame.splice(0..0, [VERSION, kind]);
         if let Some(written) = again(&frame) {
