@@ -90,8 +90,11 @@ impl Pair {
     /// Makes a store of the database on a blank machine, and serves it.
     fn restored(&self, state: &Path, name: &str) -> Server {
         let (blank, config) = self.blank(state, name);
+        let head = format!("SELECT * FROM {}.head", self.schema);
+        let before = self.database.sql(&head);
         let (code, said) = self.command(&["restore", "--config", &config, "--from", &self.url()]);
         assert_eq!(code, 0, "{said}");
+        assert_eq!(self.database.sql(&head), before, "a restoration has written to its source");
         Server::serve(&blank, &config, &Options::default())
             .unwrap_or_else(|e| panic!("{}", e.output))
     }
@@ -246,10 +249,14 @@ async fn without_its_target_a_node_refuses_if_it_is_to() {
     pair.database.crash();
     // The first may be durable here and not there, and is not acknowledged; the next are not applied.
     let began = Instant::now();
-    let refused =
-        admin.call("CreateKey", json!({"key_type": "KEY_TYPE_AES_256"})).await.unwrap_err();
+    let once: [(&str, &[u8]); 1] = [("idempotency-key", b"once")];
+    let body = json!({"key_type": "KEY_TYPE_AES_256"});
+    let refused = admin.call_with("CreateKey", body.clone(), &once).await.unwrap_err();
     assert!(matches!(refused.code, Code::Unknown | Code::Unavailable), "{refused:?}");
     assert!(began.elapsed() < Duration::from_secs(10));
+    // Nor is it acknowledged to whoever asks again, and finds it made here.
+    let repeated = admin.call_with("CreateKey", body.clone(), &once).await.unwrap_err();
+    assert!(matches!(repeated.code, Code::Unknown | Code::Unavailable), "{repeated:?}");
     let refused =
         admin.call("CreateKey", json!({"key_type": "KEY_TYPE_AES_256"})).await.unwrap_err();
     assert_eq!(refused.code, Code::Unavailable, "{refused:?}");
@@ -262,6 +269,10 @@ async fn without_its_target_a_node_refuses_if_it_is_to() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     opens(&admin, &kept).await;
+    // Asked again, it is one key, however often.
+    let made = admin.call_with("CreateKey", body.clone(), &once).await.unwrap();
+    let again = admin.call_with("CreateKey", body, &once).await.unwrap();
+    assert_eq!(made.body["key_id"], again.body["key_id"]);
     // Nor does it start without it.
     pair.database.crash();
     let state = node.state.clone();

@@ -27,7 +27,7 @@ use polykey_storage::{
 
 use self::{
     proxy::Proxy,
-    server::{Server, schema},
+    server::{Pooler, Server, schema},
 };
 
 fn suite(server: &Server, options: impl Fn(&str) -> Options, faults: bool) {
@@ -52,10 +52,14 @@ fn conforms() {
 }
 
 #[test]
-fn conforms_through_a_pooler_with_few_changes_kept() {
+fn conforms_through_pgbouncer_in_transaction_mode_with_few_changes_kept() {
     let server = Server::shared();
-    let options =
-        |schema: &str| Options { transaction_pooler: true, changes: 7, ..server.options(schema) };
+    let pooler = Pooler::before(&server);
+    let options = |schema: &str| Options {
+        transaction_pooler: true,
+        changes: 7,
+        ..server.options_at(pooler.port, schema)
+    };
     suite(&server, options, false);
 }
 

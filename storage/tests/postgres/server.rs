@@ -68,6 +68,7 @@ impl Server {
         started
     }
 
+    #[allow(dead_code, reason = "of the tests of whole nodes")]
     /// A standby that follows this server, synchronous once this server names it.
     pub(crate) fn standby(&self) -> Self {
         let directory = tempfile::tempdir().unwrap();
@@ -81,6 +82,7 @@ impl Server {
         Self::launch(directory, &[])
     }
 
+    #[allow(dead_code, reason = "of the tests of whole nodes")]
     /// Makes a primary of a standby; back when it takes writes.
     pub(crate) fn promote(&self) {
         assert_eq!(self.sql_in("postgres", "SELECT pg_promote(true, 60)").as_deref(), Ok("t"));
@@ -272,9 +274,57 @@ fn binary(name: &str) -> PathBuf {
     }
 }
 
-// PostgreSQL refuses to run as root.
+/// PgBouncer before a server, in transaction mode; stopped when it is dropped.
+pub(crate) struct Pooler {
+    pub(crate) port: u16,
+    child: Child,
+    _directory: tempfile::TempDir,
+}
+
+impl Pooler {
+    pub(crate) fn before(server: &Server) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let path = |name: &str| directory.path().join(name);
+        let users = path("users");
+        fs::write(&users, format!("\"{ROLE}\" \"{PASSWORD}\"\n")).unwrap();
+        let text = format!(
+            "[databases]\nkeys = host=127.0.0.1 port={}\n\n[pgbouncer]\nlisten_addr = 127.0.0.1\n\
+             listen_port = {port}\nunix_socket_dir =\nauth_type = scram-sha-256\nauth_file = {}\n\
+             pool_mode = transaction\ndefault_pool_size = 20\n",
+            server.port,
+            users.display(),
+        );
+        fs::write(path("pgbouncer.ini"), text).unwrap();
+        own(directory.path());
+        let program = Path::new("/usr/sbin/pgbouncer");
+        assert!(program.exists(), "PgBouncer is missing: make deps, or apt-get install pgbouncer");
+        let mut command = unprivileged(program.to_owned());
+        command.arg("-q").arg(path("pgbouncer.ini"));
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let until = Instant::now() + Duration::from_secs(30);
+        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+            assert!(child.try_wait().unwrap().is_none(), "the pooler does not start");
+            assert!(Instant::now() < until, "the pooler does not listen");
+            thread::sleep(Duration::from_millis(20));
+        }
+        Self { port, child, _directory: directory }
+    }
+}
+
+impl Drop for Pooler {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 fn as_postgres(name: &str) -> Command {
-    let binary = binary(name);
+    unprivileged(binary(name))
+}
+
+// PostgreSQL and its pooler refuse to run as root.
+fn unprivileged(binary: PathBuf) -> Command {
     if !rustix::process::getuid().is_root() {
         return Command::new(binary);
     }
