@@ -13,7 +13,7 @@ use crate::time::Time;
 pub(crate) fn at(now: Time) -> Uuid {
     let micros = u64::try_from(now.micros()).unwrap_or(0);
     let (millis, fraction) = (micros / 1000, micros % 1000 * 4096 / 1000);
-    match polykey_hsm::random::public::<10>() {
+    match polykey_hsm::random::id::<10>() {
         Ok(mut rest) => {
             let [.., high, low] = fraction.to_be_bytes();
             [rest[0], rest[1]] = [high, low];

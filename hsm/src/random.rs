@@ -70,19 +70,31 @@ pub(crate) fn salt() -> Result<[u8; 32], CryptoFailure> {
 
 /// `N` random bytes, at most 32, drawn in blocks per thread: a draw of its own costs more than a seal.
 ///
-/// Only for values that become public (nonces, salts, ids); keys are drawn with [`fill`].
+/// Only for values that become public (nonces, salts); keys are drawn with [`fill`].
 ///
 /// # Errors
 /// When the generator fails.
 pub fn public<const N: usize>() -> Result<[u8; N], CryptoFailure> {
+    draw(Some(std::process::id()))
+}
+
+/// As [`public`], for ids alone, and without the system call that tells a forked child from its parent: the
+/// child's first ids may be those that its parent gives.
+///
+/// # Errors
+/// When the generator fails.
+pub fn id<const N: usize>() -> Result<[u8; N], CryptoFailure> {
+    draw(None)
+}
+
+fn draw<const N: usize>(pid: Option<u32>) -> Result<[u8; N], CryptoFailure> {
     const { assert!(N <= 32) };
     BLOCKS.with_borrow_mut(|block| {
-        let pid = std::process::id();
-        if block.used + N > BLOCK || block.pid != pid {
+        if block.used + N > BLOCK || pid.is_some_and(|pid| pid != block.pid) {
             block.used = BLOCK;
             fill(&mut block.bytes)?;
             block.used = 0;
-            block.pid = pid;
+            block.pid = pid.unwrap_or_else(std::process::id);
         }
         let mut out = [0; N];
         if let Some(fresh) = block.bytes.get_mut(block.used..block.used + N) {
