@@ -397,7 +397,7 @@ async fn what_was_acknowledged_survives_kill_nine() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn thousands_of_operations_between_kills_have_one_record_each() {
     let kills = size("POLYKEY_LONG_KILLS", 2, 20);
-    let operations = size("POLYKEY_OPERATIONS", 1_000, 50_000);
+    let operations = size("POLYKEY_OPERATIONS", 600, 50_000);
     let each = operations.div_ceil(kills);
     let acknowledged = killed("long_kill", kills, |_| each).await;
     assert!(acknowledged >= operations);
