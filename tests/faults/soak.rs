@@ -187,7 +187,7 @@ impl Scene {
         let body = json!({"key_type": "KEY_TYPE_ECDSA_P256", "in_token": true});
         let made = admin.call("CreateKey", body).await.unwrap();
         let in_token = made["key_id"].as_str().unwrap().to_owned();
-        let cluster = Cluster::start(1, &format!("call_timeout = \"1s\"\n{LIMITS}"));
+        let cluster = Cluster::start(1, &format!("call_timeout = \"2s\"\n{LIMITS}"));
         let places = [Place::new(&local.address), Place::new(&cluster.servers[0].address)];
         let local = Some(local);
         Self {
