@@ -9,6 +9,10 @@ FEATURES := --features aws,postgres
 SECONDS_EACH ?= 60
 # How many random schedules each model runs under `make test-race`.
 SCHEDULES ?= 50000
+# How long `make soak` takes once it is built, in minutes.
+SOAK_MINUTES ?= 5
+# How many secrets `make canaries` plants.
+CANARIES ?= 10000
 
 # One line a target: "name: prerequisites ## minutes cold / warm | what it does", minutes on 2 cores.
 
@@ -17,7 +21,7 @@ help: ## 0 / 0 | this list
 	@echo 'make TARGET; minutes on 2 cores: nothing built yet / all built'
 	@awk -F '## ' '/^[a-z][a-z-]*:.*## / { split($$1, t, ":"); split($$2, d, " \\| "); \
 	  printf "  %-18s %9s   %s\n", t[1], d[1], d[2] }' $(firstword $(MAKEFILE_LIST))
-	@echo 'ARGS="…" is passed on by run, test-unit, test-integration, test-api, kryoptic, bench and faults.'
+	@echo 'ARGS="…" is passed on by run, test-unit, test-integration, test-api, kryoptic, bench, soak, canaries and faults.'
 
 ## Building
 
@@ -75,6 +79,14 @@ faults: ## 38 / 25 | HSM faults, power cuts, kills, disk errors, tampering, revo
 	@POLYKEY_FAULTS=full .ci/test -p polykey-hsm --release --test pkcs11_faults -- --nocapture $(ARGS)
 	@POLYKEY_FAULTS=full .ci/test -p polykey --release --test faults -- --nocapture --test-threads 1 $(ARGS)
 	@POLYKEY_FAULTS=full .ci/test -p polykey --release $(FEATURES) --test api replication:: -- --nocapture --test-threads 1 $(ARGS)
+
+.PHONY: soak
+soak: deps ## 18 / 6 | two nodes under load with a fault every 20 s, for SOAK_MINUTES=5: flat, explained, nothing lost
+	@POLYKEY_FAULTS=full SOAK_MINUTES=$(SOAK_MINUTES) .ci/test -p polykey --release $(FEATURES) --test faults soak:: -- --nocapture $(ARGS)
+
+.PHONY: canaries
+canaries: deps ## 18 / 4 | CANARIES=10000 secrets through every call at TRACE level, and a search for them in all that is left
+	@POLYKEY_CANARIES=$(CANARIES) .ci/test -p polykey --release $(FEATURES) --test api canary:: -- --nocapture $(ARGS)
 
 .PHONY: kryoptic
 kryoptic: ## 6 / 2 | the PKCS#11 tests over a second token, Kryoptic, which it builds (needs libclang)

@@ -1,7 +1,8 @@
 //! How often a client may call: rules of the operator, each with a bucket for every client it is about.
 //!
-//! The generic cell rate algorithm (ITU-T I.371), by the `governor` crate. A call counts once, whatever it
-//! carries; one that a rule refuses takes nothing from the rules before it but its place there.
+//! The generic cell rate algorithm (ITU-T I.371), by the `governor` crate. A batch counts as many calls as it has
+//! items, everything else once: a stream may last longer than any rule. One that a rule refuses takes nothing
+//! from the rules before it but its place there.
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -94,20 +95,58 @@ impl Rates {
         if self.limits.is_empty() {
             return Ok(());
         }
-        let method = path.rsplit('/').next().unwrap_or_default();
+        self.take(caller, path.rsplit('/').next().unwrap_or_default(), NonZeroU32::MIN, 0)
+    }
+
+    /// Counts the items of a batch, which came as the call `method` and was counted as its first item.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] of `field` if there are more than a rule ever lets through at once,
+    /// [`Error::Exhausted`] with the time until there is room again.
+    pub fn admit_items(
+        &self,
+        caller: &Caller,
+        method: &str,
+        (field, items): (&str, usize),
+    ) -> Result<(), Error> {
+        let items = u32::try_from(items).unwrap_or(u32::MAX);
+        let about = self.limits.iter().filter(|limit| limit.rule.about(caller, method));
+        if let Some(most) = about.map(|limit| limit.rule.burst.get()).min().filter(|m| *m < items) {
+            let text =
+                format!("must have at most {most} items: the rates let no more through at once");
+            return Err(Error::invalid(field, text));
+        }
+        match NonZeroU32::new(items.saturating_sub(1)) {
+            Some(more) => self.take(caller, method, more, 1),
+            None => Ok(()),
+        }
+    }
+
+    /// Who comes back takes `first` again before these.
+    fn take(
+        &self,
+        caller: &Caller,
+        method: &str,
+        calls: NonZeroU32,
+        first: u32,
+    ) -> Result<(), Error> {
         for limit in self.limits.iter().filter(|limit| limit.rule.about(caller, method)) {
-            if let Err(until) = limit.buckets.check_key(&caller.facts.client) {
-                let wait = until.wait_time_from(self.clock.now());
-                tracing::debug!(
-                    client = caller.client_id(),
-                    rule = limit.rule.name,
-                    method,
-                    "too often"
-                );
-                // At least so long that whoever obeys does not come back too early.
-                let retry_after = wait.max(Duration::from_millis(1));
-                return Err(Error::Exhausted { retry_after });
-            }
+            let wait = match limit.buckets.check_key_n(&caller.facts.client, calls) {
+                Ok(Ok(())) => continue,
+                Ok(Err(until)) => until.wait_time_from(self.clock.now()),
+                // Not reached: no more are asked for than the burst.
+                Err(_) => Duration::from_secs(1),
+            };
+            tracing::debug!(
+                client = caller.client_id(),
+                rule = limit.rule.name,
+                method,
+                "too often"
+            );
+            // At least so long that whoever obeys does not come back too early.
+            let again = Duration::from_secs(1) / limit.rule.per_second.get() * first;
+            let retry_after = (wait + again).max(Duration::from_millis(1));
+            return Err(Error::Exhausted { retry_after });
         }
         Ok(())
     }

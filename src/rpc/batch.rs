@@ -72,12 +72,17 @@ fn mode(atomic: bool, continue_on_error: bool) -> Result<Mode, Error> {
     }
 }
 
-fn check_count(count: usize) -> Result<(), Error> {
-    if (1..=BATCH).contains(&count) {
-        Ok(())
-    } else {
-        Err(Error::invalid("keys", "must have 1 to 1000 items"))
+/// Refuses a batch of too many items, and counts them in the rates of their caller.
+fn check_count(
+    service: &KeyService,
+    admitted: &Admitted,
+    method: &str,
+    count: usize,
+) -> Result<(), Error> {
+    if !(1..=BATCH).contains(&count) {
+        return Err(Error::invalid("keys", "must have 1 to 1000 items"));
     }
+    service.count_items(admitted, method, ("keys", count))
 }
 
 /// Puts the item in front of the fields of its violations.
@@ -273,7 +278,7 @@ pub(super) async fn get_keys(
     let admitted = service.admit(&request)?;
     let (metadata, _, m) = request.into_parts();
     let cx = admitted.context(m.requester_context.as_ref(), m.attributes.as_ref())?;
-    check_count(m.keys.len())?;
+    check_count(service, &admitted, "BatchGetKeys", m.keys.len())?;
     let ids: Vec<String> = m.keys.iter().map(|k| k.key_id.clone()).collect();
     let mut commands = Vec::with_capacity(m.keys.len());
     for mut k in m.keys {
@@ -307,7 +312,7 @@ pub(super) async fn get_metadata(
     let admitted = service.admit(&request)?;
     let m = request.into_inner();
     let cx = admitted.context(m.requester_context.as_ref(), m.attributes.as_ref())?;
-    check_count(m.keys.len())?;
+    check_count(service, &admitted, "BatchGetKeyMetadata", m.keys.len())?;
     let ids: Vec<String> = m.keys.iter().map(|k| k.key_id.clone()).collect();
     let parse = |k: pb::GetKeyMetadataItem| {
         let (history, policies) = (k.include_access_history, k.include_policy_details);
@@ -352,7 +357,7 @@ pub(super) async fn create_keys(
     }
     v.finish()?;
     let mode = mode(m.atomic, m.continue_on_error)?;
-    check_count(m.keys.len())?;
+    check_count(service, &admitted, "BatchCreateKeys", m.keys.len())?;
     let indexes: Vec<i32> = (0..m.keys.len()).map(|i| i32::try_from(i).unwrap_or(0)).collect();
     let item = |k: pb::CreateKeyItem| {
         let bytes = k.encode_to_vec();
@@ -386,7 +391,7 @@ pub(super) async fn rotate_keys(
     let cx = admitted.context(m.requester_context.as_ref(), None)?;
     twins::refuse_twins(&metadata, &[&twins::OF_ONE_KEY, &twins::OF_EXPORTS])?;
     let mode = mode(m.atomic, m.continue_on_error)?;
-    check_count(m.keys.len())?;
+    check_count(service, &admitted, "BatchRotateKeys", m.keys.len())?;
     let ids: Vec<String> = m.keys.iter().map(|k| k.key_id.clone()).collect();
     let item = |k: pb::RotateKeyItem| {
         let bytes = k.encode_to_vec();
@@ -419,7 +424,7 @@ pub(super) async fn revoke_keys(
     let cx = admitted.context(m.requester_context.as_ref(), None)?;
     twins::refuse_twins(&metadata, &[&twins::OF_ONE_KEY, &twins::OF_EXPORTS])?;
     let mode = mode(m.atomic, m.continue_on_error)?;
-    check_count(m.keys.len())?;
+    check_count(service, &admitted, "BatchRevokeKeys", m.keys.len())?;
     let ids: Vec<String> = m.keys.iter().map(|k| k.key_id.clone()).collect();
     let item = |k: pb::RevokeKeyItem| {
         let bytes = k.encode_to_vec();
@@ -452,7 +457,7 @@ pub(super) async fn update_metadata(
     let cx = admitted.context(m.requester_context.as_ref(), None)?;
     twins::refuse_twins(&metadata, &[&twins::OF_ONE_KEY, &twins::OF_EXPORTS])?;
     let mode = mode(m.atomic, m.continue_on_error)?;
-    check_count(m.keys.len())?;
+    check_count(service, &admitted, "BatchUpdateKeyMetadata", m.keys.len())?;
     let ids: Vec<String> = m.keys.iter().map(|k| k.key_id.clone()).collect();
     let slow = m.keys.iter().any(|k| !k.policies_to_update.is_empty());
     let from = admitted.times_from();

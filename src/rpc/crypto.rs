@@ -370,6 +370,7 @@ impl CryptoService {
         if !(1..=limits::BATCH).contains(&operations.len()) {
             return Err(Error::invalid("operations", "must have 1 to 1000 items"));
         }
+        self.0.count_items(&first, "BatchCrypto", ("operations", operations.len()))?;
         let random = |o: &pb::CryptoOperation| match &o.operation {
             Some(Operation::GenerateRandom(m)) => usize::try_from(m.length).unwrap_or(0),
             _ => 0,

@@ -43,6 +43,17 @@ impl KeyService {
         Ok(Admitted { trail: Some(Arc::clone(&self.0.trail)), ..admitted })
     }
 
+    /// Counts the items of a batch, in this field, in the rates of its caller.
+    pub(crate) fn count_items(
+        &self,
+        admitted: &Admitted,
+        method: &str,
+        items: (&str, usize),
+    ) -> Result<(), Error> {
+        let session = admitted.session.as_ref().ok_or(Error::Unauthenticated)?;
+        self.0.authenticator.rates().admit_items(&session.caller, method, items)
+    }
+
     /// Reads what a request means: a `slow` one (it has policies to compile) on a thread for that.
     pub(crate) async fn read<T: Send + 'static>(
         &self,

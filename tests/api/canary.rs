@@ -1,18 +1,26 @@
 //! Secrets planted everywhere, the whole suite of calls at TRACE level, and then a search for them in all that is left.
+//!
+//! Beside those that the test plants by hand, every field of every call that can hold a secret gets one of its own, until
+//! there are `POLYKEY_CANARIES` of them (100).
+
+mod tell;
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
+use data_encoding::{BASE64, HEXLOWER};
 use serde_json::json;
+use tell::{Canaries, tell};
 
 use crate::common::client::{message, pool};
 use crate::common::collector::Collector;
-use crate::common::{Options, Server};
+use crate::common::{Options, Server, skip};
+use crate::lock::each_mapping;
 use crate::metrics::{get, with_port};
 
 /// What a secret looks like where it must not be: raw, hexadecimal, base64 at each of its three alignments.
 fn shapes(secret: &[u8]) -> Vec<Vec<u8>> {
-    use data_encoding::{BASE64_NOPAD, BASE64URL_NOPAD, HEXLOWER, HEXUPPER};
+    use data_encoding::{BASE64_NOPAD, BASE64URL_NOPAD, HEXUPPER};
     let mut shapes = vec![
         secret.to_vec(),
         HEXLOWER.encode(secret).into_bytes(),
@@ -29,24 +37,51 @@ fn shapes(secret: &[u8]) -> Vec<Vec<u8>> {
     shapes
 }
 
-/// Where secrets are in `hay`, in one pass: by their first eight bytes, then by all of them.
-fn hits(hay: &[u8], secrets: &[(&str, Vec<u8>)]) -> BTreeSet<String> {
-    let mut heads: HashMap<[u8; 8], Vec<(String, Vec<u8>)>> = HashMap::new();
-    for (name, secret) in secrets {
-        for (i, shape) in shapes(secret).into_iter().enumerate() {
-            let head = shape[..8].try_into().unwrap();
-            heads.entry(head).or_default().push((format!("{name} (shape {i})"), shape));
-        }
-    }
-    let mut found = BTreeSet::new();
-    for (at, window) in hay.windows(8).enumerate() {
-        for (name, shape) in heads.get(window).into_iter().flatten() {
-            if hay[at..].starts_with(shape) {
-                found.insert(name.clone());
+/// Finds secrets in one pass: by their first four bytes, their first eight, then by all of them.
+struct Search {
+    maybe: Vec<bool>,
+    heads: HashMap<[u8; 8], Vec<(String, Vec<u8>)>>,
+}
+
+impl Search {
+    fn of<S: AsRef<str>>(secrets: &[(S, Vec<u8>)]) -> Self {
+        let mut search = Self { maybe: vec![false; 1 << 20], heads: HashMap::new() };
+        for (name, secret) in secrets {
+            for (i, shape) in shapes(secret).into_iter().enumerate() {
+                let head: [u8; 8] = shape[..8].try_into().unwrap();
+                search.maybe[Self::slot(head)] = true;
+                let name = format!("{} (shape {i})", name.as_ref());
+                search.heads.entry(head).or_default().push((name, shape));
             }
         }
+        search
     }
-    found
+
+    fn slot(head: [u8; 8]) -> usize {
+        let [a, b, c, d, ..] = head;
+        (u32::from_le_bytes([a, b, c, d]).wrapping_mul(0x9e37_79b1) >> 12) as usize
+    }
+
+    fn hits(&self, hay: &[u8]) -> BTreeSet<String> {
+        let mut found = BTreeSet::new();
+        for (at, window) in hay.windows(8).enumerate() {
+            let head: [u8; 8] = window.try_into().unwrap();
+            if !self.maybe[Self::slot(head)] {
+                continue;
+            }
+            for (name, shape) in self.heads.get(&head).into_iter().flatten() {
+                if hay[at..].starts_with(shape) {
+                    found.insert(name.clone());
+                }
+            }
+        }
+        found
+    }
+}
+
+/// Where secrets are in `hay`.
+fn hits(hay: &[u8], secrets: &[(&str, Vec<u8>)]) -> BTreeSet<String> {
+    Search::of(secrets).hits(hay)
 }
 
 fn files(directory: &Path, all: &mut Vec<std::path::PathBuf>) {
@@ -65,8 +100,8 @@ fn the_search_finds_what_it_is_for() {
         text.extend(&secret);
         text.extend(b"...");
         assert!(!hits(&text, &secrets).is_empty());
-        assert!(!hits(data_encoding::BASE64.encode(&text).as_bytes(), &secrets).is_empty());
-        assert!(!hits(data_encoding::HEXLOWER.encode(&text).as_bytes(), &secrets).is_empty());
+        assert!(!hits(BASE64.encode(&text).as_bytes(), &secrets).is_empty());
+        assert!(!hits(HEXLOWER.encode(&text).as_bytes(), &secrets).is_empty());
         assert!(!hits(format!("{text:?}").as_bytes(), &secrets).is_empty());
     }
     assert!(hits(b"nothing of the sort", &secrets).is_empty());
@@ -89,7 +124,7 @@ async fn planted_secrets_are_in_no_log_no_error_no_audit_row_no_telemetry_and_no
     let collector = Collector::start().await;
     let text = with_port(text)
         + &format!(
-            "\n[telemetry]\nendpoint = \"http://{}\"\nprotocol = \"http\"\nsample = 1\n",
+            "\n[login]\naddress_burst = 10000\nclient_burst = 10000\n[telemetry]\nendpoint = \"http://{}\"\nprotocol = \"http\"\nsample = 1\n",
             collector.address
         );
     std::fs::write(&config, text).unwrap();
@@ -108,7 +143,7 @@ async fn planted_secrets_are_in_no_log_no_error_no_audit_row_no_telemetry_and_no
         ("user's API key", a.api_key.clone().into_bytes()),
     ];
     let mut errors = String::new();
-    let base64 = |bytes: &[u8]| data_encoding::BASE64.encode(bytes);
+    let base64 = |bytes: &[u8]| BASE64.encode(bytes);
 
     // Supplied material, by field and by metadata twin, in calls that succeed and calls that do not.
     let made = a
@@ -141,15 +176,14 @@ async fn planted_secrets_are_in_no_log_no_error_no_audit_row_no_telemetry_and_no
         .await
         .unwrap();
     let plain = out["key_material"]["plaintext"].as_str().unwrap();
-    secrets.push(("generated AES key", data_encoding::BASE64.decode(plain.as_bytes()).unwrap()));
+    secrets.push(("generated AES key", BASE64.decode(plain.as_bytes()).unwrap()));
     let pair = admin.create(json!({"key_type": "KEY_TYPE_ECDSA_P384", "exportable": true})).await;
     let out = admin
         .call("ExportKey", json!({"key_id": pair, "mode": "EXPORT_MODE_PLAIN"}))
         .await
         .unwrap();
-    let plain = data_encoding::BASE64
-        .decode(out["key_material"]["plaintext"].as_str().unwrap().as_bytes())
-        .unwrap();
+    let plain =
+        BASE64.decode(out["key_material"]["plaintext"].as_str().unwrap().as_bytes()).unwrap();
     // The private scalar of the PKCS #8 structure, not the public half that follows it.
     let at = plain.windows(2).position(|w| w == [0x04, 0x30]).unwrap();
     secrets.push(("generated private key", plain[at + 2..at + 50].to_vec()));
@@ -179,7 +213,7 @@ async fn planted_secrets_are_in_no_log_no_error_no_audit_row_no_telemetry_and_no
     errors += &format!("{:?}", admin.call("Decrypt", open).await.unwrap_err());
     let made = admin.call("GenerateDataKey", json!({"key_id": worker})).await.unwrap();
     let plain = made["plaintext"].as_str().unwrap();
-    secrets.push(("data key", data_encoding::BASE64.decode(plain.as_bytes()).unwrap()));
+    secrets.push(("data key", BASE64.decode(plain.as_bytes()).unwrap()));
     let import = json!({"key": {"key_type": "KEY_TYPE_HMAC_SHA256"}, "wrapping": "IMPORT_WRAPPING_PLAIN", "material": base64(&outside)});
     let imported = admin.call("ImportKey", import.clone()).await.unwrap();
     let mut wrong = import;
@@ -245,7 +279,12 @@ async fn planted_secrets_are_in_no_log_no_error_no_audit_row_no_telemetry_and_no
             }
         }
     }
-    let (code, audit, err) = server.cli(&["audit", "list", "-o", "json"]);
+    let count = std::env::var("POLYKEY_CANARIES").map_or(100, |n| n.parse().unwrap());
+    let mut canaries = Canaries::default();
+    let (refusals, kept) = tell(&admin, &mut canaries, count).await;
+    errors += &refusals;
+    let (code, audit, err) =
+        server.cli(&["audit", "list", "-o", "json", "--limit", &(1000 + 10 * count).to_string()]);
     assert_eq!(code, 0, "{err}");
     assert!(audit.contains("CreateKey"), "{audit}");
     let (_, figures) = get(&server.port("metrics"), "/metrics");
@@ -267,6 +306,12 @@ async fn planted_secrets_are_in_no_log_no_error_no_audit_row_no_telemetry_and_no
             .decode(master.as_bytes())
             .unwrap_or_else(|_| master.into_bytes()),
     ));
+    let planted: Vec<(String, Vec<u8>)> = secrets
+        .iter()
+        .map(|(name, secret)| ((*name).to_owned(), secret.clone()))
+        .chain(canaries.0.iter().cloned())
+        .collect();
+    let search = Search::of(&planted);
     let mut found = Vec::new();
     for (place, text) in [
         ("logs", logs.as_bytes()),
@@ -275,7 +320,7 @@ async fn planted_secrets_are_in_no_log_no_error_no_audit_row_no_telemetry_and_no
         ("figures", figures.as_bytes()),
         ("collector", sent.raw.as_slice()),
     ] {
-        found.extend(hits(text, &secrets).into_iter().map(|hit| format!("{place}: {hit}")));
+        found.extend(search.hits(text).into_iter().map(|hit| format!("{place}: {hit}")));
     }
     let mut all = Vec::new();
     files(&state, &mut all);
@@ -287,7 +332,61 @@ async fn planted_secrets_are_in_no_log_no_error_no_audit_row_no_telemetry_and_no
             continue;
         }
         let bytes = std::fs::read(&file).unwrap();
-        found.extend(hits(&bytes, &secrets).into_iter().map(|hit| format!("{name}: {hit}")));
+        found.extend(search.hits(&bytes).into_iter().map(|hit| format!("{name}: {hit}")));
     }
+    println!(
+        "canary: {} secrets planted, {} MiB searched, {} hits",
+        planted.len(),
+        (logs.len() + errors.len() + audit.len() + figures.len() + sent.raw.len()) >> 20,
+        found.len()
+    );
     assert!(found.is_empty(), "{found:#?}");
+    let material = ["value", "rotated value", "refused value", "plaintext", "imported material"];
+    let told =
+        planted.into_iter().filter(|(name, _)| name.contains(", ") || material.contains(&&**name));
+    let searched = in_no_core(&state, &trace, &told.collect::<Vec<_>>(), &kept).await;
+    println!(
+        "canary: {} keys opened, {searched:?} bytes of memory searched",
+        kept.len().min(OPENED)
+    );
+}
+
+/// Keys that a process opens before its memory is looked into.
+const OPENED: usize = 200;
+
+/// A process that has opened keys with secrets in them, and has let go of them, has no secret in its memory. How much of
+/// it was searched, where it can be.
+async fn in_no_core(
+    state: &Path,
+    options: &Options,
+    secrets: &[(String, Vec<u8>)],
+    kept: &[String],
+) -> Option<usize> {
+    const TEST: &str =
+        "planted_secrets_are_in_no_log_no_error_no_audit_row_no_telemetry_and_no_store";
+    let server = Server::dev_in(state, options, None);
+    let admin = server.admin().await;
+    let mut opened = 0;
+    for key in kept.iter().take(OPENED) {
+        let mac = json!({"key_id": key, "message": "AAAA"});
+        admin.call("GetKey", json!({"key_id": key})).await.unwrap();
+        opened += usize::from(admin.call("GenerateMac", mac).await.is_ok());
+    }
+    assert!(opened > 0, "no secret was opened");
+    // What must be there, so that the search is none in vain.
+    let there = state.display().to_string().into_bytes();
+    let (search, control) = (Search::of(secrets), Search::of(&[("state", there)]));
+    let (mut found, mut controlled, mut bytes) = (BTreeSet::new(), false, 0);
+    let read = each_mapping(server.pid(), |mapping| {
+        bytes += mapping.len();
+        found.extend(search.hits(mapping));
+        controlled |= !controlled && !control.hits(mapping).is_empty();
+    });
+    if read.is_none() {
+        skip(TEST, "needs root: the memory of a hardened process is private");
+        return None;
+    }
+    assert!(controlled, "the search finds nothing at all");
+    assert!(found.is_empty(), "{found:#?}");
+    Some(bytes)
 }

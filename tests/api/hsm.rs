@@ -5,13 +5,13 @@ use std::fs;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Signal, kill_process};
 use serde_json::{Value, json};
 use tonic::Code;
 
 use crate::common::aws::Moto;
 use crate::common::client::refused;
-use crate::common::softhsm::{Kryoptic, PIN, SoftHsm};
+use crate::common::softhsm::{Kryoptic, PIN, SoftHsm, workers};
 use crate::common::steps::{TEXT, cli, opens, seal, secret, serve};
 use crate::common::{Options, PATIENCE, POLYKEY, Server, skip};
 
@@ -109,17 +109,6 @@ async fn passphrase_token_kms_and_shares_each_open_it_alone_and_without_any_it_s
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let server = serve(&place, &options).unwrap_or_else(|ended| panic!("{}", ended.output));
     opens(&server.admin().await, &sealed).await;
-}
-
-/// The processes that have the module loaded.
-fn workers(server: &Server) -> Vec<Pid> {
-    let tasks = fs::read_dir(format!("/proc/{}/task", server.pid())).unwrap();
-    let children = tasks
-        .filter_map(|task| fs::read_to_string(task.unwrap().path().join("children")).ok())
-        .flat_map(|text| text.split_whitespace().map(|p| p.parse().unwrap()).collect::<Vec<i32>>());
-    let workers: Vec<Pid> = children.filter_map(Pid::from_raw).collect();
-    assert!(!workers.is_empty());
-    workers
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -274,24 +274,31 @@ async fn a_quorum_opens_with_any_two_of_three_and_not_with_one() {
     drop(directory);
 }
 
-/// How often each of these stands in the memory of a process; `None` where that cannot be read.
-fn in_memory(pid: u32, needles: &[&[u8]]) -> Option<Vec<usize>> {
+/// Shows every writable mapping of a process; `None` where its memory cannot be read.
+pub(crate) fn each_mapping(pid: u32, mut show: impl FnMut(&[u8])) -> Option<()> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).ok()?;
     let mut memory = fs::File::open(format!("/proc/{pid}/mem")).ok()?;
-    let mut found = vec![0; needles.len()];
     for line in maps.lines().filter(|line| line.contains(" rw") && !line.contains("[v")) {
         let (from, to) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
         let (from, to) = (u64::from_str_radix(from, 16).ok()?, u64::from_str_radix(to, 16).ok()?);
         let mut bytes = vec![0; usize::try_from(to - from).ok()?];
         memory.seek(SeekFrom::Start(from)).ok()?;
         // A mapping may be gone by now, or have no memory behind it.
-        if memory.read_exact(&mut bytes).is_err() {
-            continue;
+        if memory.read_exact(&mut bytes).is_ok() {
+            show(&bytes);
         }
+    }
+    Some(())
+}
+
+/// How often each of these stands in the memory of a process; `None` where that cannot be read.
+fn in_memory(pid: u32, needles: &[&[u8]]) -> Option<Vec<usize>> {
+    let mut found = vec![0; needles.len()];
+    each_mapping(pid, |bytes| {
         for (needle, count) in needles.iter().zip(&mut found) {
             *count += bytes.windows(needle.len()).filter(|window| window == needle).count();
         }
-    }
+    })?;
     Some(found)
 }
 

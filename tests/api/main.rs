@@ -35,6 +35,7 @@ mod newcomer;
 #[cfg(feature = "postgres")]
 mod nodes;
 mod operator;
+mod reloads;
 #[cfg(feature = "postgres")]
 mod replication;
 mod rights;

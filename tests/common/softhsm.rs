@@ -4,9 +4,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use rustix::process::Pid;
 use tempfile::TempDir;
 
-use super::POLYKEY;
+use super::{POLYKEY, Server};
 
 pub(crate) const PIN: &str = "PIN-canary-73519";
 
@@ -110,6 +111,17 @@ impl SoftHsm {
         };
         files.map(name).filter(object).count()
     }
+}
+
+/// The processes that have the module loaded.
+pub(crate) fn workers(server: &Server) -> Vec<Pid> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", server.pid())).unwrap();
+    let children = tasks
+        .filter_map(|task| fs::read_to_string(task.unwrap().path().join("children")).ok())
+        .flat_map(|text| text.split_whitespace().map(|p| p.parse().unwrap()).collect::<Vec<i32>>());
+    let workers: Vec<Pid> = children.filter_map(Pid::from_raw).collect();
+    assert!(!workers.is_empty());
+    workers
 }
 
 /// A token of Kryoptic that is set up; it goes with the value.

@@ -1,4 +1,7 @@
-//! kill -9 at random under a mixed load: what was acknowledged is there, what was not is settled by asking again.
+//! kill -9 at random under a mixed load: what was acknowledged is there and stands in the audit log once, what was not
+//! is settled by asking again.
+
+mod records;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -6,11 +9,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use polykey_proto::polykey::v2 as pb;
+use records::recorded_once;
 use tokio::sync::Notify;
-use tonic::Code;
+use tonic::{Code, Request};
 
+use crate::common::client::Client;
 use crate::common::{Options, Server};
-use crate::support::{Outcome, Random, Wire, deadline, no_panic, outcome, size};
+use crate::support::{Outcome, Random, Wire, deadline, lost, named, no_panic, outcome, size};
 
 const WORKERS: usize = 8;
 const READY: Duration = Duration::from_secs(1);
@@ -32,9 +37,38 @@ enum Op {
     RotateBoth(usize, usize),
     Update(usize),
     Revoke(usize),
+    // These change nothing, and are asked once.
+    DataKey(usize),
+    Login,
+    Denied,
 }
 
-/// A mutation under way: its idempotency key is also the tag or text it leaves.
+impl Op {
+    /// What the audit log calls it, and how it ends there.
+    fn recorded(&self) -> (&'static str, pb::AuditOutcome) {
+        let action = match self {
+            Self::Create | Self::Batch(_) | Self::Denied => "CreateKey",
+            Self::Rotate(_) | Self::RotateBoth(..) => "RotateKey",
+            Self::Update(_) => "UpdateKeyMetadata",
+            Self::Revoke(_) => "RevokeKey",
+            Self::DataKey(_) => "GenerateDataKey",
+            Self::Login => "Authenticate",
+        };
+        match self {
+            Self::Denied => (action, pb::AuditOutcome::Denied),
+            _ => (action, pb::AuditOutcome::Success),
+        }
+    }
+
+    fn changes(&self) -> bool {
+        !matches!(self, Self::DataKey(_) | Self::Login | Self::Denied)
+    }
+}
+
+/// A key that an operation was about: its id, its version after it, and the leaf that the answer named, or 0.
+type Made = (String, i32, u64);
+
+/// An operation under way: its name is its idempotency key, the id of its request, and the tag or text it leaves.
 #[derive(Clone, Debug)]
 struct Pending {
     name: String,
@@ -48,6 +82,10 @@ struct Worker {
     pending: Option<Pending>,
     sent: u64,
     touched: BTreeSet<usize>,
+    /// What was acknowledged, to be looked for in the audit log.
+    acknowledged: Vec<(Pending, Vec<Made>)>,
+    /// Somebody who may not make keys.
+    nobody: Client,
     random: Random,
 }
 
@@ -60,29 +98,33 @@ fn item(name: &str) -> pb::CreateKeyItem {
 }
 
 impl Worker {
-    fn new(number: usize, random: Random) -> Self {
-        let (keys, touched) = (Vec::new(), BTreeSet::new());
-        Self { number, keys, pending: None, sent: 0, touched, random }
+    fn new(number: usize, nobody: Client, random: Random) -> Self {
+        let (keys, touched, acknowledged) = (Vec::new(), BTreeSet::new(), Vec::new());
+        Self { number, keys, pending: None, sent: 0, touched, acknowledged, nobody, random }
     }
 
     fn choose(&mut self) -> Pending {
         self.sent += 1;
         let name = format!("w{}-{}", self.number, self.sent);
         let live: Vec<usize> = (0..self.keys.len()).filter(|&k| !self.keys[k].revoked).collect();
-        let op = match self.random.below(10) {
+        let op = match self.random.below(12) {
             _ if live.len() < 3 => Op::Create,
             0 | 1 => Op::Create,
             2 => Op::Batch(2 + self.random.below(4)),
             3..=5 => Op::Rotate(live[self.random.below(live.len())]),
             6 => Op::RotateBoth(live[0], live[1 + self.random.below(live.len() - 1)]),
             7 | 8 => Op::Update(live[self.random.below(live.len())]),
-            _ => Op::Revoke(live[self.random.below(live.len())]),
+            9 => Op::Revoke(live[self.random.below(live.len())]),
+            10 => Op::DataKey(live[self.random.below(live.len())]),
+            // So seldom that each denial is within the burst that is recorded by itself.
+            _ if self.random.below(5) == 0 => Op::Denied,
+            _ => Op::Login,
         };
         Pending { name, op }
     }
 
-    /// Sends it; the ids and versions it came to.
-    async fn send(&self, wire: &Wire, pending: &Pending) -> Outcome<Vec<(String, i32)>> {
+    /// Sends it; what it came to.
+    async fn send(&self, wire: &Wire, pending: &Pending) -> Outcome<Vec<Made>> {
         let what = format!("{pending:?}");
         let mut keys = wire.keys();
         let id = |k: usize| self.keys[k].id.clone();
@@ -92,7 +134,9 @@ impl Worker {
                 let pb::CreateKeyItem { key_type, tags, .. } = item(name);
                 let body = pb::CreateKeyRequest { key_type, tags, ..Default::default() };
                 match outcome(&what, keys.create_key(wire.once(body, name)).await) {
-                    Outcome::Done(reply) => Outcome::Done(vec![(reply.key_id, 1)]),
+                    Outcome::Done(reply) => {
+                        Outcome::Done(vec![(reply.key_id, 1, reply.audit_index)])
+                    }
                     Outcome::Unknown => Outcome::Unknown,
                 }
             }
@@ -106,7 +150,7 @@ impl Worker {
                 for result in reply.results {
                     match result.result {
                         Some(pb::batch_create_keys_result::Result::Success(key)) => {
-                            made.push((key.key_id, 1));
+                            made.push((key.key_id, 1, key.audit_index));
                         }
                         other => return unsettled(&what, result.error_code, &other),
                     }
@@ -117,7 +161,9 @@ impl Worker {
             Op::Rotate(k) => {
                 let body = pb::RotateKeyRequest { key_id: id(k), ..Default::default() };
                 match outcome(&what, keys.rotate_key(wire.once(body, name)).await) {
-                    Outcome::Done(reply) => Outcome::Done(vec![(reply.key_id, reply.new_version)]),
+                    Outcome::Done(reply) => {
+                        Outcome::Done(vec![(reply.key_id, reply.new_version, reply.audit_index)])
+                    }
                     Outcome::Unknown => Outcome::Unknown,
                 }
             }
@@ -133,7 +179,7 @@ impl Worker {
                 for result in reply.results {
                     match result.result {
                         Some(pb::batch_rotate_keys_result::Result::Success(key)) => {
-                            made.push((key.key_id, key.new_version));
+                            made.push((key.key_id, key.new_version, key.audit_index));
                         }
                         other => return unsettled(&what, result.error_code, &other),
                     }
@@ -147,7 +193,7 @@ impl Worker {
                     ..Default::default()
                 };
                 match outcome(&what, keys.update_key_metadata(wire.once(body, name)).await) {
-                    Outcome::Done(()) => Outcome::Done(Vec::new()),
+                    Outcome::Done(()) => Outcome::Done(vec![(id(k), 0, 0)]),
                     Outcome::Unknown => Outcome::Unknown,
                 }
             }
@@ -155,18 +201,55 @@ impl Worker {
                 let body =
                     pb::RevokeKeyRequest { key_id: id(k), immediate: true, ..Default::default() };
                 match outcome(&what, keys.revoke_key(wire.once(body, name)).await) {
-                    Outcome::Done(()) => Outcome::Done(Vec::new()),
+                    Outcome::Done(()) => Outcome::Done(vec![(id(k), 0, 0)]),
                     Outcome::Unknown => Outcome::Unknown,
                 }
+            }
+            Op::DataKey(k) => {
+                let body = pb::GenerateDataKeyRequest { key_id: id(k), ..Default::default() };
+                let reply = wire.work().generate_data_key(named(wire.with(body), name)).await;
+                match outcome(&what, reply) {
+                    Outcome::Done(reply) => {
+                        Outcome::Done(vec![(reply.key_id, reply.version, reply.audit_index)])
+                    }
+                    Outcome::Unknown => Outcome::Unknown,
+                }
+            }
+            Op::Login => {
+                let body = pb::AuthenticateRequest {
+                    client_id: self.nobody.id.clone(),
+                    api_key: self.nobody.api_key.clone(),
+                    ..Default::default()
+                };
+                let there = Wire::of(&self.nobody);
+                let reply = there.keys().authenticate(named(Request::new(body), name)).await;
+                match outcome(&what, reply) {
+                    Outcome::Done(_) => Outcome::Done(vec![(String::new(), 0, 0)]),
+                    Outcome::Unknown => Outcome::Unknown,
+                }
+            }
+            Op::Denied => {
+                let there = Wire::of(&self.nobody);
+                let body =
+                    pb::CreateKeyRequest { key_type: item(name).key_type, ..Default::default() };
+                let refused =
+                    there.keys().create_key(named(there.with(body), name)).await.unwrap_err();
+                if lost(&refused) {
+                    return Outcome::Unknown;
+                }
+                assert_eq!(refused.code(), Code::PermissionDenied, "{what}: {refused:?}");
+                Outcome::Done(vec![(String::new(), 0, 0)])
             }
         }
     }
 
     /// It has happened, once.
-    fn apply(&mut self, pending: &Pending, made: Vec<(String, i32)>) {
+    fn apply(&mut self, pending: &Pending, made: Vec<Made>) {
+        self.acknowledged.push((pending.clone(), made.clone()));
         match pending.op {
+            Op::DataKey(_) | Op::Login | Op::Denied => {}
             Op::Create | Op::Batch(_) => {
-                for (id, version) in made {
+                for (id, version, _) in made {
                     assert!(self.keys.iter().all(|k| k.id != id), "{pending:?}: a second {id}");
                     self.touched.insert(self.keys.len());
                     self.keys.push(Key { id, version, description: String::new(), revoked: false });
@@ -188,7 +271,7 @@ impl Worker {
         }
     }
 
-    fn rotated(&mut self, pending: &Pending, k: usize, made: &(String, i32)) {
+    fn rotated(&mut self, pending: &Pending, k: usize, made: &Made) {
         self.touched.insert(k);
         let key = &mut self.keys[k];
         key.version += 1;
@@ -215,14 +298,17 @@ impl Worker {
 
     /// Asks again for what was lost, twice: one and the same result.
     async fn settle(&mut self, wire: &Wire) {
-        let Some(pending) = self.pending.take() else { return };
+        let Some(pending) = self.pending.take().filter(|p| p.op.changes()) else { return };
         let Outcome::Done(first) = self.send(wire, &pending).await else {
             panic!("{pending:?}: unknown again")
         };
         let Outcome::Done(second) = self.send(wire, &pending).await else {
             panic!("{pending:?}: unknown again")
         };
-        assert_eq!(first, second, "{pending:?}: two results");
+        let result = |made: &[Made]| -> Vec<_> {
+            made.iter().map(|(id, version, _)| (id.clone(), *version)).collect()
+        };
+        assert_eq!(result(&first), result(&second), "{pending:?}: two results");
         let count = match pending.op {
             Op::Create => Some(1),
             Op::Batch(count) => Some(count),
@@ -305,15 +391,40 @@ async fn healthy(wire: &Wire) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_acknowledged_survives_kill_nine() {
     let kills = size("POLYKEY_KILLS", 100, 1000);
-    let mut random = Random::seeded("kill");
+    let (_, slowest) = killed("kill", kills, |random| random.below(60)).await;
+    assert!(slowest <= deadline(READY), "ready after {slowest:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn thousands_of_operations_between_kills_have_one_record_each() {
+    let kills = size("POLYKEY_LONG_KILLS", 2, 20);
+    let operations = size("POLYKEY_OPERATIONS", 600, 50_000);
+    let each = operations.div_ceil(kills);
+    let (acknowledged, _) = killed("long_kill", kills, |_| each).await;
+    assert!(acknowledged >= operations);
+}
+
+/// Kills a server so often, each time after so many operations; how many were acknowledged, and the slowest start.
+async fn killed(
+    test: &str,
+    kills: usize,
+    enough: impl Fn(&mut Random) -> usize,
+) -> (usize, Duration) {
+    let mut random = Random::seeded(test);
     let options = Options::default();
     let mut server = Server::dev();
     let mut admin = server.admin().await;
-    let mut workers: Vec<Worker> = (0..WORKERS).map(|n| Worker::new(n, random.fork())).collect();
+    let mut workers = Vec::new();
+    for number in 0..WORKERS {
+        let nobody = server.client(&admin, &format!("nobody-{number}"), &[]).await;
+        workers.push(Worker::new(number, nobody, random.fork()));
+    }
     let mut slowest = Duration::ZERO;
+    // Tokens last a quarter of an hour.
+    let mut begun = Instant::now();
     let mut unknown = 0;
     let mut acknowledged = 0;
-    for round in 0..kills {
+    for _ in 0..kills {
         let done = Arc::new(AtomicUsize::new(0));
         let more = Arc::new(Notify::new());
         let running: Vec<_> = workers
@@ -323,7 +434,7 @@ async fn what_was_acknowledged_survives_kill_nine() {
                 tokio::spawn(worker.load(wire, Arc::clone(&done), Arc::clone(&more)))
             })
             .collect();
-        let enough = random.below(60);
+        let enough = enough(&mut random);
         while done.load(Ordering::SeqCst) < enough {
             tokio::time::timeout(crate::common::PATIENCE, more.notified()).await.unwrap();
         }
@@ -336,13 +447,17 @@ async fn what_was_acknowledged_survives_kill_nine() {
         healthy(&wire).await;
         let ready = started.elapsed();
         slowest = slowest.max(ready);
-        assert!(ready <= deadline(READY), "round {round}: ready after {ready:?}");
-        if round % 40 == 39 {
-            admin.login().await.unwrap();
+        let often = begun.elapsed() > Duration::from_secs(5 * 60);
+        if often {
+            (begun, admin) = (Instant::now(), server.admin().await);
         }
         let wire = Wire::of(&admin);
         for worker in running {
             let mut worker = worker.await.unwrap();
+            worker.nobody = worker.nobody.at(&server.address);
+            if often {
+                worker.nobody.login().await.unwrap();
+            }
             unknown += usize::from(worker.pending.is_some());
             worker.settle(&wire).await;
             let mut which = std::mem::take(&mut worker.touched);
@@ -361,13 +476,16 @@ async fn what_was_acknowledged_survives_kill_nine() {
         keys += worker.keys.len();
     }
     println!(
-        "kill: {kills} kills, {acknowledged} acknowledged, {unknown} unknown and settled, {keys} keys, \
+        "{test}: {kills} kills, {acknowledged} acknowledged, {unknown} unknown and settled, {keys} keys, \
          slowest start {slowest:?}"
     );
+    let (operations, records) = recorded_once(&wire, &workers).await;
+    println!("{test}: {operations} operations acknowledged, {records} records, each once");
     assert!(acknowledged > kills && unknown > kills, "the load was no load");
     for command in [["store", "verify"], ["audit", "verify"]] {
         let (code, out, err) = tokio::task::block_in_place(|| server.cli(&command));
         assert_eq!(code, 0, "{command:?}: {out}{err}");
     }
     no_panic(&server.output());
+    (acknowledged, slowest)
 }

@@ -29,5 +29,7 @@ mod races;
 mod revocation;
 mod room;
 mod sinks;
+#[cfg(feature = "postgres")]
+mod soak;
 mod support;
 mod tampering;

@@ -68,15 +68,15 @@ impl Drop for Disk {
 }
 
 /// A syslog collector over TCP that can hang and be killed. What it has read stays.
-struct Collector {
-    address: std::net::SocketAddr,
+pub(crate) struct Collector {
+    pub(crate) address: std::net::SocketAddr,
     lines: Arc<Mutex<Vec<String>>>,
-    hangs: watch::Sender<bool>,
+    pub(crate) hangs: watch::Sender<bool>,
     task: Option<JoinHandle<()>>,
 }
 
 impl Collector {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let mut collector = Self {
             address: free,
@@ -119,7 +119,7 @@ impl Collector {
     }
 
     /// With all its connections, and what they had not been read of.
-    async fn kill(&mut self) {
+    pub(crate) async fn kill(&mut self) {
         let task = self.task.take().unwrap();
         task.abort();
         drop(task.await);
@@ -255,7 +255,7 @@ fn lines_of(files: &[PathBuf]) -> Vec<String> {
 }
 
 /// Waits until both sinks have what was exported.
-async fn complete(exported: &[String], disk: &Path, collector: &Collector) {
+pub(crate) async fn complete(exported: &[String], disk: &Path, collector: &Collector) {
     let since = Instant::now();
     loop {
         let copied = [leaves(lines_of(&copies(disk))), leaves(collector.lines())];

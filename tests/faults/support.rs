@@ -103,12 +103,18 @@ impl Wire {
         request
     }
 
-    /// With the token and an idempotency key.
+    /// With the token and an idempotency key, which is also the id of the request.
     pub(crate) fn once<T>(&self, body: T, key: &str) -> Request<T> {
-        let mut request = self.with(body);
+        let mut request = named(self.with(body), key);
         request.metadata_mut().insert("idempotency-key", key.parse().unwrap());
         request
     }
+}
+
+/// A request by this id.
+pub(crate) fn named<T>(mut request: Request<T>, id: &str) -> Request<T> {
+    request.metadata_mut().insert("polykey-request-id", id.parse().unwrap());
+    request
 }
 
 /// What is known of a mutation after its call.
