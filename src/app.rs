@@ -8,6 +8,7 @@
 //! Nothing binds a port before the store's canary has opened under the root key.
 
 mod anchor;
+mod archive;
 mod bootstrap;
 mod check;
 pub mod doctor;
@@ -76,6 +77,7 @@ use crate::telemetry::otlp::Telemetry;
 use crate::telemetry::otlp::encode::Source;
 use crate::time::{Clock, Time};
 use crate::vault::{Freshness, Invalidate, Room, Vault, Witness};
+use archive::Archiver;
 
 pub use bootstrap::{Admin, Bootstrapped, bootstrap};
 pub use check::{Finding, check};
@@ -182,6 +184,8 @@ pub struct App {
     pub trail: Arc<Trail>,
     /// Copies of the log.
     pub sinks: Arc<Sinks>,
+    /// What brings its old leaves into archives.
+    archiver: Arc<Archiver>,
     /// The keys.
     pub keyring: Arc<Keyring>,
     /// What hardened keys lie under.
@@ -448,8 +452,12 @@ impl App {
         }
         let store = Arc::clone(&vault);
         checks.push(Box::new(move || room::state(&store)));
+        let settings = config.audit.archive.clone();
+        let archiver = Archiver::new(settings, &trail, &sinks, &jobs, replication.as_ref());
         let copies = Arc::clone(&sinks);
         checks.push(Box::new(move || copies.state()));
+        let archives = Arc::clone(&archiver);
+        checks.push(Box::new(move || archives.state()));
         let health = Health::new(checks);
         let source = Source {
             instance: data_encoding::HEXLOWER.encode(&vault.node_id()),
@@ -468,6 +476,7 @@ impl App {
             authorizer,
             trail,
             sinks,
+            archiver,
             keyring,
             backends,
             nodes,
@@ -598,6 +607,7 @@ impl App {
             anchor: self.anchor.clone(),
             wrappers: self.wrappers.clone(),
             replication: self.replication.clone(),
+            sinks: Arc::clone(&self.sinks),
             tls: Arc::clone(&self.tls),
             network: Arc::clone(&self.network),
             reload: reload::asked_for(self),

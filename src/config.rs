@@ -294,8 +294,19 @@ pub struct Audit {
     pub data_plane: DataPlane,
     /// How often the head of the log is signed while it grows.
     pub checkpoint_interval: Duration,
+    /// How long leaves are kept in the store, and the directory of the archives that they go to then.
+    pub archive: Option<Archiving>,
     /// `[audit.sinks.NAME]`: copies of the log, by their names.
     pub sinks: BTreeMap<String, Sink>,
+}
+
+/// `[audit] keep` and `archive`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Archiving {
+    /// How long leaves are kept in the store.
+    pub keep: Duration,
+    /// The directory of the archives.
+    pub directory: PathBuf,
 }
 
 /// When events of the data plane are durable. Security-relevant ones always are before the reply.

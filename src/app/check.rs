@@ -124,6 +124,10 @@ pub async fn check(config: &Config) -> Vec<Finding> {
         Finding { subject: "store", result: store(config) },
         Finding { subject: "anchor", result: anchor::look(config) },
     ]);
+    if let Some(archive) = &config.audit.archive {
+        let result = writable(&archive.directory).map(|()| archive.directory.display().to_string());
+        findings.push(Finding { subject: "audit archive", result });
+    }
     if !config.audit.sinks.is_empty() {
         findings.push(Finding { subject: "audit sinks", result: sinks(config) });
     }
@@ -154,6 +158,15 @@ fn data_directory(path: &Path) -> Result<String, AppError> {
     Ok(path.display().to_string())
 }
 
+/// Whether files can be made in a directory.
+fn writable(directory: &Path) -> Result<(), AppError> {
+    let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+    rustix::fs::access(directory, access).map_err(|error| AppError::Unreadable {
+        path: directory.to_owned(),
+        source: error.into(),
+    })
+}
+
 /// A sink that cannot be written is no hindrance to a start: what no node could write is.
 fn sinks(config: &Config) -> Result<String, AppError> {
     let mut told = Vec::new();
@@ -162,11 +175,7 @@ fn sinks(config: &Config) -> Result<String, AppError> {
             Target::File(file) => {
                 let directory = file.path.parent().filter(|p| !p.as_os_str().is_empty());
                 let directory = directory.unwrap_or(Path::new("."));
-                let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
-                rustix::fs::access(directory, access).map_err(|error| AppError::Unreadable {
-                    path: directory.to_owned(),
-                    source: error.into(),
-                })?;
+                writable(directory)?;
                 told.push(format!("{name} ({})", sink.place()));
             }
             Target::Syslog(syslog) => {

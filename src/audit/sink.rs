@@ -21,13 +21,15 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use polykey_proto::polykey::record::v1::{AuditBody, AuditLeaf};
-use polykey_storage::Direction;
+use polykey_storage::{Direction, Revision};
 use prost::Message;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use super::archive::{self, Had};
 use super::checkpoint::{self, origin};
 use super::export::{checkpoint_line, leaf_line};
+use super::proof::LeafHashes;
 use super::read::{EventView, entries};
 use super::trail::Trail;
 use crate::config::sinks::{Content, Target};
@@ -35,7 +37,7 @@ use crate::config::{self, Sink};
 use crate::error::Error;
 use crate::health::State;
 use crate::time::Time;
-use crate::vault::space;
+use crate::vault::{Vault, space};
 use crate::vault::tree::{Hash, leaf_hash};
 use place::{Cursor, Place};
 
@@ -297,13 +299,15 @@ impl Copier {
         let (Some(index), Some(last)) = (next.checked_sub(1), place.last()) else {
             return Ok(place);
         };
-        let key = index.to_be_bytes();
-        let leaf = self.trail.vault().get::<AuditLeaf>(&key).await;
-        let leaf = leaf.map_err(|error| {
-            format!("the log cannot be read: {}", error.internal_text().unwrap_or_default())
-        })?;
-        if leaf.is_some_and(|leaf| leaf_hash(&leaf.record.salt, &leaf.record.body) == last) {
-            return Ok(place);
+        // The leaf itself may be in an archive.
+        let hash = LeafHashes::new(&**self.trail.vault().store(), index).step(1).await;
+        match hash {
+            Ok(hash) if hash.first() == Some(&last) => return Ok(place),
+            Ok(_) | Err(Error::DataLoss { .. }) => {}
+            Err(error) => {
+                let why = error.internal_text().unwrap_or_default();
+                return Err(format!("the log cannot be read: {why}"));
+            }
         }
         tracing::warn!(
             sink,
@@ -319,8 +323,24 @@ impl Copier {
         let vault = self.trail.vault();
         let mut batch = Batch::empty(from);
         if vault.leaves() > from.leaf {
-            let range = polykey_storage::from(from.leaf.to_be_bytes());
-            for (key, leaf) in vault.scan::<AuditLeaf>(range, Direction::Forward, bite).await? {
+            let rows = async |from: u64| {
+                let range = polykey_storage::from(from.to_be_bytes());
+                vault.scan::<AuditLeaf>(range, Direction::Forward, bite).await
+            };
+            let mut leaves = rows(from.leaf).await?;
+            if leaves.first().is_some_and(|(_, leaf)| leaf.record.archived) {
+                let (kept, _) = archive::kept(vault).await?;
+                let (sink, first) = (self.name.as_str(), from.leaf);
+                tracing::warn!(
+                    sink,
+                    first,
+                    kept,
+                    "an audit sink goes on behind what was archived: the leaves before are in the archives"
+                );
+                batch.next.leaf = kept.max(from.leaf);
+                leaves = rows(batch.next.leaf).await?;
+            }
+            for (key, leaf) in leaves {
                 if key != batch.next.leaf.to_be_bytes() {
                     let missing = batch.next.leaf;
                     return Err(Error::data_loss(format!("audit leaf {missing} is missing")));
@@ -346,6 +366,9 @@ impl Copier {
 
     fn leaf(&self, batch: &mut Batch, leaf: &AuditLeaf) -> Result<(), Error> {
         let index = batch.next.leaf;
+        if leaf.archived {
+            return Err(Error::unavailable(format!("audit leaf {index} is being archived")));
+        }
         let body = AuditBody::decode(leaf.body.as_ref())
             .map_err(|e| Error::data_loss(format!("audit leaf {index} does not decode: {e}")))?;
         match self.sink.content {
@@ -378,6 +401,7 @@ fn unwritten(error: serde_json::Error) -> Error {
 /// All sinks of a node.
 pub struct Sinks {
     each: Vec<Arc<Copier>>,
+    vault: Arc<Vault>,
     closing: CancellationToken,
     tasks: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -405,7 +429,8 @@ impl Sinks {
             })
         });
         let each = each.collect();
-        Arc::new(Self { each, closing, tasks: Mutex::default() })
+        let vault = Arc::clone(trail.vault());
+        Arc::new(Self { each, vault, closing, tasks: Mutex::default() })
     }
 
     /// Starts copying, on the current runtime.
@@ -418,6 +443,40 @@ impl Sinks {
     #[must_use]
     pub fn status(&self) -> Vec<SinkStatus> {
         self.each.iter().map(|copier| copier.status()).collect()
+    }
+
+    /// The sink that has least of the log for good, and how many leaves that is. What it may have beyond that
+    /// is not counted.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if that cannot be read.
+    pub async fn least(&self) -> Result<Option<(String, u64)>, Error> {
+        let log = origin(&self.vault.node_id());
+        let saved = self.each.iter().map(|copier| (copier.name.clone(), copier.saved.clone()));
+        let saved: Vec<(String, PathBuf)> = saved.collect();
+        let look = move || {
+            let mut least: Option<(String, u64)> = None;
+            for (name, path) in saved {
+                let place = Place::load(&path).map_err(|error| {
+                    Error::unavailable(format!("{} cannot be read: {error}", path.display()))
+                })?;
+                let has = place.filter(|place| place.log == log).map_or(0, |place| place.next.leaf);
+                if least.as_ref().is_none_or(|(_, least)| has < *least) {
+                    least = Some((name, has));
+                }
+            }
+            Ok(least)
+        };
+        tokio::task::spawn_blocking(look).await.map_err(|e| Error::internal(e.to_string()))?
+    }
+
+    /// How far those have the log who are to have all that is archived: the sinks, and the replication
+    /// target up to a revision.
+    ///
+    /// # Errors
+    /// As [`Self::least`].
+    pub async fn had(&self, shipped: Option<Revision>) -> Result<Had, Error> {
+        Ok(Had { sink: self.least().await?, shipped })
     }
 
     /// For health: the first one that fails.

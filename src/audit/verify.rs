@@ -8,6 +8,7 @@ use polykey_storage::{Direction, Store};
 use prost::Message;
 use serde::Serialize;
 
+use super::archive;
 use super::checkpoint::{self, Checkpoint, VerifyingKey, origin};
 use super::proof::LeafHashes;
 use crate::error::Error;
@@ -24,6 +25,9 @@ pub struct Report {
     pub origin: String,
     /// Leaves there are.
     pub leaves: u64,
+    /// Leaves whose bodies were read.
+    #[serde(skip)]
+    pub read: u64,
     /// Events in them; 0 where bodies were not read.
     pub events: u64,
     /// The root over them, base64.
@@ -63,6 +67,8 @@ pub(super) struct Walk<'k> {
     /// Checkpoints still ahead, by size.
     ahead: BTreeMap<u64, Vec<Checkpoint>>,
     node_id: Option<[u8; 16]>,
+    /// Leaves before this one were not given.
+    first: u64,
 }
 
 impl<'k> Walk<'k> {
@@ -72,12 +78,28 @@ impl<'k> Walk<'k> {
         keys: &'k [VerifyingKey],
         kept: &[Checkpoint],
     ) -> Self {
+        Self::behind(Frontier::default(), node_id, keys, kept)
+    }
+
+    /// As [`Self::new`], with the tree over leaves that are not here. Nothing vouches for it but the
+    /// checkpoints that follow.
+    pub(super) fn behind(
+        tree: Frontier,
+        node_id: Option<[u8; 16]>,
+        keys: &'k [VerifyingKey],
+        kept: &[Checkpoint],
+    ) -> Self {
         let report = Report {
             origin: node_id.as_ref().map(origin).unwrap_or_default(),
             ..Report::default()
         };
-        let mut walk =
-            Self { report, keys, tree: Frontier::default(), ahead: BTreeMap::new(), node_id };
+        let (first, ahead) = (tree.size(), BTreeMap::new());
+        let mut walk = Self { report, keys, tree, ahead, node_id, first };
+        if first > 0 {
+            walk.report.notes.push(format!(
+                "the leaves before {first} were not given: they are in archives, and what is here goes on from them"
+            ));
+        }
         for checkpoint in kept {
             walk.checkpoint(checkpoint.clone());
         }
@@ -91,6 +113,11 @@ impl<'k> Walk<'k> {
             self.report.find(format!("the checkpoint at {size} is of {}", checkpoint.origin));
         } else if checkpoint.verify(self.keys).is_none() {
             self.report.find(format!("the checkpoint at {size} is signed by no trusted key"));
+        } else if size < self.first {
+            let first = self.first;
+            self.report.find(format!(
+                "the checkpoint at {size} cannot be compared: the leaves before {first} were not given; give their archives as well"
+            ));
         } else if size < self.tree.size() {
             self.report.find(format!("the checkpoint at {size} stands behind its leaves"));
         } else if size == self.tree.size() {
@@ -122,6 +149,7 @@ impl<'k> Walk<'k> {
     /// A leaf with its salt and body.
     pub(super) fn leaf(&mut self, salt: &[u8], bytes: &[u8]) -> Hash {
         let index = self.tree.size();
+        self.report.read += 1;
         match AuditBody::decode(bytes) {
             Ok(body) => {
                 if body.index != index {
@@ -146,6 +174,11 @@ impl<'k> Walk<'k> {
 
     pub(super) fn root(&self) -> Hash {
         self.tree.root()
+    }
+
+    /// The tree so far.
+    pub(super) fn tree(&self) -> &Frontier {
+        &self.tree
     }
 
     pub(super) fn finish(mut self) -> Report {
@@ -206,6 +239,8 @@ pub async fn verify_store(
             Err(text) => walk.report.find(format!("a stored checkpoint: {text}")),
         }
     }
+    let (kept, _) = archive::kept(vault).await?;
+    let mut archived = 0_u64;
     while walk.size() < head.leaves {
         let from = walk.size();
         let range = polykey_storage::from(from.to_be_bytes().to_vec());
@@ -224,6 +259,13 @@ pub async fn verify_store(
             }
             let clear = row.value.first_chunk::<32>().copied().unwrap_or_default();
             match vault.get::<AuditLeaf>(&row.key).await {
+                Ok(Some(leaf)) if leaf.record.archived => {
+                    if index >= kept {
+                        walk.report.find(format!("leaf {index} is archived, and no archive has it"));
+                    }
+                    archived += 1;
+                    walk.hash(clear);
+                }
                 Ok(Some(leaf)) => {
                     if walk.leaf(&leaf.record.salt, &leaf.record.body) != clear {
                         walk.report.find(format!("the hash of leaf {index} is not its own"));
@@ -241,6 +283,11 @@ pub async fn verify_store(
             }
         }
         tokio::task::yield_now().await;
+    }
+    if archived > 0 {
+        walk.report.notes.push(format!(
+            "{archived} leaves are in archives: their hashes were verified here, they themselves are with `polykey audit verify --export ARCHIVE`"
+        ));
     }
     if walk.size() != head.leaves || walk.root() != head.root {
         let (found, expected) = (walk.size(), head.leaves);

@@ -324,7 +324,7 @@ fn the_node() {
 
 #[test]
 fn audit() {
-    check("audit-list.json", &EventsView { events: events(vec![event()]) });
+    check("audit-list.json", &EventsView { events: events(vec![event()]), archives: Vec::new() });
     check(
         "audit-checkpoint.json",
         &CheckpointView::from(pb::AuditCheckpoint {

@@ -10,9 +10,9 @@ use polykey_hsm::aws::AwsConnection;
 use toml::de::DeValue;
 use tracing::level_filters::LevelFilter;
 
-use super::read::{ConfigErrors, Document, Refused, Section, path, refuse, string};
+use super::read::{ConfigErrors, Document, Refused, Section, days, path, refuse, string};
 use super::{
-    Anchor, Audit, Bootstrap, Ca, Config, DataPlane, Hardened, Limits, Listen, Log, LogFormat,
+    Anchor, Archiving, Audit, Bootstrap, Ca, Config, DataPlane, Hardened, Limits, Listen, Log, LogFormat,
     Login, Node, Runtime, Storage, TlsReferences, Tokens, Tolerate, Unlock, Wrapper, replication,
     sinks, wrapper,
 };
@@ -335,10 +335,31 @@ fn audit(section: Section<'_, '_>) -> Audit {
     let audit = Audit {
         data_plane: section.word("data_plane", &words, DataPlane::Buffered),
         checkpoint_interval: section.duration("checkpoint_interval", ("1s", "24h"), MINUTE),
+        archive: archiving(&section),
         sinks: section.inner("sinks").map(|sinks| sinks::sections(&sinks)).unwrap_or_default(),
     };
     section.finish();
     audit
+}
+
+/// Leaves go nowhere but into archives: nothing is ever just deleted.
+fn archiving(section: &Section<'_, '_>) -> Option<Archiving> {
+    let keep = section.get("keep", |value| days(value, ("1s", "36500d")));
+    let directory = section.path("archive");
+    let complain = |key, what: &str, remedy: &str| {
+        section.complain(key, (what.to_owned(), remedy.to_owned()));
+    };
+    if section.has("keep") && !section.has("archive") {
+        complain(
+            "keep",
+            "leaves are never just deleted",
+            "name the directory for what is older in `archive`, or remove it",
+        );
+    }
+    if section.has("archive") && !section.has("keep") {
+        complain("archive", "nothing is archived without `keep`", "add `keep`, or remove it");
+    }
+    Some(Archiving { keep: keep?, directory: directory? })
 }
 
 fn policies(section: Section<'_, '_>) -> Vec<PathBuf> {

@@ -210,6 +210,8 @@ pub fn entries(config: &Config) -> Vec<Entry> {
             },
         ),
         ("audit.checkpoint_interval", time(audit.checkpoint_interval)),
+        ("audit.keep", optional(audit.archive.as_ref(), |archive| time(archive.keep))),
+        ("audit.archive", optional(audit.archive.as_ref(), |archive| path(&archive.directory))),
         (
             "audit.sinks",
             audit

@@ -14,7 +14,6 @@ mod stream;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use aws_lc_rs::digest;
 use parking_lot::Mutex;
 use polykey_hsm::work::{WorkError, WorkingKey, canonical_context};
 use polykey_hsm::{Algorithm, Purpose};
@@ -24,7 +23,7 @@ use super::hardened::is_hardened;
 use super::resident::is_resident;
 use super::{Key, KeyVersion, Keyring};
 use crate::audit::Draft;
-use crate::audit::event::is_plain;
+use crate::audit::event::{is_plain, value_hash};
 use crate::audit::line::Line;
 use crate::authz::{Action, Authorized, Command, DecisionId, Resource};
 use crate::command::crypto::GenerateRandom;
@@ -104,10 +103,9 @@ fn code_of(outcome: Outcome) -> i32 {
     if outcome == Outcome::Success { 0 } else { INVALID_ARGUMENT }
 }
 
-/// Whether an event shows a context whole, so that it needs no digest of it.
+/// Whether an event names every pair of a context, so that it needs no hash of the whole.
 fn stands_whole(context: &BTreeMap<String, String>) -> bool {
-    let short = |(n, v): (&String, &String)| n.len() + 8 <= CONTEXT_TEXT && v.len() <= CONTEXT_TEXT;
-    context.len() <= CONTEXT_PAIRS && context.iter().all(short)
+    context.len() <= CONTEXT_PAIRS && context.keys().all(|name| name.len() + 8 <= CONTEXT_TEXT)
 }
 
 /// What [`Keyring::work_event`] says, of a plain context.
@@ -287,7 +285,16 @@ impl Keyring {
         .map_err(Error::State)
     }
 
+    /// A context as an event has it: the names in the clear and of each value the keyed hash, since values
+    /// may be anything that a caller binds, a patient's number for one.
+    fn hidden(&self, context: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+        let ring = self.vault.ring();
+        let pairs = context.iter().take(CONTEXT_PAIRS);
+        pairs.map(|(name, value)| (name.clone(), value_hash(&ring, value.as_bytes()))).collect()
+    }
+
     fn work_event(
+        &self,
         cx: &Context,
         ready: &Ready,
         context: &BTreeMap<String, String>,
@@ -297,13 +304,12 @@ impl Keyring {
         let decision = ready.decision.to_string();
         let code = code_of(outcome);
         let mut event = cx.origin().event(ready.action.name(), about, outcome, code, &decision);
-        for (name, value) in context.iter().take(CONTEXT_PAIRS) {
+        for (name, value) in &self.hidden(context) {
             event = event.detail(&format!("context.{name}"), value);
         }
         if !stands_whole(context) {
-            let digest = digest::digest(&digest::SHA256, &canonical_context(context));
-            let digest = data_encoding::HEXLOWER.encode(digest.as_ref());
-            event = event.detail("context_sha256", digest);
+            let whole = value_hash(&self.vault.ring(), &canonical_context(context));
+            event = event.detail("context_hash", whole);
         }
         event
     }
@@ -315,11 +321,11 @@ impl Keyring {
         ready: &Ready,
         context: &BTreeMap<String, String>,
     ) -> Result<(), Error> {
-        let plain = |(name, value): (&String, &String)| is_plain(name) && is_plain(value);
-        if stands_whole(context) && context.iter().all(plain) {
-            return self.trail.used(line(cx, ready, context, Outcome::Success)).await;
+        if stands_whole(context) && context.keys().all(|name| is_plain(name)) {
+            let hidden = self.hidden(context);
+            return self.trail.used(line(cx, ready, &hidden, Outcome::Success)).await;
         }
-        let event = Self::work_event(cx, ready, context, Outcome::Success);
+        let event = self.work_event(cx, ready, context, Outcome::Success);
         Box::pin(self.trail.used(event)).await
     }
 
@@ -337,7 +343,7 @@ impl Keyring {
         ready: &Ready,
         context: &BTreeMap<String, String>,
     ) -> Result<u64, Error> {
-        self.trail.record(Self::work_event(cx, ready, context, Outcome::Success)).await
+        self.trail.record(self.work_event(cx, ready, context, Outcome::Success)).await
     }
 
     /// Records that something did not open, and passes the failure on.
