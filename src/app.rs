@@ -422,7 +422,8 @@ impl App {
         let signer: Arc<dyn audit::Signer> = Arc::new(CheckpointSigner(signer));
         let options = audit::Options::from(&config.audit);
         let trail = Arc::new(Trail::start(Arc::clone(&vault), options, Some(signer)).await?);
-        let sinks = Sinks::new(&config.audit, &config.node.data_dir, &trail);
+        let senders = Box::pin(secrets::sinks(&config)).await?;
+        let sinks = Sinks::new(&config.audit, &config.node.data_dir, &trail, &senders);
 
         let directory = Arc::new(Directory::new(Arc::clone(&vault), security));
         let refusals = Arc::new(Refusals(Arc::clone(&trail)));

@@ -386,10 +386,12 @@ impl Config {
         let named = [certificate, key, client_ca, crl, &self.tokens.signing_key];
         let database = self.storage.database.as_ref().and_then(|d| d.password.as_ref());
         let replica = self.replication.as_ref().and_then(|r| r.password.as_ref());
-        let told = self.telemetry.iter().flat_map(|telemetry| {
-            let ca = telemetry.ca.iter().filter_map(|(_, reference)| reference.as_ref());
-            telemetry.headers.values().chain(ca)
+        let sinks = self.audit.sinks.values().filter_map(|sink| match &sink.target {
+            sinks::Target::Otlp(collector) => Some(&**collector),
+            sinks::Target::File(_) | sinks::Target::Syslog(_) => None,
         });
+        let collectors = self.telemetry.iter().map(|telemetry| &telemetry.collector).chain(sinks);
+        let told = collectors.flat_map(telemetry::Collector::references);
         named.into_iter().flatten().chain(database).chain(replica).chain(told).any(ssm)
             || std::iter::once(&self.master_key).chain(self.wrappers.values()).any(wrapper)
     }

@@ -94,8 +94,9 @@ impl MacKeys {
     }
 
     fn key(&self, purpose: MacPurpose) -> &hmac::Key {
-        let Self([row, principal, api, page, metadata, idempotency, set, audit, login, anchor, value]) =
-            self;
+        let Self(
+            [row, principal, api, page, metadata, idempotency, set, audit, login, anchor, value],
+        ) = self;
         match purpose {
             MacPurpose::RowName => row,
             MacPurpose::Principal => principal,

@@ -19,6 +19,7 @@ use rustix::fs::FlockOperation;
 use tokio::time::MissedTickBehavior;
 
 use super::{App, event};
+use crate::audit::event::bounded;
 use crate::audit::export::{ExportWriter, leaves, verify_export};
 use crate::audit::{Archive, Checkpoint, Claim, Sinks, Trail, VerifyingKey};
 use crate::config::Archiving;
@@ -80,7 +81,8 @@ impl Archiver {
         match &*self.trouble.lock() {
             None => State::Serving,
             Some(why) => {
-                let text = format!("[audit] archive: {why}; the leaves stay in the store until then");
+                let text =
+                    format!("[audit] archive: {why}; the leaves stay in the store until then");
                 State::Degraded(text.into())
             }
         }
@@ -139,7 +141,8 @@ impl Archiver {
             sha256,
         };
         let mut event = event("ArchiveAudit", now);
-        event.details = claim.details().into_iter().map(|(n, v)| (n.to_owned(), v)).collect();
+        let detail = |(name, text): (&str, String)| (name.to_owned(), bounded(&text).into_owned());
+        event.details = claim.details().into_iter().map(detail).collect();
         match trail.archive(claim, &had, event).await {
             Ok(archive) => Ok(Some(archive)),
             Err(Error::Conflict) => {
@@ -240,9 +243,8 @@ impl Work {
         let options =
             OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path);
         let out = BufWriter::new(options.map_err(failed)?);
-        let mut writer =
-            ExportWriter::behind(&self.log, out, &self.checkpoint.origin, &self.keys)
-                .map_err(failed)?;
+        let mut writer = ExportWriter::behind(&self.log, out, &self.checkpoint.origin, &self.keys)
+            .map_err(failed)?;
         let (mut next, end) = (self.log.size(), self.checkpoint.size);
         while next < end {
             let limit = usize::try_from(end - next).unwrap_or(BITE).min(BITE);

@@ -13,7 +13,6 @@ use crate::config::sinks::{Target, Way};
 use crate::config::{Config, Telemetry};
 use crate::custody::{MASTER_KEY, NamedWrapper};
 use crate::net::tls::{self, TlsState};
-use crate::telemetry::otlp::send::Sender;
 
 /// The first bytes of every store file: redb's magic number.
 const MAGIC: &[u8] = b"redb\x1a\x0a\xa9\x0d\x0a";
@@ -129,16 +128,15 @@ pub async fn check(config: &Config) -> Vec<Finding> {
         findings.push(Finding { subject: "audit archive", result });
     }
     if !config.audit.sinks.is_empty() {
-        findings.push(Finding { subject: "audit sinks", result: sinks(config) });
+        findings.push(Finding { subject: "audit sinks", result: sinks(config).await });
     }
     findings
 }
 
 /// The way to the collector, which is not asked.
 async fn way(config: &Config, settings: &Telemetry) -> Result<String, AppError> {
-    let secrets = Box::pin(secrets::telemetry(config, settings)).await?;
-    Sender::new(settings, secrets)?;
-    Ok(format!("{}, {NOT_ASKED}", settings.endpoint))
+    Box::pin(secrets::telemetry(config, settings)).await?;
+    Ok(format!("{}, {NOT_ASKED}", settings.collector.endpoint))
 }
 
 fn data_directory(path: &Path) -> Result<String, AppError> {
@@ -161,14 +159,13 @@ fn data_directory(path: &Path) -> Result<String, AppError> {
 /// Whether files can be made in a directory.
 fn writable(directory: &Path) -> Result<(), AppError> {
     let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
-    rustix::fs::access(directory, access).map_err(|error| AppError::Unreadable {
-        path: directory.to_owned(),
-        source: error.into(),
-    })
+    rustix::fs::access(directory, access)
+        .map_err(|error| AppError::Unreadable { path: directory.to_owned(), source: error.into() })
 }
 
 /// A sink that cannot be written is no hindrance to a start: what no node could write is.
-fn sinks(config: &Config) -> Result<String, AppError> {
+async fn sinks(config: &Config) -> Result<String, AppError> {
+    Box::pin(secrets::sinks(config)).await?;
     let mut told = Vec::new();
     for (name, sink) in &config.audit.sinks {
         match &sink.target {
@@ -188,6 +185,7 @@ fn sinks(config: &Config) -> Result<String, AppError> {
                 }
                 told.push(format!("{name} ({}, {NOT_ASKED})", sink.place()));
             }
+            Target::Otlp(_) => told.push(format!("{name} ({}, {NOT_ASKED})", sink.place())),
         }
     }
     Ok(told.join(", "))

@@ -259,8 +259,7 @@ impl Trail {
             self.trim().await?;
             return Ok(known.clone());
         }
-        let (first, mut log) =
-            known.map_or_else(Default::default, |known| (known.end, known.log));
+        let (first, mut log) = known.map_or_else(Default::default, |known| (known.end, known.log));
         let invalid = |field: &str, text: String| Error::invalid(format!("archive.{field}"), text);
         if claim.first != first {
             let text = format!("must be {first}, the first leaf that has not been archived");

@@ -1,4 +1,4 @@
-//! Copies of the log in files and at syslog collectors.
+//! Copies of the log in files, and at syslog and OpenTelemetry collectors.
 //!
 //! The store is the authority and the only buffer: each sink reads the log for itself, from where it
 //! has come to, a batch at a time. So a sink that is slow, hangs or fails holds up neither requests
@@ -9,11 +9,13 @@
 //! Where several nodes share a store they share its log: each node with a sink copies all of it.
 
 mod file;
+mod otlp;
 mod place;
 mod syslog;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -36,9 +38,11 @@ use crate::config::sinks::{Content, Target};
 use crate::config::{self, Sink};
 use crate::error::Error;
 use crate::health::State;
+use crate::telemetry::otlp::encode::Source;
+use crate::telemetry::otlp::send::Sender;
 use crate::time::Time;
-use crate::vault::{Vault, space};
 use crate::vault::tree::{Hash, leaf_hash};
+use crate::vault::{Vault, space};
 use place::{Cursor, Place};
 
 /// How often a sink looks for new leaves. The look is two loads of atomics.
@@ -72,7 +76,18 @@ struct Batch {
 #[derive(Debug)]
 struct Record {
     time: Time,
+    what: What,
     line: Vec<u8>,
+}
+
+/// What a line is.
+#[derive(Clone, Copy, Debug)]
+enum What {
+    Leaf(u64),
+    /// A leaf, and the place in it.
+    Event(u64, u32),
+    /// Its size.
+    Checkpoint(u64),
 }
 
 impl Batch {
@@ -84,14 +99,21 @@ impl Batch {
 enum Outlet {
     File(file::Outlet),
     Syslog(Box<syslog::Outlet>),
+    Otlp(Box<otlp::Outlet>),
 }
 
 impl Outlet {
-    fn new(sink: &Sink, place: Place, saved: PathBuf) -> Self {
-        match &sink.target {
+    fn new(copier: &Copier, place: Place) -> Self {
+        let saved = copier.saved.clone();
+        match &copier.sink.target {
             Target::File(target) => Self::File(file::Outlet::new(target.clone(), place, saved)),
             Target::Syslog(target) => {
                 Self::Syslog(Box::new(syslog::Outlet::new(target.clone(), place, saved)))
+            }
+            Target::Otlp(_) => {
+                let (at, source) = (copier.sink.place(), copier.source.clone());
+                let sender = copier.sender.clone();
+                Self::Otlp(Box::new(otlp::Outlet::new(at, sender, source, place, saved)))
             }
         }
     }
@@ -101,6 +123,7 @@ impl Outlet {
         match self {
             Self::File(outlet) => outlet.next(),
             Self::Syslog(outlet) => outlet.next(),
+            Self::Otlp(outlet) => outlet.next(),
         }
     }
 
@@ -110,6 +133,7 @@ impl Outlet {
         match self {
             Self::File(outlet) => outlet.put(batch).await,
             Self::Syslog(outlet) => Box::pin(outlet.put(batch)).await,
+            Self::Otlp(outlet) => Box::pin(outlet.put(batch)).await,
         }
     }
 }
@@ -138,6 +162,9 @@ struct Seen {
 struct Copier {
     name: String,
     sink: Sink,
+    /// The way to it, if it is a collector of OpenTelemetry's.
+    sender: Option<Sender>,
+    source: Source,
     saved: PathBuf,
     trail: Arc<Trail>,
     seen: Mutex<Seen>,
@@ -194,7 +221,7 @@ impl Copier {
                 return;
             }
         };
-        let mut outlet = Outlet::new(&self.sink, place, self.saved.clone());
+        let mut outlet = Outlet::new(&self, place);
         let mut bite = BITE;
         loop {
             let next = outlet.next();
@@ -358,7 +385,8 @@ impl Copier {
                     .map_err(|why| Error::data_loss(format!("a stored checkpoint: {why}")))?;
                 batch.next.checkpoint = checkpoint.size;
                 let line = checkpoint_line(&checkpoint.note).map_err(unwritten)?;
-                batch.records.push(Record { time: checkpoint.time, line });
+                let what = What::Checkpoint(checkpoint.size);
+                batch.records.push(Record { time: checkpoint.time, what, line });
             }
         }
         Ok(batch)
@@ -378,13 +406,15 @@ impl Copier {
                     .first()
                     .map_or_else(Time::default, |event| Time::from_micros(event.time));
                 let line = leaf_line(index, &leaf.salt, &leaf.body).map_err(unwritten)?;
-                batch.records.push(Record { time, line });
+                let what = What::Leaf(index);
+                batch.records.push(Record { time, what, line });
             }
             Content::Events => {
                 for entry in entries(index, body) {
                     let time = Time::from_micros(entry.event.time);
                     let line = serde_json::to_vec(&EventView::from(&entry));
-                    batch.records.push(Record { time, line: line.map_err(unwritten)? });
+                    let what = What::Event(index, entry.position);
+                    batch.records.push(Record { time, what, line: line.map_err(unwritten)? });
                 }
             }
         }
@@ -413,15 +443,27 @@ impl std::fmt::Debug for Sinks {
 }
 
 impl Sinks {
-    /// Those that the configuration names, at rest. How far each has come is kept in `audit-sinks` of
+    /// Those that the configuration names, at rest, with the ways to those that are collectors. How far each has come is kept in `audit-sinks` of
     /// the data directory.
     #[must_use]
-    pub fn new(config: &config::Audit, data_dir: &Path, trail: &Arc<Trail>) -> Arc<Self> {
+    pub fn new(
+        config: &config::Audit,
+        data_dir: &Path,
+        trail: &Arc<Trail>,
+        senders: &BTreeMap<String, Sender>,
+    ) -> Arc<Self> {
+        let node_id = trail.vault().node_id();
+        let source = Source {
+            instance: data_encoding::HEXLOWER.encode(&node_id),
+            since: Duration::default(),
+        };
         let closing = CancellationToken::new();
         let each = config.sinks.iter().map(|(name, sink)| {
             Arc::new(Copier {
                 name: name.clone(),
                 sink: sink.clone(),
+                sender: senders.get(name).cloned(),
+                source: source.clone(),
                 saved: data_dir.join("audit-sinks").join(format!("{name}.json")),
                 trail: Arc::clone(trail),
                 seen: Mutex::new(Seen { copied: 0, level: Instant::now(), trouble: None }),

@@ -261,7 +261,8 @@ pub async fn verify_store(
             match vault.get::<AuditLeaf>(&row.key).await {
                 Ok(Some(leaf)) if leaf.record.archived => {
                     if index >= kept {
-                        walk.report.find(format!("leaf {index} is archived, and no archive has it"));
+                        walk.report
+                            .find(format!("leaf {index} is archived, and no archive has it"));
                     }
                     archived += 1;
                     walk.hash(clear);

@@ -615,7 +615,9 @@ async fn verify(app: &App, args: VerifyArgs) -> Result<(), CliError> {
     let copied = copy(&remote, request, BufWriter::new(writer)).await;
     let copied = match copied {
         Ok(None) => return Err(none_yet()),
-        Ok(Some((out, _))) => out.into_inner().map(drop).map_err(|e| CopyError::Write(e.into_error())),
+        Ok(Some((out, _))) => {
+            out.into_inner().map(drop).map_err(|e| CopyError::Write(e.into_error()))
+        }
         Err(error) => Err(error),
     };
     let report = verification.await.map_err(|e| local(e.into()))?.map_err(|e| unreadable(&e))?;

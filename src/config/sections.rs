@@ -12,9 +12,9 @@ use tracing::level_filters::LevelFilter;
 
 use super::read::{ConfigErrors, Document, Refused, Section, days, path, refuse, string};
 use super::{
-    Anchor, Archiving, Audit, Bootstrap, Ca, Config, DataPlane, Hardened, Limits, Listen, Log, LogFormat,
-    Login, Node, Runtime, Storage, TlsReferences, Tokens, Tolerate, Unlock, Wrapper, replication,
-    sinks, wrapper,
+    Anchor, Archiving, Audit, Bootstrap, Ca, Config, DataPlane, Hardened, Limits, Listen, Log,
+    LogFormat, Login, Node, Runtime, Storage, TlsReferences, Tokens, Tolerate, Unlock, Wrapper,
+    replication, sinks, wrapper,
 };
 use crate::authn::layer::WITHOUT_TOKEN;
 use crate::custody::MASTER_KEY;

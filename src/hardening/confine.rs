@@ -69,6 +69,7 @@ impl Needs {
             match &sink.target {
                 Target::File(file) => writable.extend(parent(&file.path)),
                 Target::Syslog(syslog) => away |= !matches!(syslog.way, Way::Unix(_)),
+                Target::Otlp(_) => away = true,
             }
         }
         let calls = token || aws || away || config.refers_to_parameters();

@@ -106,7 +106,8 @@ impl AdminService {
     pub(crate) fn new(deps: Arc<Deps>, admin: AdminDeps) -> Self {
         let wrappers = Mutex::new(admin.wrappers.clone());
         let (verified, backups) = (Mutex::new(None), Arc::new(Semaphore::new(1)));
-        let hashes = RateLimiter::hashmap_with_clock(Quota::per_minute(HASHES), DefaultClock::default());
+        let hashes =
+            RateLimiter::hashmap_with_clock(Quota::per_minute(HASHES), DefaultClock::default());
         Self(Arc::new(Inner { deps, admin, wrappers, verified, backups, hashes }))
     }
 

@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 
 use polykey_proto::polykey::record::v1::{
-    AliasRecord, AuditArchiveRecord, AuditLeaf, CanaryRecord, ClientRecord, ClockRecord, HeadRecord, IdempotencyRecord,
-    IdentityRecord, ImportRecord, JobRecord, KeyRecord, LaneRecord, ListRow, ResealRecord,
-    RevokedTokenRecord, RoleRecord, SigningKeyRecord, TokenFamilyRecord, UsageMark, UsageRecord,
-    UseCountRecord, VersionRecord,
+    AliasRecord, AuditArchiveRecord, AuditLeaf, CanaryRecord, ClientRecord, ClockRecord,
+    HeadRecord, IdempotencyRecord, IdentityRecord, ImportRecord, JobRecord, KeyRecord, LaneRecord,
+    ListRow, ResealRecord, RevokedTokenRecord, RoleRecord, SigningKeyRecord, TokenFamilyRecord,
+    UsageMark, UsageRecord, UseCountRecord, VersionRecord,
 };
 use polykey_storage::{Direction, RowKey, Space};
 

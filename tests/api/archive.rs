@@ -1,0 +1,300 @@
+//! Old leaves of the audit log go into archives, by command and by themselves, and everything can still be
+//! proved; values that may not stand in the log are found by their hashes.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use data_encoding::BASE64;
+use serde_json::{Value, json};
+use tonic::Code;
+
+use crate::common::client::refused;
+use crate::common::{Options, PATIENCE, Server};
+
+/// The standalone verifier: whether it is content, and what it said.
+fn python(args: &[&str]) -> (bool, String) {
+    let python = std::env::var("POLYKEY_PYTHON").unwrap_or_else(|_| "python3".into());
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/verify-audit.py");
+    let output = std::process::Command::new(python).arg(script).args(args).output().unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    (output.status.success(), String::from_utf8_lossy(&text).into_owned())
+}
+
+fn ok(server: &Server, args: &[&str]) -> Value {
+    let all = [&["-o", "json"], args].concat();
+    let (code, out, err) = server.cli(&all);
+    assert_eq!(code, 0, "{args:?}: {out}{err}");
+    serde_json::from_str(&out).unwrap()
+}
+
+/// Leaves and events of the files, as a reader of the files finds them.
+fn holds(files: &[PathBuf], word: &str) -> (u64, usize) {
+    let (mut next, mut found) = (0, 0);
+    for file in files {
+        for line in std::fs::read_to_string(file).unwrap().lines() {
+            let line: Value = serde_json::from_str(line).unwrap();
+            if let Some(leaf) = line["leaf"].as_u64() {
+                assert_eq!(leaf, next, "{}", file.display());
+                next += 1;
+                let data = BASE64.decode(line["data"].as_str().unwrap().as_bytes()).unwrap();
+                found += data.windows(word.len()).filter(|w| *w == word.as_bytes()).count();
+            }
+        }
+    }
+    (next, found)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_archived_by_command_verifies_alone_and_with_what_follows() {
+    let mut server = Server::dev();
+    let admin = server.admin().await;
+    let at = |name: &str| server.state.join(name).display().to_string();
+    let (one, two, rest, older) = (at("one"), at("two"), at("rest"), at("older.json"));
+    for _ in 0..30 {
+        admin.create(json!({})).await;
+    }
+    let kept = ok(&server, &["audit", "checkpoint"]);
+    std::fs::write(&older, kept.to_string()).unwrap();
+    let (size, key) = (kept["tree_size"].as_u64().unwrap(), kept["public_key"].as_str().unwrap());
+    for _ in 0..20 {
+        admin.create(json!({})).await;
+    }
+    ok(&server, &["audit", "checkpoint"]);
+
+    let first = ok(&server, &["audit", "archive", "--to", &one, "--leaves", &size.to_string()]);
+    assert_eq!((&first["first_leaf"], &first["end_leaf"]), (&json!(0), &json!(size)));
+    assert_eq!(first["root_hash"], kept["root_hash"]);
+    let (code, _, err) = server.cli(&["audit", "archive", "--to", &one]);
+    assert!(code != 0 && err.contains("there is something already"), "{err}");
+    // A file that is not the log's is no reason to take anything out.
+    let root = BASE64.encode(&[7; 32]);
+    let false_claim = json!({"archive": {"first_index": size, "end_index": size + 1, "file": "f",
+        "sha256": root, "root_hash": root}});
+    refused(admin.call("ArchiveAuditLog", false_claim).await, Code::InvalidArgument);
+    let second = ok(&server, &["audit", "archive", "--to", &two]);
+    let end = second["end_leaf"].as_u64().unwrap();
+    assert!(second["first_leaf"] == json!(size) && end > size + 20, "{second}");
+
+    // What the list lacks, it names.
+    let listed = ok(&server, &["audit", "list", "--from", "0", "--limit", "1000"]);
+    let files: Vec<&str> = listed["archives"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|a| a["file"].as_str().unwrap())
+        .collect();
+    assert_eq!(files, [one.as_str(), two.as_str()]);
+    let events = listed["events"].as_array().unwrap();
+    assert!(events.iter().all(|event| event["index"].as_u64().unwrap() >= end));
+    let trims = events.iter().filter(|event| event["action"] == "ArchiveAudit");
+    let named: Vec<&str> = trims.map(|e| e["details"]["file"].as_str().unwrap()).collect();
+    assert_eq!(named, files, "trimming is itself in the log");
+    let (_, _, err) = server.cli(&["audit", "list", "--limit", "1000"]);
+    assert!(err.contains(&format!("leaves 0 to {}", size - 1)) && err.contains(&one), "{err}");
+
+    for _ in 0..5 {
+        admin.create(json!({})).await;
+    }
+    ok(&server, &["audit", "export", &rest]);
+    let (leaves, created) =
+        holds(&[one.clone().into(), two.clone().into(), rest.clone().into()], "CreateKey");
+    assert_eq!(created, 55);
+    let check = |server: &Server, files: &[&str], kept: bool| {
+        let exports = files.iter().flat_map(|file| ["--export", file]);
+        let mut args = vec!["audit", "verify", "--public-key", key];
+        let mut others = files.to_vec();
+        others.extend(["--public-key", key]);
+        args.extend(exports);
+        if kept {
+            args.extend(["--checkpoint", &older]);
+            others.extend(["--checkpoint", &older]);
+        }
+        let (code, out, err) = server.cli(&args);
+        let (whole, said) = python(&others);
+        assert_eq!(code == 0, whole, "{files:?}: {out}{err}{said}");
+        whole
+    };
+    // Each alone, and all of them together, which alone shows what the kept checkpoint covers.
+    for files in [&[&*one][..], &[&*two], &[&*rest], &[&*one, &*two], &[&*one, &*two, &*rest]] {
+        assert!(check(&server, files, false), "{files:?}");
+    }
+    assert!(check(&server, &[&one, &two, &rest], true) && check(&server, &[&one], true));
+    for files in [&[&*one, &*rest][..], &[&*two, &*one], &[&*one, &*one]] {
+        assert!(!check(&server, files, false), "{files:?}");
+    }
+    assert!(!check(&server, &[&two, &rest], true));
+    // Another root before the first leaf is another log.
+    let text = std::fs::read_to_string(&two).unwrap();
+    let from = text.find("\"subtrees\":[\"").unwrap() + 13;
+    let other = if text[from..].starts_with('A') { "B" } else { "A" };
+    let forged = at("forged");
+    std::fs::write(&forged, format!("{}{other}{}", &text[..from], &text[from + 1..])).unwrap();
+    assert!(!check(&server, &[&forged], false));
+
+    // The server, which has the hashes, with and without the archives; and again after a kill.
+    for kill in [false, true] {
+        for args in [
+            &["audit", "verify"][..],
+            &["audit", "verify", "--archive", &one, "--archive", &two, "--checkpoint", &older],
+            &["store", "verify"],
+        ] {
+            let (code, out, err) = server.cli(args);
+            assert_eq!(code, 0, "{args:?}: {out}{err}");
+        }
+        let now = ok(&server, &["audit", "checkpoint"])["tree_size"].as_u64().unwrap();
+        assert!(now >= leaves);
+        server = server.restart(kill, &Options::default());
+    }
+    let store = server.state.join("data/polykey.redb");
+    let store = if store.exists() { store } else { find(&server.state, "redb").unwrap() };
+    let (status, output, _directory) = server.stop();
+    assert!(status.success(), "{output}");
+    let store = store.display().to_string();
+    let args = ["audit", "verify", "--store", &store, "--public-key", key, "--checkpoint", &older];
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_polykey")).args(args).output();
+    let output = output.unwrap();
+    assert!(output.status.success(), "{output:?}");
+}
+
+fn find(directory: &Path, end: &str) -> Option<PathBuf> {
+    let mut entries = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    entries.find_map(|path| match path.is_dir() {
+        true => find(&path, end),
+        false => path.extension().is_some_and(|e| e == end).then_some(path),
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn old_leaves_go_into_files_by_themselves_and_kills_lose_none() {
+    let section = "\n[audit]\ncheckpoint_interval = \"1s\"\nkeep = \"3s\"\narchive = \"archive\"\n";
+    let mut server = Server::dev_configured(|text| text + section);
+    let directory = server.state.join("archive");
+    let mut created = 0;
+    // Without its directory, nothing is archived, and health says so.
+    server.says("the audit log cannot be archived", 1).await;
+    std::fs::create_dir(&directory).unwrap();
+    let files = || {
+        let mut files: Vec<PathBuf> = std::fs::read_dir(&directory)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| path.extension().is_some_and(|e| e == "jsonl"))
+            .collect();
+        files.sort();
+        files
+    };
+    let begun = Instant::now();
+    let mut kills = 0_u64;
+    while files().len() < 4 {
+        assert!(begun.elapsed() < PATIENCE * 4, "{}", server.output());
+        let admin = server.admin().await;
+        let until = Instant::now() + Duration::from_millis(700 + 977 * (kills % 4));
+        while Instant::now() < until {
+            admin.create(json!({})).await;
+            created += 1;
+        }
+        kills += 1;
+        server = server.restart(true, &Options::default());
+    }
+    for args in [["audit", "verify"], ["store", "verify"]] {
+        let (code, out, err) = server.cli(&args);
+        assert_eq!(code, 0, "{args:?}: {out}{err}");
+    }
+    let key = ok(&server, &["audit", "checkpoint"])["public_key"].as_str().unwrap().to_owned();
+    let rest = server.state.join("rest");
+    ok(&server, &["audit", "export", &rest.display().to_string()]);
+    let listed = ok(&server, &["audit", "list", "--from", "0", "--limit", "1"]);
+    let end = listed["archives"].as_array().unwrap().last().unwrap()["end_leaf"].clone();
+    let recorded: Vec<PathBuf> = listed["archives"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|archive| archive["file"].as_str().unwrap().into())
+        .collect();
+    // The export may have been taken after another one.
+    let first_of_rest = std::fs::read_to_string(&rest).unwrap();
+    let first: Value = serde_json::from_str(first_of_rest.lines().next().unwrap()).unwrap();
+    let before = recorded.iter().filter(|file| {
+        let name = file.file_stem().unwrap().to_str().unwrap();
+        name.rsplit('-').next().unwrap().parse::<u64>().unwrap() <= first["first"].as_u64().unwrap()
+    });
+    let all: Vec<PathBuf> = before.cloned().chain([rest]).collect();
+    assert!(end.as_u64().unwrap() > 0);
+    let (_, found) = holds(&all, "CreateKey");
+    assert!(found >= created, "{found} of {created}, after {kills} kills");
+    let mut args: Vec<String> = all.iter().map(|file| file.display().to_string()).collect();
+    args.extend(["--public-key".into(), key]);
+    let (whole, said) = python(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(whole, "{said}");
+    println!("{created} keys, {kills} kills, {} archives", recorded.len());
+    let (status, output, _directory) = server.stop();
+    assert!(status.success(), "{output}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_archived_that_a_sink_has_not_had() {
+    let sink = "\n[audit.sinks.disk]\nkind = \"file\"\npath = \"later/audit.jsonl\"\n";
+    let server = Server::dev_configured(|text| text + sink);
+    let admin = server.admin().await;
+    for _ in 0..10 {
+        admin.create(json!({})).await;
+    }
+    let size = ok(&server, &["audit", "checkpoint"])["tree_size"].as_u64().unwrap();
+    let file = server.state.join("archive").display().to_string();
+    let (code, _, err) = server.cli(&["audit", "archive", "--to", &file]);
+    assert!(code != 0 && err.contains("nothing that may be archived"), "{err}");
+    assert!(!Path::new(&file).exists());
+    std::fs::create_dir(server.state.join("later")).unwrap();
+    let begun = Instant::now();
+    loop {
+        let (code, _, err) = server.cli(&["audit", "archive", "--to", &file]);
+        if code == 0 {
+            break;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{err}");
+    }
+    // The sink has all of it, though the store has not.
+    let copied = std::fs::read_to_string(server.state.join("later/audit.jsonl")).unwrap();
+    let leaves = copied.lines().filter(|line| line.starts_with("{\"leaf\":")).count() as u64;
+    assert!(leaves >= size, "{leaves} of {size}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_value_is_found_by_its_hash_and_by_nothing_else() {
+    const PATIENT: &str = "CANARY-patient-4711";
+    let section = "\n[audit]\ndata_plane = \"durable\"\n";
+    let server = Server::dev_configured(|text| text + section);
+    let admin = server.admin().await;
+    let key = admin.create(json!({"key_type": "KEY_TYPE_AES_256"})).await;
+    for patient in [PATIENT, "another"] {
+        let body = json!({"key_id": key, "plaintext": "AAAA", "context": {"patient": patient}});
+        admin.call("Encrypt", body).await.unwrap();
+    }
+    let file = server.state.join("value");
+    std::fs::write(&file, format!("{PATIENT}\n")).unwrap();
+    let file = file.display().to_string();
+    let hash = ok(&server, &["audit", "hash", "--value-file", &file]);
+    let hash = hash["hash"].as_str().unwrap();
+    assert!(hash.starts_with("hmac:") && hash.len() == 37, "{hash}");
+    let listed = ok(&server, &["audit", "list", "--value-hash", hash, "--action", "Encrypt"]);
+    let events = listed["events"].as_array().unwrap();
+    assert_eq!(events.len(), 1, "{events:#?}");
+    assert_eq!(events[0]["details"]["context.patient"], hash);
+    let all = ok(&server, &["audit", "list", "--limit", "1000"]).to_string();
+    assert!(!all.contains(PATIENT) && !server.output().contains(PATIENT));
+    // That somebody asked is in the log, with what he asked for; and he cannot ask for long.
+    let asked = ok(&server, &["audit", "list", "--action", "HashAuditValue"]);
+    assert_eq!(asked["events"][0]["details"]["hash"], hash);
+    let guess = |n: i32| {
+        admin.call("HashAuditValue", json!({"value": BASE64.encode(n.to_string().as_bytes())}))
+    };
+    let mut answered = 0;
+    let last = loop {
+        match guess(answered).await {
+            Ok(_) => answered += 1,
+            Err(fail) => break fail,
+        }
+        assert!(answered <= 10);
+    };
+    assert_eq!(last.code, Code::ResourceExhausted);
+    refused(admin.call("HashAuditValue", json!({})).await, Code::InvalidArgument);
+}
