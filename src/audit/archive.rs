@@ -15,6 +15,7 @@ use polykey_proto::polykey::record::v1::{AuditArchiveRecord, AuditEvent, AuditLe
 use polykey_storage::{Direction, Revision, all};
 
 use super::checkpoint::{self, Checkpoint};
+use super::flush;
 use super::trail::{Inner, Trail};
 use super::usage::{Held, load_mark, open_body};
 use crate::error::Error;
@@ -152,6 +153,8 @@ async fn made(vault: &Vault, leaf: u64) -> Result<Option<Time>, Error> {
 impl Inner {
     /// The leaf before which everything may be archived.
     async fn bound(&self, had: &Had) -> Result<u64, Error> {
+        // Where nothing touched a key, the mark lags.
+        flush::usage(self, true).await?;
         let mark = load_mark(&self.vault).await?;
         let own = mark.min(self.limit());
         Ok(had.sink.as_ref().map_or(own, |(_, has)| own.min(*has)))

@@ -267,6 +267,8 @@ impl AdminService {
         let named = |text: &str| !text.is_empty() && text.len() <= 4096 && !text.contains('\0');
         v.check(named(&m.file), "archive.file", "must have 1 to 4096 bytes");
         v.check(m.host.len() <= 255, "archive.host", "must have at most 255 bytes");
+        v.check(m.until.is_none(), "archive.until", "is the server's to say");
+        v.check(m.archived_at.is_none(), "archive.archived_at", "is the server's to say");
         let (sha256, root) =
             (hash(&mut v, "sha256", &m.sha256), hash(&mut v, "root_hash", &m.root_hash));
         let decision = self.authorize(&cx, Resource::Node, commands::ArchiveAudit).await?;
