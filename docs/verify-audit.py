@@ -18,7 +18,7 @@ of RFC 9162 section 2.1; each checkpoint (a C2SP signed note) has an Ed25519 sig
 a given key and the root of that tree. Each leaf names its place and its node. So whatever was edited,
 removed, put in, moved or cut off up to a checkpoint is found. A file that does not begin with the log names
 the subtrees over what is before; its checkpoints sign those as well, and the file before must end with them. A signature that is not Ed25519 of a
-given key (of ML-DSA, say) is named and not checked. Nothing here is secret: the arithmetic need not
+given key (of ML-DSA-65, say) is named and not checked. Nothing here is secret: the arithmetic need not
 run in constant time, and must not be used for signing.
 """
 
@@ -150,6 +150,9 @@ def decode_base64(text):
     return data if base64.b64encode(data) == text else None
 
 
+# Bytes of a signature.
+ML_DSA_65 = 3309
+
 NUMBER = r"(0|[1-9][0-9]{0,19})"
 NOTE = re.compile(
     rf"([^ +\n]+)\n{NUMBER}\n([A-Za-z0-9+/]{{43}}=)\ntime (-?[0-9]{{1,20}})\n\n((?:\u2014 [^\n]+\n)+)"
@@ -183,7 +186,8 @@ class Checkpoint:
             if any(ed25519_verifies(key, self.signed, signature) for key in mine):
                 signed = True
             elif not mine:
-                others.append(hint.hex())
+                kind = "ML-DSA-65" if len(signature) == ML_DSA_65 else "another key or kind"
+                others.append((hint.hex(), kind))
         return signed, others
 
 
@@ -301,8 +305,8 @@ class Log:
         if self.origin is None:
             self.origin = checkpoint.origin
         signed, others = checkpoint.check(self.keys)
-        for hint in others:
-            note = f"a signature with the hint {hint} is of another key or kind: not checked here"
+        for hint, kind in others:
+            note = f"a signature with the hint {hint} is of {kind}: not checked here"
             if note not in self.notes:
                 self.notes.append(note)
         if checkpoint.origin != self.origin:

@@ -50,12 +50,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::anchor::Keeper;
-use crate::audit::{self, Sinks, Trail};
+use crate::audit::{self, MlDsaKey, Sinks, Trail};
 use crate::authn::limiter::Allowance;
 use crate::authn::session::{Authenticator, Settings};
 use crate::authz::Authorizer;
 use crate::config::Config;
-use crate::custody::signing::{self, Purpose, SigningKey};
+use crate::custody::signing::{self, MlDsaSigner, Purpose, SigningKey};
 use crate::custody::{
     self, Backends, Custody, InitError, MASTER_KEY, NamedWrapper, Pace, Tokens, Unusable,
 };
@@ -132,7 +132,7 @@ impl crate::authn::Audit for Refusals {
     }
 }
 
-struct CheckpointSigner(SigningKey);
+struct CheckpointSigner(SigningKey, Option<MlDsaSigner>);
 
 impl audit::Signer for CheckpointSigner {
     fn public_key(&self) -> [u8; 32] {
@@ -140,6 +140,12 @@ impl audit::Signer for CheckpointSigner {
     }
     fn sign(&self, message: &[u8]) -> Result<[u8; 64], Error> {
         self.0.sign(message)
+    }
+    fn ml_dsa_key(&self) -> Option<MlDsaKey> {
+        self.1.as_ref().and_then(|key| MlDsaKey::new(key.public()))
+    }
+    fn sign_ml_dsa(&self, message: &[u8]) -> Result<Option<Vec<u8>>, Error> {
+        self.1.as_ref().map(|key| key.sign(message)).transpose()
     }
 }
 
@@ -419,7 +425,11 @@ impl App {
         signing::ensure(&vault, Purpose::Token, event("CreateSigningKey", now)).await?;
         let signer =
             signing::ensure(&vault, Purpose::Checkpoint, event("CreateSigningKey", now)).await?;
-        let signer: Arc<dyn audit::Signer> = Arc::new(CheckpointSigner(signer));
+        let second = match config.audit.ml_dsa {
+            true => Some(signing::ensure_ml_dsa(&vault, event("CreateSigningKey", now)).await?),
+            false => None,
+        };
+        let signer: Arc<dyn audit::Signer> = Arc::new(CheckpointSigner(signer, second));
         let options = audit::Options::from(&config.audit);
         let trail = Arc::new(Trail::start(Arc::clone(&vault), options, Some(signer)).await?);
         let senders = Box::pin(secrets::sinks(&config)).await?;

@@ -25,7 +25,7 @@ mod tests;
 
 pub use crate::config::DataPlane;
 pub use archive::{Archive, Claim, Had};
-pub use checkpoint::{Checkpoint, Signer, VerifyingKey};
+pub use checkpoint::{Checkpoint, MlDsaKey, Signer, Trusted, VerifyingKey};
 pub use event::{Draft, Origin, Outcome, anonymous, event};
 pub use line::Entry;
 pub use read::{EventView, Filter, Order, Page};

@@ -294,6 +294,8 @@ pub struct Audit {
     pub data_plane: DataPlane,
     /// How often the head of the log is signed while it grows.
     pub checkpoint_interval: Duration,
+    /// Whether checkpoints have an ML-DSA-65 signature beside that of Ed25519.
+    pub ml_dsa: bool,
     /// How long leaves are kept in the store, and the directory of the archives that they go to then.
     pub archive: Option<Archiving>,
     /// `[audit.sinks.NAME]`: copies of the log, by their names.

@@ -25,7 +25,7 @@ use polykey_proto::polykey::record::v1::AuditLeaf;
 use polykey_storage::Direction;
 use serde::{Deserialize, Serialize};
 
-use super::checkpoint::{self, Checkpoint, VerifyingKey, origin};
+use super::checkpoint::{self, Checkpoint, Trusted, VerifyingKey, origin};
 use super::trail::Trail;
 use super::verify::{Report, Walk};
 use crate::error::Error;
@@ -274,9 +274,9 @@ pub fn named_keys(reader: &mut impl BufRead) -> std::io::Result<Vec<VerifyingKey
 ///
 /// # Errors
 /// Whatever `reader` says. What is wrong with the export is no error but a finding.
-pub fn verify_export(
+pub fn verify_export<'k>(
     reader: impl BufRead,
-    keys: &[VerifyingKey],
+    keys: impl Into<Trusted<'k>>,
     kept: &[Checkpoint],
 ) -> std::io::Result<Report> {
     verify_exports([Ok(reader)], keys, kept)
@@ -286,11 +286,12 @@ pub fn verify_export(
 ///
 /// # Errors
 /// Whatever the readers say.
-pub fn verify_exports<R: BufRead>(
+pub fn verify_exports<'k, R: BufRead>(
     readers: impl IntoIterator<Item = std::io::Result<R>>,
-    keys: &[VerifyingKey],
+    keys: impl Into<Trusted<'k>>,
     kept: &[Checkpoint],
 ) -> std::io::Result<Report> {
+    let keys = keys.into();
     let mut so_far: Option<Walk<'_>> = None;
     for reader in readers {
         let mut reader = reader?;
@@ -320,7 +321,8 @@ pub fn verify_exports<R: BufRead>(
                 walk
             }
         };
-        let trusted = |name: &String| VerifyingKey::parse(name).is_some_and(|k| keys.contains(&k));
+        let trusted =
+            |name: &String| VerifyingKey::parse(name).is_some_and(|k| keys.ed25519.contains(&k));
         if !header.public_keys.iter().all(trusted) {
             walk.report
                 .notes

@@ -9,7 +9,7 @@ use prost::Message;
 use serde::Serialize;
 
 use super::archive;
-use super::checkpoint::{self, Checkpoint, VerifyingKey, origin};
+use super::checkpoint::{self, Checkpoint, Trusted, VerifyingKey, origin};
 use super::proof::LeafHashes;
 use crate::error::Error;
 use crate::vault::tree::{Frontier, Hash, leaf_hash};
@@ -62,7 +62,9 @@ impl Report {
 /// Takes leaves in order, and compares the tree with each checkpoint of its size.
 pub(super) struct Walk<'k> {
     pub(super) report: Report,
-    keys: &'k [VerifyingKey],
+    keys: Trusted<'k>,
+    /// Checkpoints that hold and have no second signature of a given key.
+    single: u64,
     tree: Frontier,
     /// Checkpoints still ahead, by size.
     ahead: BTreeMap<u64, Vec<Checkpoint>>,
@@ -75,7 +77,7 @@ impl<'k> Walk<'k> {
     /// `kept` are checkpoints from elsewhere: the log must contain what they cover.
     pub(super) fn new(
         node_id: Option<[u8; 16]>,
-        keys: &'k [VerifyingKey],
+        keys: impl Into<Trusted<'k>>,
         kept: &[Checkpoint],
     ) -> Self {
         Self::behind(Frontier::default(), node_id, keys, kept)
@@ -86,15 +88,16 @@ impl<'k> Walk<'k> {
     pub(super) fn behind(
         tree: Frontier,
         node_id: Option<[u8; 16]>,
-        keys: &'k [VerifyingKey],
+        keys: impl Into<Trusted<'k>>,
         kept: &[Checkpoint],
     ) -> Self {
+        let keys = keys.into();
         let report = Report {
             origin: node_id.as_ref().map(origin).unwrap_or_default(),
             ..Report::default()
         };
         let (first, ahead) = (tree.size(), BTreeMap::new());
-        let mut walk = Self { report, keys, tree, ahead, node_id, first };
+        let mut walk = Self { report, keys, single: 0, tree, ahead, node_id, first };
         if first > 0 {
             walk.report.notes.push(format!(
                 "the leaves before {first} were not given: they are in archives, and what is here goes on from them"
@@ -111,8 +114,11 @@ impl<'k> Walk<'k> {
         let size = checkpoint.size;
         if checkpoint.origin != self.report.origin {
             self.report.find(format!("the checkpoint at {size} is of {}", checkpoint.origin));
-        } else if checkpoint.verify(self.keys).is_none() {
+        } else if checkpoint.verify(self.keys.ed25519).is_none() {
             self.report.find(format!("the checkpoint at {size} is signed by no trusted key"));
+        } else if checkpoint.verify_ml_dsa(self.keys.ml_dsa) == Some(false) {
+            self.report
+                .find(format!("the ML-DSA signature of the checkpoint at {size} is not its key's"));
         } else if size < self.first {
             let first = self.first;
             self.report.find(format!(
@@ -130,7 +136,12 @@ impl<'k> Walk<'k> {
     fn compare(&mut self, checkpoint: &Checkpoint) {
         if checkpoint.root == self.tree.root() {
             self.report.checkpoints += 1;
-            self.report.covered = self.report.covered.max(checkpoint.size);
+            let second = checkpoint.verify_ml_dsa(self.keys.ml_dsa);
+            if self.keys.ml_dsa.is_empty() || second == Some(true) {
+                self.report.covered = self.report.covered.max(checkpoint.size);
+            } else {
+                self.single += 1;
+            }
         } else {
             self.report.find(format!(
                 "the first {} leaves are not those that were signed then",
@@ -183,6 +194,12 @@ impl<'k> Walk<'k> {
 
     pub(super) fn finish(mut self) -> Report {
         let size = self.tree.size();
+        if self.single > 0 {
+            self.report.notes.push(format!(
+                "{} checkpoints have no signature of a given ML-DSA key, and vouch for nothing here",
+                self.single
+            ));
+        }
         for ahead in self.ahead.keys() {
             let text = format!(
                 "a checkpoint covers {ahead} leaves, and there are {size}: the log was truncated"
@@ -304,10 +321,10 @@ pub async fn verify_store(
 ///
 /// # Errors
 /// [`Error::Unavailable`] if the store cannot be read.
-pub async fn verify_clear(
+pub async fn verify_clear<'k>(
     store: &dyn Store,
     node_id: [u8; 16],
-    keys: &[VerifyingKey],
+    keys: impl Into<Trusted<'k>>,
     kept: &[Checkpoint],
 ) -> Result<Report, Error> {
     let mut walk = Walk::new(Some(node_id), keys, kept);

@@ -18,7 +18,7 @@ use super::progress::Bar;
 use super::remote::{Remote, next, pages};
 use super::value::{self, When, now, timestamp};
 use crate::audit::export::{ExportWriter, named_keys, verify_export, verify_exports};
-use crate::audit::{Checkpoint, Report, VerifyingKey};
+use crate::audit::{Checkpoint, MlDsaKey, Report, Trusted, VerifyingKey};
 use crate::client::file::{self, NewFile};
 use crate::client::rpc;
 use crate::vault::tree::{Frontier, Hash};
@@ -99,8 +99,9 @@ pub struct VerifyArgs {
     /// The file of a store that no server has open, instead of the server.
     #[arg(long, value_name = "FILE")]
     pub store: Option<PathBuf>,
-    /// A key that signs checkpoints: base64, or a file with it; may be repeated. Without any, the key
-    /// that comes with the log is used, which proves only that the log is whole.
+    /// A key that signs checkpoints, Ed25519 or ML-DSA-65: base64, or a file with it; may be repeated.
+    /// Without any, the key that comes with the log is used, which proves only that the log is whole. With
+    /// one of ML-DSA, only checkpoints with both signatures count.
     #[arg(long = "public-key", value_name = "KEY")]
     pub public_keys: Vec<String>,
     /// An earlier checkpoint (its note, or from `audit checkpoint -o json`) that the log must
@@ -537,8 +538,17 @@ impl VerifyArgs {
     ///
     /// # Errors
     /// One that is neither.
-    pub fn keys(&self) -> Result<Vec<VerifyingKey>, CliError> {
-        self.public_keys.iter().map(|text| key(text)).collect()
+    pub fn keys(&self) -> Result<(Vec<VerifyingKey>, Vec<MlDsaKey>), CliError> {
+        let (mut ed25519, mut ml_dsa) = (Vec::new(), Vec::new());
+        for text in &self.public_keys {
+            let file = || value::text_file(Path::new(text)).ok();
+            let second = MlDsaKey::parse(text);
+            match second.or_else(|| MlDsaKey::parse(&file()?)) {
+                Some(key) => ml_dsa.push(key),
+                None => ed25519.push(key(text)?),
+            }
+        }
+        Ok((ed25519, ml_dsa))
     }
 
     /// The checkpoints given, each as its note or as JSON of `audit checkpoint`.
@@ -577,7 +587,7 @@ fn unreadable(error: &std::io::Error) -> CliError {
 }
 
 async fn verify(app: &App, args: VerifyArgs) -> Result<(), CliError> {
-    let (given, kept) = (args.keys()?, args.kept()?);
+    let ((given, ml_dsa), kept) = (args.keys()?, args.kept()?);
     let pinned = !given.is_empty();
     if let Some(first) = args.exports.first() {
         let failed = |error: std::io::Error| unreadable(&error);
@@ -591,7 +601,8 @@ async fn verify(app: &App, args: VerifyArgs) -> Result<(), CliError> {
             named_keys(&mut open(first).map_err(failed)?).map_err(named)?
         };
         let files = args.exports.iter().map(|path| open(path));
-        let report = verify_exports(files, &keys, &kept).map_err(failed)?;
+        let trusted = Trusted { ed25519: &keys, ml_dsa: &ml_dsa };
+        let report = verify_exports(files, trusted, &kept).map_err(failed)?;
         return print_report(app, report, &keys, pinned);
     }
     let remote = app.connect().await?;
@@ -608,7 +619,8 @@ async fn verify(app: &App, args: VerifyArgs) -> Result<(), CliError> {
         let live = BufReader::new(Box::new(reader) as Box<dyn Read + Send>);
         tokio::task::spawn_blocking(move || {
             let before = archives.iter().map(|path| open(path));
-            verify_exports(before.chain([Ok(live)]), &keys, &kept)
+            let trusted = Trusted { ed25519: &keys, ml_dsa: &ml_dsa };
+            verify_exports(before.chain([Ok(live)]), trusted, &kept)
         })
     };
     let request = pb::ExportAuditLogRequest::default();

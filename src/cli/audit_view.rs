@@ -170,6 +170,9 @@ pub(super) struct CheckpointView {
     pub(super) note: String,
     /// Base64.
     pub(super) public_key: String,
+    /// Base64; absent if there is no second signature.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(super) ml_dsa_public_key: String,
 }
 
 impl From<pb::AuditCheckpoint> for CheckpointView {
@@ -181,18 +184,23 @@ impl From<pb::AuditCheckpoint> for CheckpointView {
             time: time(c.time.as_ref()),
             note: c.note,
             public_key: base64(&c.public_key),
+            ml_dsa_public_key: base64(&c.ml_dsa_public_key),
         }
     }
 }
 
 impl View for CheckpointView {
     fn human(&self) -> Human {
-        Human::Record(vec![
+        let mut fields = vec![
             ("origin", self.origin.clone()),
             ("tree size", self.tree_size.to_string()),
             ("root hash", self.root_hash.clone()),
             ("time", short(self.time.as_ref())),
             ("public key", self.public_key.clone()),
-        ])
+        ];
+        if !self.ml_dsa_public_key.is_empty() {
+            fields.push(("ML-DSA-65 public key", self.ml_dsa_public_key.clone()));
+        }
+        Human::Record(fields)
     }
 }

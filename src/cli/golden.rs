@@ -334,6 +334,7 @@ fn audit() {
             note: "note\n".into(),
             public_key: vec![2; 32].into(),
             origin: "polykey/00".into(),
+            ..Default::default()
         }),
     );
 }

@@ -335,11 +335,26 @@ fn audit(section: Section<'_, '_>) -> Audit {
     let audit = Audit {
         data_plane: section.word("data_plane", &words, DataPlane::Buffered),
         checkpoint_interval: section.duration("checkpoint_interval", ("1s", "24h"), MINUTE),
+        ml_dsa: section.get("checkpoint_signatures", signatures).unwrap_or(false),
         archive: archiving(&section),
         sinks: section.inner("sinks").map(|sinks| sinks::sections(&sinks)).unwrap_or_default(),
     };
     section.finish();
     audit
+}
+
+/// Whether ML-DSA-65 is among the signatures of checkpoints; Ed25519 always is.
+fn signatures(value: &DeValue<'_>) -> Result<bool, Refused> {
+    const REMEDY: &str = "write [\"ed25519\"], or [\"ed25519\", \"ml-dsa-65\"]";
+    let Some(list) = value.as_array() else {
+        return refuse(format!("a {}, not a list", value.type_str()), REMEDY);
+    };
+    let words: Vec<Option<&str>> = list.iter().map(|item| item.get_ref().as_str()).collect();
+    match words.as_slice() {
+        [Some("ed25519")] => Ok(false),
+        [Some("ed25519"), Some("ml-dsa-65")] | [Some("ml-dsa-65"), Some("ed25519")] => Ok(true),
+        _ => refuse("not the signatures that a checkpoint may have", REMEDY),
+    }
 }
 
 /// Leaves go nowhere but into archives: nothing is ever just deleted.

@@ -139,6 +139,8 @@ const BROKEN: &[Case] = &[
     (9, "[audit.sinks.a]\nkind = \"kafka\"", "10:8", "not a kind of sink", "\"syslog\" or \"otlp\""),
     (9, "[audit.sinks.a]\nkind = \"otlp\"", "9:14", "[audit.sinks.a] endpoint: missing", "add `endpoint ="),
     (9, "[audit.sinks.a]\nkind = \"otlp\"\nendpoint = \"http://h:1\"\nheaders = { a = { env = \"X\" } }", "12:11", "in the clear", "https://"),
+    (9, "[audit]\ncheckpoint_signatures = [\"ml-dsa-65\"]", "10:25", "not the signatures", "\"ed25519\", \"ml-dsa-65\""),
+    (9, "[audit]\ncheckpoint_signatures = \"ed25519\"", "10:25", "a string, not a list", "\"ml-dsa-65\""),
     (9, "[audit]\nkeep = \"400d\"", "10:8", "never just deleted", "in `archive`"),
     (9, "[audit]\nkeep = \"400\"\narchive = \"a\"", "10:8", "not a time with its unit", "such as \"400d\""),
     (9, "[audit]\nkeep = \"0d\"\narchive = \"a\"", "10:8", "out of range", "from 1s to 36500d"),
@@ -423,7 +425,7 @@ fn the_example_shows_the_defaults() {
     let spelt_out = parse(&example().replace("\n#: ", "\n")).unwrap();
     assert_eq!(plain, Config { written: plain.written.clone(), ..spelt_out });
     // Each default that is shown must be read, not skipped: the text must differ in these lines.
-    assert_eq!(example().matches("\n#: ").count(), 37);
+    assert_eq!(example().matches("\n#: ").count(), 38);
 }
 
 #[test]

@@ -317,3 +317,83 @@ async fn a_value_is_found_by_its_hash_and_by_nothing_else() {
     assert_eq!(last.code, Code::ResourceExhausted);
     refused(admin.call("HashAuditValue", json!({})).await, Code::InvalidArgument);
 }
+
+/// An export with the note of its checkpoints changed.
+fn changed(file: &Path, change: impl Fn(&str) -> String) -> String {
+    let text = std::fs::read_to_string(file).unwrap();
+    let line =
+        |line: &str| match serde_json::from_str::<Value>(line).unwrap()["checkpoint"].as_str() {
+            Some(note) => json!({"checkpoint": change(note)}).to_string() + "\n",
+            None => format!("{line}\n"),
+        };
+    text.lines().map(line).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn checkpoints_have_two_signatures_where_that_is_configured() {
+    let server = Server::dev();
+    let older = server.state.join("older.json").display().to_string();
+    server.admin().await.create(json!({})).await;
+    let first = ok(&server, &["audit", "checkpoint"]);
+    assert!(first.get("ml_dsa_public_key").is_none(), "{first}");
+    std::fs::write(&older, first.to_string()).unwrap();
+    let path = server.state.join("polykey.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let section = "\n[audit]\ncheckpoint_signatures = [\"ed25519\", \"ml-dsa-65\"]\n";
+    std::fs::write(&path, text + section).unwrap();
+    let server = server.restart(false, &Options::default());
+    server.admin().await.create(json!({})).await;
+    let newer = ok(&server, &["audit", "checkpoint"]);
+    let word = |name: &str| newer[name].as_str().unwrap().to_owned();
+    let (key, second) = (word("public_key"), word("ml_dsa_public_key"));
+    assert_eq!(BASE64.decode(second.as_bytes()).unwrap().len(), 1952);
+    assert_eq!(
+        (word("note").matches('\u{2014}').count(), &key),
+        (2, &first["public_key"].as_str().unwrap().to_owned())
+    );
+    let file = server.state.join("export");
+    let export = file.display().to_string();
+    ok(&server, &["audit", "export", &export]);
+    let keys = server.state.join("ml-dsa.pub").display().to_string();
+    std::fs::write(&keys, format!("{second}\n")).unwrap();
+
+    let both = ["--public-key", &key, "--public-key", &keys];
+    let verify = |args: &[&str]| server.cli(&[&["audit", "verify"], args].concat());
+    for args in [
+        &[&["--export", &*export][..], &both, &["--checkpoint", &older]].concat()[..],
+        &["--export", &export, "--public-key", &key],
+        &both,
+        &[],
+    ] {
+        let (code, out, err) = verify(args);
+        assert_eq!(code, 0, "{args:?}: {out}{err}");
+    }
+    // One without the second signature holds, and vouches for nothing where that is asked for.
+    let (_, out, _) =
+        verify(&[&["--export", &*export][..], &both, &["--checkpoint", &older]].concat());
+    assert!(out.contains("1 checkpoints have no signature of a given ML-DSA key"), "{out}");
+    let (whole, said) = python(&[&export, "--public-key", &key, "--checkpoint", &older]);
+    assert!(whole && said.contains("is of ML-DSA-65: not checked here"), "{said}");
+
+    let single = |note: &str| note[..note.rfind('\u{2014}').unwrap()].to_owned();
+    let forged = |note: &str| {
+        let at = note.len() - 100;
+        let other = if note[at..].starts_with('A') { "B" } else { "A" };
+        format!("{}{other}{}", &note[..at], &note[at + 1..])
+    };
+    let stripped = server.state.join("stripped").display().to_string();
+    std::fs::write(&stripped, changed(&file, single)).unwrap();
+    let broken = server.state.join("broken").display().to_string();
+    std::fs::write(&broken, changed(&file, forged)).unwrap();
+    for (file, ed25519_is_enough, said) in
+        [(&stripped, true, "vouch for nothing"), (&broken, true, "is not its key's")]
+    {
+        let (code, out, err) = verify(&["--export", file, "--public-key", &key]);
+        assert_eq!(code == 0, ed25519_is_enough, "{out}{err}");
+        let (code, out, err) = verify(&[&["--export", &**file][..], &both].concat());
+        assert!(code != 0 && out.contains(said), "{file}: {out}{err}");
+    }
+    // The key stays the same.
+    let server = server.restart(true, &Options::default());
+    assert_eq!(ok(&server, &["audit", "checkpoint"])["ml_dsa_public_key"], second.as_str());
+}

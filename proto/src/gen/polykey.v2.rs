@@ -175,6 +175,9 @@ pub struct AuditCheckpoint {
     /// The log, by the name of its node.
     #[prost(string, tag = "6")]
     pub origin: ::prost::alloc::string::String,
+    /// The key that verifies its second signature (ML-DSA-65), 1,952 bytes. Empty if it has none.
+    #[prost(bytes = "bytes", tag = "7")]
+    pub ml_dsa_public_key: ::prost::bytes::Bytes,
 }
 /// Whether a client may log in and call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]

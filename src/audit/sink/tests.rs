@@ -213,6 +213,7 @@ fn full_files_are_put_aside_and_the_oldest_is_deleted() {
 
 fn only(name: &str, target: Target, content: Content) -> config::Audit {
     config::Audit {
+        ml_dsa: false,
         archive: None,
         data_plane: config::DataPlane::Buffered,
         checkpoint_interval: Duration::from_secs(60),

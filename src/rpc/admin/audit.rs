@@ -142,6 +142,8 @@ impl AdminService {
         let all = signing::list(self.directory().vault(), Purpose::Checkpoint).await?;
         keys.extend(all.iter().map(|key| VerifyingKey(*key.public())));
         let key = c.verify(&keys);
+        let second = self.0.deps.trail.ml_dsa_key();
+        let second = second.filter(|key| c.verify_ml_dsa(std::slice::from_ref(key)) == Some(true));
         Ok(pb::AuditCheckpoint {
             tree_size: c.size,
             root_hash: c.root.to_vec().into(),
@@ -149,6 +151,7 @@ impl AdminService {
             note: c.note.clone(),
             public_key: key.map(|key| key.0.to_vec()).unwrap_or_default().into(),
             origin: c.origin.clone(),
+            ml_dsa_public_key: second.map(|key| key.bytes().to_vec()).unwrap_or_default().into(),
         })
     }
 
