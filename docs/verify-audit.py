@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Verifies the audit log of a Polykey node with nothing but Python's standard library.
 
-    python3 verify-audit.py EXPORT --public-key KEY [--checkpoint FILE]...
+    python3 verify-audit.py EXPORT... --public-key KEY [--checkpoint FILE]...
     python3 verify-audit.py --sink FILE... --public-key KEY [--checkpoint FILE]...
 
-EXPORT is what `polykey audit export` writes; with --sink, FILEs are the copies that a sink of
-[audit.sinks] keeps, oldest first, in which leaves may stand twice. KEY is the node's public key, in
+EXPORT is what `polykey audit export` or `polykey audit archive` writes, or the node into its directory of
+archives; several that follow one another, oldest first, are verified as one log. With --sink, FILEs are the copies that a sink of
+[audit.sinks] keeps, oldest first, in which leaves may stand twice; archives may be among them. KEY is the node's public key, in
 base64 or a file with it; keep it where whoever has the node cannot change it. FILE of --checkpoint
 is a checkpoint kept from earlier (`polykey audit checkpoint -o json`, or the note in it): the log
 must still begin with everything that it covers, so that nothing before it can be cut off.
@@ -15,8 +16,9 @@ Ends with 0 if the log is whole and signed, with 1 if not, with 2 if it cannot b
 What is checked: each leaf is hashed again, SHA-256(0x00, salt and body); the tree over them is that
 of RFC 9162 section 2.1; each checkpoint (a C2SP signed note) has an Ed25519 signature (RFC 8032) of
 a given key and the root of that tree. Each leaf names its place and its node. So whatever was edited,
-removed, put in, moved or cut off up to a checkpoint is found. A signature that is not Ed25519 of a
-given key (of ML-DSA, say) is named and not checked. Nothing here is secret: the arithmetic need not
+removed, put in, moved or cut off up to a checkpoint is found. A file that does not begin with the log names
+the subtrees over what is before; its checkpoints sign those as well, and the file before must end with them. A signature that is not Ed25519 of a
+given key (of ML-DSA-65, say) is named and not checked. Nothing here is secret: the arithmetic need not
 run in constant time, and must not be used for signing.
 """
 
@@ -116,6 +118,15 @@ class Tree:
         self.roots.append(leaf_hash)
         self.size += 1
 
+    def begin(self, size, roots):
+        """Goes on behind `size` leaves under these roots; False if that cannot be."""
+        if self.size == size and self.roots == roots:
+            return True
+        if self.size or bin(size).count("1") != len(roots):
+            return False
+        self.size, self.roots = size, list(roots)
+        return True
+
     def root(self):
         if not self.roots:
             return hashlib.sha256(b"").digest()
@@ -138,6 +149,9 @@ def decode_base64(text):
         return None
     return data if base64.b64encode(data) == text else None
 
+
+# Bytes of a signature.
+ML_DSA_65 = 3309
 
 NUMBER = r"(0|[1-9][0-9]{0,19})"
 NOTE = re.compile(
@@ -172,7 +186,8 @@ class Checkpoint:
             if any(ed25519_verifies(key, self.signed, signature) for key in mine):
                 signed = True
             elif not mine:
-                others.append(hint.hex())
+                kind = "ML-DSA-65" if len(signature) == ML_DSA_65 else "another key or kind"
+                others.append((hint.hex(), kind))
         return signed, others
 
 
@@ -234,8 +249,23 @@ def place_of(body):
 LEAF = re.compile(rb'\{"leaf":(0|[1-9][0-9]{0,19}),"data":"([A-Za-z0-9+/]*={0,2})"\}')
 END = re.compile(rb'\{"end":(0|[1-9][0-9]{0,19})\}')
 HEADER = re.compile(
-    rb'\{"polykey_audit_export":1,"origin":"(polykey/[0-9a-f]{32})","public_keys":\[([^\[\]]*)\]\}'
+    rb'\{"polykey_audit_export":(1|2),"origin":"(polykey/[0-9a-f]{32})","public_keys":\[([^\[\]]*)\]'
+    rb'(?:,"first":([1-9][0-9]{0,19}),"subtrees":\[([^\[\]]*)\])?\}'
 )
+
+
+def header_of(line):
+    """Log, names of keys, first leaf and roots before it of an export's first line; None if it is none."""
+    found = HEADER.fullmatch(line)
+    if found is None or (found[1] == b"2") != (found[4] is not None):
+        return None
+    roots = []
+    for name in filter(None, (found[5] or b"").split(b",")):
+        root = decode_base64(name.strip(b'"'))
+        if root is None or len(root) != 32 or name != b'"' + base64.b64encode(root) + b'"':
+            return None
+        roots.append(root)
+    return found[2].decode(), found[3], int(found[4] or 0), roots
 
 
 def checkpoint_of(line):
@@ -258,6 +288,7 @@ class Log:
         self.origin = origin
         self.keys = keys
         self.tree = Tree()
+        self.first = 0
         self.ahead = {}
         self.covered = 0
         self.checkpoints = 0
@@ -274,14 +305,16 @@ class Log:
         if self.origin is None:
             self.origin = checkpoint.origin
         signed, others = checkpoint.check(self.keys)
-        for hint in others:
-            note = f"a signature with the hint {hint} is of another key or kind: not checked here"
+        for hint, kind in others:
+            note = f"a signature with the hint {hint} is of {kind}: not checked here"
             if note not in self.notes:
                 self.notes.append(note)
         if checkpoint.origin != self.origin:
             yield f"the checkpoint at {size} is of {checkpoint.origin}"
         elif not signed:
             yield f"the checkpoint at {size} is signed by no given key"
+        elif size < self.first:
+            yield f"the checkpoint at {size} cannot be compared: give the archives before leaf {self.first} too"
         elif size < self.tree.size:
             yield f"the checkpoint at {size} stands behind its leaves"
         elif size == self.tree.size:
@@ -319,21 +352,47 @@ def verify_export(lines, keys, kept=(), log=None):
 
     `lines` are those of the file with their ends, `keys` 32 bytes each, `kept` Checkpoints.
     """
-    lines = iter(lines)
-    header = HEADER.fullmatch(next(lines, b"").removesuffix(b"\n"))
-    if header is None:
-        yield "it does not begin as an audit export of format 1"
-        return
+    yield from verify_exports([lines], keys, kept, log)
+
+
+def verify_exports(files, keys, kept=(), log=None):
+    """The same of several that follow one another."""
     log = log or Log(None, keys, kept)
-    log.origin = header[1].decode()
-    for name in filter(None, header[2].split(b",")):
-        key = decode_base64(name.strip(b'"'))
-        if key is None or len(key) != 32 or name != b'"' + base64.b64encode(key) + b'"':
-            yield "the first line is not written as that of an export is"
-        elif key not in keys:
-            yield "the first line names a public key that was not given"
-    yield from log.begin()
-    ended, whole = False, False
+    begun = False
+    for lines in files:
+        lines = iter(lines)
+        header = header_of(next(lines, b"").removesuffix(b"\n"))
+        if header is None:
+            yield "it does not begin as an audit export of format 1 or 2"
+            return
+        origin, names, first, roots = header
+        if begun and origin != log.origin:
+            yield f"a file is of {origin}"
+            return
+        before = log.tree.size
+        if (begun and first != before) or not log.tree.begin(first, roots):
+            yield f"a file begins with leaf {first}, which does not go on from the {before} before"
+            return
+        log.origin = origin
+        for name in filter(None, names.split(b",")):
+            key = decode_base64(name.strip(b'"'))
+            if key is None or len(key) != 32 or name != b'"' + base64.b64encode(key) + b'"':
+                yield "the first line is not written as that of an export is"
+            elif key not in keys:
+                yield "the first line names a public key that was not given"
+        if not begun:
+            log.first = first
+            if first:
+                log.notes.append(f"the leaves before {first} were not given: they are in archives")
+            yield from log.begin()
+        begun = True
+        yield from verify_lines(lines, log)
+    yield from log.finish()
+
+
+def verify_lines(lines, log):
+    """What stands behind the first line."""
+    ended, whole, begun = False, False, log.tree.size
     for number, line in enumerate(lines, 2):
         if ended:
             yield f"line {number} stands behind the end"
@@ -367,9 +426,8 @@ def verify_export(lines, keys, kept=(), log=None):
                 yield from log.expect(checkpoint)
     if not ended:
         yield "the file ends before its end: it was cut off"
-    if log.tree.size and (not whole or whole.size != log.tree.size):
+    if log.tree.size > begun and (not whole or whole.size != log.tree.size):
         yield "no checkpoint of the export covers all of its leaves"
-    yield from log.finish()
 
 
 def verify_sinks(files, keys, kept=(), log=None):
@@ -390,6 +448,8 @@ def verify_sinks(files, keys, kept=(), log=None):
                 checkpoint = None
             if checkpoint is not None:
                 checkpoints.append(checkpoint)
+            elif header_of(line.removesuffix(b"\n")) or END.fullmatch(line.removesuffix(b"\n")):
+                continue
             elif line.startswith(b"{") and not line.endswith((b"}", b"}\n")):
                 # A node was killed while it wrote: the whole line follows, or the leaf is missing.
                 torn += 1
@@ -402,7 +462,7 @@ def verify_sinks(files, keys, kept=(), log=None):
         yield from log.expect(checkpoint)
     first = min(leaves, default=0)
     if first:
-        yield f"the copies begin at leaf {first}: give the older ones as well"
+        yield f"the copies begin at leaf {first}: give the older ones, or the archives, as well"
         return
     for index in range(len(leaves)):
         if index not in leaves:
@@ -440,20 +500,18 @@ def read_checkpoint(path):
 
 def main():
     parser = argparse.ArgumentParser(description="Verifies the audit log of a Polykey node.")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="the export, or with --sink copies")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="the exports in order, or with --sink copies")
     parser.add_argument("--sink", action="store_true", help="the files are the copies of a sink")
     parser.add_argument("--public-key", action="append", required=True, metavar="KEY")
     parser.add_argument("--checkpoint", action="append", default=[], metavar="FILE")
     options = parser.parse_args()
-    if not options.sink and len(options.files) != 1:
-        parser.error("one export at a time")
     try:
         keys = [read_key(text) for text in options.public_key]
         kept = [read_checkpoint(path) for path in options.checkpoint]
         log = Log(None, keys, kept)
         files = [(path, open(path, "rb")) for path in options.files]
-        found = verify_sinks(files, keys, log=log) if options.sink else verify_export(
-            files[0][1], keys, log=log
+        found = verify_sinks(files, keys, log=log) if options.sink else verify_exports(
+            (lines for _, lines in files), keys, log=log
         )
         bad = 0
         for bad, text in enumerate(found, 1):

@@ -8,6 +8,7 @@
 //! Nothing binds a port before the store's canary has opened under the root key.
 
 mod anchor;
+mod archive;
 mod bootstrap;
 mod check;
 pub mod doctor;
@@ -49,12 +50,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::anchor::Keeper;
-use crate::audit::{self, Sinks, Trail};
+use crate::audit::{self, MlDsaKey, Sinks, Trail};
 use crate::authn::limiter::Allowance;
 use crate::authn::session::{Authenticator, Settings};
 use crate::authz::Authorizer;
 use crate::config::Config;
-use crate::custody::signing::{self, Purpose, SigningKey};
+use crate::custody::signing::{self, MlDsaSigner, Purpose, SigningKey};
 use crate::custody::{
     self, Backends, Custody, InitError, MASTER_KEY, NamedWrapper, Pace, Tokens, Unusable,
 };
@@ -76,6 +77,7 @@ use crate::telemetry::otlp::Telemetry;
 use crate::telemetry::otlp::encode::Source;
 use crate::time::{Clock, Time};
 use crate::vault::{Freshness, Invalidate, Room, Vault, Witness};
+use archive::Archiver;
 
 pub use bootstrap::{Admin, Bootstrapped, bootstrap};
 pub use check::{Finding, check};
@@ -130,7 +132,7 @@ impl crate::authn::Audit for Refusals {
     }
 }
 
-struct CheckpointSigner(SigningKey);
+struct CheckpointSigner(SigningKey, Option<MlDsaSigner>);
 
 impl audit::Signer for CheckpointSigner {
     fn public_key(&self) -> [u8; 32] {
@@ -138,6 +140,12 @@ impl audit::Signer for CheckpointSigner {
     }
     fn sign(&self, message: &[u8]) -> Result<[u8; 64], Error> {
         self.0.sign(message)
+    }
+    fn ml_dsa_key(&self) -> Option<MlDsaKey> {
+        self.1.as_ref().and_then(|key| MlDsaKey::new(key.public()))
+    }
+    fn sign_ml_dsa(&self, message: &[u8]) -> Result<Option<Vec<u8>>, Error> {
+        self.1.as_ref().map(|key| key.sign(message)).transpose()
     }
 }
 
@@ -182,6 +190,8 @@ pub struct App {
     pub trail: Arc<Trail>,
     /// Copies of the log.
     pub sinks: Arc<Sinks>,
+    /// What brings its old leaves into archives.
+    archiver: Arc<Archiver>,
     /// The keys.
     pub keyring: Arc<Keyring>,
     /// What hardened keys lie under.
@@ -415,10 +425,15 @@ impl App {
         signing::ensure(&vault, Purpose::Token, event("CreateSigningKey", now)).await?;
         let signer =
             signing::ensure(&vault, Purpose::Checkpoint, event("CreateSigningKey", now)).await?;
-        let signer: Arc<dyn audit::Signer> = Arc::new(CheckpointSigner(signer));
+        let second = match config.audit.ml_dsa {
+            true => Some(signing::ensure_ml_dsa(&vault, event("CreateSigningKey", now)).await?),
+            false => None,
+        };
+        let signer: Arc<dyn audit::Signer> = Arc::new(CheckpointSigner(signer, second));
         let options = audit::Options::from(&config.audit);
         let trail = Arc::new(Trail::start(Arc::clone(&vault), options, Some(signer)).await?);
-        let sinks = Sinks::new(&config.audit, &config.node.data_dir, &trail);
+        let senders = Box::pin(secrets::sinks(&config)).await?;
+        let sinks = Sinks::new(&config.audit, &config.node.data_dir, &trail, &senders);
 
         let directory = Arc::new(Directory::new(Arc::clone(&vault), security));
         let refusals = Arc::new(Refusals(Arc::clone(&trail)));
@@ -448,8 +463,12 @@ impl App {
         }
         let store = Arc::clone(&vault);
         checks.push(Box::new(move || room::state(&store)));
+        let settings = config.audit.archive.clone();
+        let archiver = Archiver::new(settings, &trail, &sinks, &jobs, replication.as_ref());
         let copies = Arc::clone(&sinks);
         checks.push(Box::new(move || copies.state()));
+        let archives = Arc::clone(&archiver);
+        checks.push(Box::new(move || archives.state()));
         let health = Health::new(checks);
         let source = Source {
             instance: data_encoding::HEXLOWER.encode(&vault.node_id()),
@@ -468,6 +487,7 @@ impl App {
             authorizer,
             trail,
             sinks,
+            archiver,
             keyring,
             backends,
             nodes,
@@ -598,6 +618,7 @@ impl App {
             anchor: self.anchor.clone(),
             wrappers: self.wrappers.clone(),
             replication: self.replication.clone(),
+            sinks: Arc::clone(&self.sinks),
             tls: Arc::clone(&self.tls),
             network: Arc::clone(&self.network),
             reload: reload::asked_for(self),

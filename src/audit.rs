@@ -6,6 +6,7 @@
 //! stand in the clear, so that whoever holds the public key alone can verify that nothing was
 //! changed, taken out or put in.
 
+pub mod archive;
 pub mod checkpoint;
 mod denials;
 pub mod event;
@@ -23,7 +24,8 @@ pub mod verify;
 mod tests;
 
 pub use crate::config::DataPlane;
-pub use checkpoint::{Checkpoint, Signer, VerifyingKey};
+pub use archive::{Archive, Claim, Had};
+pub use checkpoint::{Checkpoint, MlDsaKey, Signer, Trusted, VerifyingKey};
 pub use event::{Draft, Origin, Outcome, anonymous, event};
 pub use line::Entry;
 pub use read::{EventView, Filter, Order, Page};

@@ -319,8 +319,21 @@ pub struct Audit {
     pub data_plane: DataPlane,
     /// How often the head of the log is signed while it grows.
     pub checkpoint_interval: Duration,
+    /// Whether checkpoints have an ML-DSA-65 signature beside that of Ed25519.
+    pub ml_dsa: bool,
+    /// How long leaves are kept in the store, and the directory of the archives that they go to then.
+    pub archive: Option<Archiving>,
     /// `[audit.sinks.NAME]`: copies of the log, by their names.
     pub sinks: BTreeMap<String, Sink>,
+}
+
+/// `[audit] keep` and `archive`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Archiving {
+    /// How long leaves are kept in the store.
+    pub keep: Duration,
+    /// The directory of the archives.
+    pub directory: PathBuf,
 }
 
 /// When events of the data plane are durable. Security-relevant ones always are before the reply.
@@ -400,10 +413,12 @@ impl Config {
         let named = [certificate, key, client_ca, crl, &self.tokens.signing_key];
         let database = self.storage.database.as_ref().and_then(|d| d.password.as_ref());
         let replica = self.replication.as_ref().and_then(|r| r.password.as_ref());
-        let told = self.telemetry.iter().flat_map(|telemetry| {
-            let ca = telemetry.ca.iter().filter_map(|(_, reference)| reference.as_ref());
-            telemetry.headers.values().chain(ca)
+        let sinks = self.audit.sinks.values().filter_map(|sink| match &sink.target {
+            sinks::Target::Otlp(collector) => Some(&**collector),
+            sinks::Target::File(_) | sinks::Target::Syslog(_) => None,
         });
+        let collectors = self.telemetry.iter().map(|telemetry| &telemetry.collector).chain(sinks);
+        let told = collectors.flat_map(telemetry::Collector::references);
         named.into_iter().flatten().chain(database).chain(replica).chain(told).any(ssm)
             || std::iter::once(&self.master_key).chain(self.wrappers.values()).any(wrapper)
     }

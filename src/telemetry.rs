@@ -40,15 +40,13 @@ pub enum TelemetryError {
     #[error("{VARIABLE}: not UTF-8 text; write a level such as `debug`")]
     NotText,
     /// The collector's authorities cannot be used.
-    #[error("[telemetry] ca: {0}")]
+    #[error("`ca` of a collector: {0}")]
     Authorities(#[from] TlsConfigError),
     /// The system knows no authorities.
-    #[error(
-        "[telemetry]: this system has no certificate authorities; name the collector's in `ca`"
-    )]
+    #[error("this system has no certificate authorities; name the collector's in `ca`")]
     NoAuthorities,
     /// Something else of the section cannot be used.
-    #[error("[telemetry] {what}: {why}")]
+    #[error("`{what}` of a collector: {why}")]
     Unusable {
         /// Which setting.
         what: &'static str,

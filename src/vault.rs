@@ -17,6 +17,7 @@ pub mod space;
 #[cfg(test)]
 mod tests;
 pub mod tree;
+mod trim;
 mod tx;
 mod verify;
 mod witness;

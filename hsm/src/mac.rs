@@ -29,11 +29,13 @@ pub enum MacPurpose {
     LoginDummy,
     /// What a node is known to have served, kept outside its store.
     Anchor,
+    /// What stands in the audit log for a value that may not.
+    AuditValue,
 }
 
 impl MacPurpose {
     /// In the order of their declaration.
-    pub(crate) const ALL: [Self; 10] = [
+    pub(crate) const ALL: [Self; 11] = [
         Self::RowName,
         Self::Principal,
         Self::ApiKey,
@@ -44,6 +46,7 @@ impl MacPurpose {
         Self::AuditSalt,
         Self::LoginDummy,
         Self::Anchor,
+        Self::AuditValue,
     ];
 
     /// Stored MACs depend on these: they never change.
@@ -59,6 +62,7 @@ impl MacPurpose {
             Self::AuditSalt => "polykey/mac/audit-salt/v1",
             Self::LoginDummy => "polykey/mac/login-dummy/v1",
             Self::Anchor => "polykey/mac/anchor/v1",
+            Self::AuditValue => "polykey/mac/audit-value/v1",
         }
     }
 
@@ -69,7 +73,7 @@ impl MacPurpose {
 }
 
 /// One expanded HMAC key per purpose.
-pub(crate) struct MacKeys([hmac::Key; 10]);
+pub(crate) struct MacKeys([hmac::Key; 11]);
 
 impl MacKeys {
     pub(crate) fn derive(
@@ -90,8 +94,9 @@ impl MacKeys {
     }
 
     fn key(&self, purpose: MacPurpose) -> &hmac::Key {
-        let Self([row, principal, api, page, metadata, idempotency, set, audit, login, anchor]) =
-            self;
+        let Self(
+            [row, principal, api, page, metadata, idempotency, set, audit, login, anchor, value],
+        ) = self;
         match purpose {
             MacPurpose::RowName => row,
             MacPurpose::Principal => principal,
@@ -103,6 +108,7 @@ impl MacKeys {
             MacPurpose::AuditSalt => audit,
             MacPurpose::LoginDummy => login,
             MacPurpose::Anchor => anchor,
+            MacPurpose::AuditValue => value,
         }
     }
 

@@ -91,6 +91,7 @@ redact! {
     ImportKeyRequest { key, wrapping; secret import_token, material }
     GetImportParametersResponse { public_key, expires_at, hpke_info; secret import_token }
     DecryptStreamResponse { key_id, version; secret plaintext }
+    HashAuditValueRequest { ; secret value }
 }
 
 /// The same for messages whose secret stands in a oneof.

@@ -39,6 +39,7 @@ const SECRET: &[&str] = &[
     "UnwrapKeyResponse",
     "GenerateRandomResponse",
     "ImportKeyRequest",
+    "HashAuditValueRequest",
     "GetImportParametersResponse",
     "EncryptStreamRequest",
     "DecryptStreamResponse",

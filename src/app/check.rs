@@ -13,7 +13,6 @@ use crate::config::sinks::{Target, Way};
 use crate::config::{Config, Telemetry};
 use crate::custody::{MASTER_KEY, NamedWrapper};
 use crate::net::tls::{self, TlsState};
-use crate::telemetry::otlp::send::Sender;
 
 /// The first bytes of every store file: redb's magic number.
 const MAGIC: &[u8] = b"redb\x1a\x0a\xa9\x0d\x0a";
@@ -124,17 +123,20 @@ pub async fn check(config: &Config) -> Vec<Finding> {
         Finding { subject: "store", result: store(config) },
         Finding { subject: "anchor", result: anchor::look(config) },
     ]);
+    if let Some(archive) = &config.audit.archive {
+        let result = writable(&archive.directory).map(|()| archive.directory.display().to_string());
+        findings.push(Finding { subject: "audit archive", result });
+    }
     if !config.audit.sinks.is_empty() {
-        findings.push(Finding { subject: "audit sinks", result: sinks(config) });
+        findings.push(Finding { subject: "audit sinks", result: sinks(config).await });
     }
     findings
 }
 
 /// The way to the collector, which is not asked.
 async fn way(config: &Config, settings: &Telemetry) -> Result<String, AppError> {
-    let secrets = Box::pin(secrets::telemetry(config, settings)).await?;
-    Sender::new(settings, secrets)?;
-    Ok(format!("{}, {NOT_ASKED}", settings.endpoint))
+    Box::pin(secrets::telemetry(config, settings)).await?;
+    Ok(format!("{}, {NOT_ASKED}", settings.collector.endpoint))
 }
 
 fn data_directory(path: &Path) -> Result<String, AppError> {
@@ -154,19 +156,23 @@ fn data_directory(path: &Path) -> Result<String, AppError> {
     Ok(path.display().to_string())
 }
 
+/// Whether files can be made in a directory.
+fn writable(directory: &Path) -> Result<(), AppError> {
+    let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+    rustix::fs::access(directory, access)
+        .map_err(|error| AppError::Unreadable { path: directory.to_owned(), source: error.into() })
+}
+
 /// A sink that cannot be written is no hindrance to a start: what no node could write is.
-fn sinks(config: &Config) -> Result<String, AppError> {
+async fn sinks(config: &Config) -> Result<String, AppError> {
+    Box::pin(secrets::sinks(config)).await?;
     let mut told = Vec::new();
     for (name, sink) in &config.audit.sinks {
         match &sink.target {
             Target::File(file) => {
                 let directory = file.path.parent().filter(|p| !p.as_os_str().is_empty());
                 let directory = directory.unwrap_or(Path::new("."));
-                let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
-                rustix::fs::access(directory, access).map_err(|error| AppError::Unreadable {
-                    path: directory.to_owned(),
-                    source: error.into(),
-                })?;
+                writable(directory)?;
                 told.push(format!("{name} ({})", sink.place()));
             }
             Target::Syslog(syslog) => {
@@ -179,6 +185,7 @@ fn sinks(config: &Config) -> Result<String, AppError> {
                 }
                 told.push(format!("{name} ({}, {NOT_ASKED})", sink.place()));
             }
+            Target::Otlp(_) => told.push(format!("{name} ({}, {NOT_ASKED})", sink.place())),
         }
     }
     Ok(told.join(", "))

@@ -87,8 +87,7 @@ impl App {
     /// The way that a configuration leads telemetry, if it does.
     pub(super) async fn way(&self, config: &Config) -> Result<Option<Way>, AppError> {
         let Some(settings) = config.telemetry.clone() else { return Ok(None) };
-        let secrets = Box::pin(secrets::telemetry(config, &settings)).await?;
-        let sender = Sender::new(&settings, secrets)?;
+        let sender = Box::pin(secrets::telemetry(config, &settings)).await?;
         Ok(Some((settings, sender)))
     }
 

@@ -1,17 +1,20 @@
 //! What a configuration refers to in the place of a file: read at the start, and TLS material again
 //! with each reload.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use polykey_hsm::{Deadline, SecretSource, bootstrap, decode_key};
 use zeroize::Zeroizing;
 
 use super::{AppError, event};
+use crate::config::sinks::Target;
+use crate::config::telemetry::Collector;
 use crate::config::{Config, Telemetry, TlsReferences};
 use crate::custody::signing::{self, Purpose};
 use crate::error::Error;
 use crate::net::tls::TlsTexts;
-use crate::telemetry::otlp::send::Secrets;
+use crate::telemetry::otlp::send::{Secrets, Sender};
 use crate::time::Clock;
 use crate::vault::Vault;
 
@@ -75,17 +78,39 @@ pub(super) async fn tls(config: &Config) -> Result<TlsTexts, AppError> {
     Ok(texts)
 }
 
-/// What the section of telemetry refers to.
-pub(super) async fn telemetry(config: &Config, settings: &Telemetry) -> Result<Secrets, AppError> {
-    const CA: &str = "[telemetry] ca";
-    const HEADERS: &str = "[telemetry] headers";
+/// The way to the collector of telemetry.
+pub(super) async fn telemetry(config: &Config, settings: &Telemetry) -> Result<Sender, AppError> {
+    let names = ("[telemetry] ca", "[telemetry] headers");
+    let secrets = Box::pin(collector(config, &settings.collector, names)).await?;
+    Ok(Sender::new(&settings.collector, secrets)?)
+}
+
+/// The ways to the collectors that are sinks of the audit log, by the names of the sinks.
+pub(super) async fn sinks(config: &Config) -> Result<BTreeMap<String, Sender>, AppError> {
+    let names = ("[audit.sinks] ca", "[audit.sinks] headers");
+    let mut senders = BTreeMap::new();
+    for (name, sink) in &config.audit.sinks {
+        if let Target::Otlp(settings) = &sink.target {
+            let secrets = Box::pin(collector(config, settings, names)).await?;
+            senders.insert(name.clone(), Sender::new(settings, secrets)?);
+        }
+    }
+    Ok(senders)
+}
+
+/// What the settings of a collector refer to.
+async fn collector(
+    config: &Config,
+    settings: &Collector,
+    (ca_name, headers_name): (&'static str, &'static str),
+) -> Result<Secrets, AppError> {
     let mut secrets = Secrets::default();
     let mut wanted = Vec::new();
     let ca = settings.ca.as_ref().map(|(path, reference)| {
         reference.clone().unwrap_or_else(|| SecretSource::File(path.clone()))
     });
-    wanted.extend(ca.as_ref().map(|source| (CA, source)));
-    wanted.extend(settings.headers.values().map(|source| (HEADERS, source)));
+    wanted.extend(ca.as_ref().map(|source| (ca_name, source)));
+    wanted.extend(settings.headers.values().map(|source| (headers_name, source)));
     let mut found = resolve(config, &wanted).await?.into_iter();
     if ca.is_some() {
         secrets.ca = found.next();
@@ -93,7 +118,7 @@ pub(super) async fn telemetry(config: &Config, settings: &Telemetry) -> Result<S
     for ((name, source), value) in settings.headers.iter().zip(found) {
         let text = std::str::from_utf8(&value).map_err(|_| {
             let text = format!("{source}: not text");
-            AppError::Secrets(vec![Missing { setting: HEADERS, text, away: false }])
+            AppError::Secrets(vec![Missing { setting: headers_name, text, away: false }])
         })?;
         let text = Zeroizing::new(text.trim_end_matches(['\r', '\n']).to_owned());
         secrets.headers.push((name.clone(), text));

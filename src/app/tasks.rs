@@ -7,7 +7,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{App, event, pace, reload, replication, room};
+use super::{App, archive, event, pace, reload, replication, room};
 use crate::custody::NamedWrapper;
 use crate::custody::breaker::Terms;
 use crate::custody::signing::{self, Purpose};
@@ -37,6 +37,7 @@ pub(super) fn start(app: &Arc<App>, tasks: &TaskTracker, stop: &CancellationToke
     tasks.spawn(until(stop.clone(), room::watch(Arc::clone(app))));
     tasks.spawn(until(stop.clone(), sweep(Arc::clone(app))));
     tasks.spawn(until(stop.clone(), verify(Arc::clone(app))));
+    tasks.spawn(until(stop.clone(), archive::run(Arc::clone(app))));
     tasks.spawn(until(stop.clone(), ask_backends(Arc::clone(app))));
     tasks.spawn(until(stop.clone(), measure(Arc::clone(app))));
 }

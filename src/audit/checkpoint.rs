@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use aws_lc_rs::digest::{SHA256, digest};
-use aws_lc_rs::signature::{ED25519, UnparsedPublicKey};
+use aws_lc_rs::signature::{ED25519, ML_DSA_65, UnparsedPublicKey};
 use data_encoding::{BASE64, HEXLOWER};
 use polykey_proto::polykey::record::v1::CheckpointRecord;
 use polykey_storage::{Direction, Store};
@@ -28,6 +28,17 @@ pub trait Signer: Send + Sync + 'static {
     /// [`Error::Internal`] if the cryptographic library fails, [`Error::Unavailable`] if the key is
     /// away.
     fn sign(&self, message: &[u8]) -> Result<[u8; 64], Error>;
+    /// The public key of a second signature, if there is to be one.
+    fn ml_dsa_key(&self) -> Option<MlDsaKey> {
+        None
+    }
+    /// The second signature of `message`, if there is to be one.
+    ///
+    /// # Errors
+    /// As [`Self::sign`].
+    fn sign_ml_dsa(&self, _message: &[u8]) -> Result<Option<Vec<u8>>, Error> {
+        Ok(None)
+    }
 }
 
 /// A key that verifies checkpoints.
@@ -57,6 +68,65 @@ impl VerifyingKey {
 impl std::fmt::Display for VerifyingKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&BASE64.encode(&self.0))
+    }
+}
+
+/// What C2SP `signed-note` leaves to others, and what this one is named.
+const ML_DSA_NOTE: &[u8] = b"\xffML-DSA-65";
+/// Bytes of an ML-DSA-65 public key.
+const ML_DSA_KEY: usize = 1952;
+
+/// A key that verifies the second signature of a checkpoint: ML-DSA-65 (FIPS 204), with an empty context.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MlDsaKey(Vec<u8>);
+
+impl MlDsaKey {
+    /// From 1,952 bytes.
+    #[must_use]
+    pub fn new(bytes: &[u8]) -> Option<Self> {
+        (bytes.len() == ML_DSA_KEY).then(|| Self(bytes.to_vec()))
+    }
+
+    /// From base64.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::new(&BASE64.decode(text.trim().as_bytes()).ok()?)
+    }
+
+    /// As FIPS 204 encodes it.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// The hint by which a signature line names its key: the first 4 bytes of
+    /// SHA-256(name ‖ 0x0a ‖ 0xff ‖ "ML-DSA-65" ‖ key).
+    #[must_use]
+    pub fn hint(&self, name: &str) -> [u8; 4] {
+        let hash = digest(&SHA256, &[name.as_bytes(), b"\n", ML_DSA_NOTE, &self.0].concat());
+        hash.as_ref().first_chunk().copied().unwrap_or_default()
+    }
+}
+
+impl std::fmt::Display for MlDsaKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&BASE64.encode(&self.0))
+    }
+}
+
+/// Whose signatures count. With ML-DSA keys, a checkpoint vouches for leaves only if it has a signature of
+/// one of those as well.
+#[derive(Clone, Copy, Debug)]
+pub struct Trusted<'k> {
+    /// Ed25519.
+    pub ed25519: &'k [VerifyingKey],
+    /// ML-DSA-65.
+    pub ml_dsa: &'k [MlDsaKey],
+}
+
+impl<'k, T: AsRef<[VerifyingKey]> + ?Sized> From<&'k T> for Trusted<'k> {
+    fn from(keys: &'k T) -> Self {
+        Self { ed25519: keys.as_ref(), ml_dsa: &[] }
     }
 }
 
@@ -105,9 +175,19 @@ impl Checkpoint {
             let key = VerifyingKey(signer.public_key());
             let mut signed = key.hint(&origin).to_vec();
             signed.extend_from_slice(&signer.sign(body.as_bytes())?);
-            let note = format!("{body}\n\u{2014} {origin} {}\n", BASE64.encode(&signed));
+            let mut note = format!("{body}\n\u{2014} {origin} {}\n", BASE64.encode(&signed));
+            let second = signer.ml_dsa_key();
+            if let Some((key, signature)) =
+                second.as_ref().zip(signer.sign_ml_dsa(body.as_bytes())?)
+            {
+                let signed = [&key.hint(&origin)[..], &signature].concat();
+                note.push_str(&format!("\u{2014} {origin} {}\n", BASE64.encode(&signed)));
+            }
             let checkpoint = Self { origin: origin.clone(), size, root, time, note };
-            if checkpoint.verify(&[key]).is_some() {
+            let second = second.is_none_or(|key| {
+                checkpoint.verify_ml_dsa(std::slice::from_ref(&key)) == Some(true)
+            });
+            if second && checkpoint.verify(&[key]).is_some() {
                 return Ok(checkpoint);
             }
         }
@@ -136,13 +216,7 @@ impl Checkpoint {
     /// Which of `keys` has signed it.
     #[must_use]
     pub fn verify(&self, keys: &[VerifyingKey]) -> Option<VerifyingKey> {
-        let (text, signatures) = self.note.split_once(SEPARATOR)?;
-        let body = format!("{text}\n");
-        let prefix = format!("\u{2014} {} ", self.origin);
-        let signatures = signatures.strip_suffix('\n')?.split('\n');
-        let signatures: Vec<Vec<u8>> = signatures
-            .map(|line| BASE64.decode(line.strip_prefix(&prefix)?.as_bytes()).ok())
-            .collect::<Option<_>>()?;
+        let (body, signatures) = self.signatures()?;
         let signed_by = |key: &&VerifyingKey| {
             signatures.iter().any(|signature| {
                 signature.strip_prefix(&key.hint(&self.origin)).is_some_and(|signature| {
@@ -153,6 +227,36 @@ impl Checkpoint {
             })
         };
         keys.iter().find(signed_by).copied()
+    }
+}
+
+impl Checkpoint {
+    /// What was signed, and each signature behind the hint of its key.
+    fn signatures(&self) -> Option<(String, Vec<Vec<u8>>)> {
+        let (text, signatures) = self.note.split_once(SEPARATOR)?;
+        let prefix = format!("\u{2014} {} ", self.origin);
+        let signatures = signatures.strip_suffix('\n')?.split('\n');
+        let signatures: Option<_> = signatures
+            .map(|line| BASE64.decode(line.strip_prefix(&prefix)?.as_bytes()).ok())
+            .collect();
+        Some((format!("{text}\n"), signatures?))
+    }
+
+    /// Whether a signature that names one of `keys` is that key's; `None` if it has none.
+    #[must_use]
+    pub fn verify_ml_dsa(&self, keys: &[MlDsaKey]) -> Option<bool> {
+        let (body, signatures) = self.signatures()?;
+        let mut found = None;
+        for key in keys {
+            let hint = key.hint(&self.origin);
+            for signature in signatures.iter().filter_map(|s| s.strip_prefix(&hint)) {
+                let holds = UnparsedPublicKey::new(&ML_DSA_65, key.bytes())
+                    .verify(body.as_bytes(), signature)
+                    .is_ok();
+                found = Some(found.unwrap_or(false) || holds);
+            }
+        }
+        found
     }
 }
 
@@ -272,5 +376,11 @@ impl Trail {
     pub fn verifying_key(&self) -> Option<VerifyingKey> {
         let signer: &Arc<dyn Signer> = self.inner.signer.as_ref()?;
         Some(VerifyingKey(signer.public_key()))
+    }
+
+    /// The key that verifies the second signature of new checkpoints, if they have one.
+    #[must_use]
+    pub fn ml_dsa_key(&self) -> Option<MlDsaKey> {
+        self.inner.signer.as_ref()?.ml_dsa_key()
     }
 }

@@ -3,6 +3,8 @@
 use std::borrow::Cow;
 use std::net::SocketAddr;
 
+use data_encoding::HEXLOWER;
+use polykey_hsm::{MacPurpose, Ring};
 use polykey_proto::polykey::record::v1::AuditEvent;
 pub use polykey_proto::polykey::record::v1::audit_event::Outcome;
 
@@ -17,6 +19,19 @@ pub const DETAILS: usize = 16;
 const CUT: char = '…';
 /// The detail under which a client id stands that was claimed and not verified.
 pub const CLAIMED: &str = "claimed_client_id";
+
+/// Bytes of the keyed hash of a value, before they are written in hexadecimal.
+const VALUE_HASH: usize = 16;
+
+/// What stands in an event for a secret, an API key above all: the first 16 bytes of
+/// HMAC-SHA-256 under a key of the node's root, `hmac:` and 32 hexadecimal digits. The same value has the same
+/// hash for as long as the node exists, and without the key a guess cannot be tried.
+#[must_use]
+pub fn value_hash(ring: &Ring, value: &[u8]) -> String {
+    let mac = ring.mac(MacPurpose::AuditValue, &[value]);
+    let shown = mac.get(..VALUE_HASH).unwrap_or(&mac);
+    format!("hmac:{}", HEXLOWER.encode(shown))
+}
 
 /// Text as it may stand in an event: control characters and bidirectional overrides escaped, at
 /// most [`TEXT`] bytes, an ellipsis where it was cut.
@@ -81,7 +96,7 @@ impl Origin<'_> {
             client_id: bounded(self.client_id).into_owned(),
             certificate_sha256: self
                 .certificate
-                .map(|hash| data_encoding::HEXLOWER.encode(hash))
+                .map(|hash| HEXLOWER.encode(hash))
                 .unwrap_or_default(),
             peer_address: self
                 .peer

@@ -8,6 +8,14 @@
 //! ```
 //! The hash of a leaf is SHA-256(0x00 ‖ data); the tree is that of RFC 9162 section 2.1; a body is a
 //! `polykey.record.v1.AuditBody`.
+//!
+//! Where leaves before were archived, the format is 2 and the first line says where it begins and names the
+//! roots of the complete subtrees over what is before, largest first; an archive but the first is such a file
+//! as well. Files that follow one another are verified as one log.
+//!
+//! ```text
+//! {"polykey_audit_export":2,"origin":"polykey/…","public_keys":["…"],"first":7,"subtrees":["…","…","…"]}
+//! ```
 
 use std::io::{BufRead, Read, Write};
 use std::ops::Bound;
@@ -17,13 +25,16 @@ use polykey_proto::polykey::record::v1::AuditLeaf;
 use polykey_storage::Direction;
 use serde::{Deserialize, Serialize};
 
-use super::checkpoint::{self, Checkpoint, VerifyingKey, origin};
+use super::checkpoint::{self, Checkpoint, Trusted, VerifyingKey, origin};
 use super::trail::Trail;
 use super::verify::{Report, Walk};
 use crate::error::Error;
 use crate::vault::Vault;
+use crate::vault::tree::Frontier;
 
 const FORMAT: u32 = 1;
+/// That of a file that does not begin with the log.
+const LATER: u32 = 2;
 /// Bytes of salt in front of a body.
 pub const SALT: usize = 32;
 /// The longest line that is read: a row of the store in base64, and some.
@@ -35,6 +46,24 @@ struct HeaderLine {
     polykey_audit_export: u32,
     origin: String,
     public_keys: Vec<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    first: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    subtrees: Option<Vec<String>>,
+}
+
+impl HeaderLine {
+    /// The tree over the leaves before the first one of the file.
+    fn before(&self) -> Option<Frontier> {
+        match (self.polykey_audit_export, self.first, &self.subtrees) {
+            (FORMAT, None, None) => Some(Frontier::default()),
+            (LATER, Some(first), Some(roots)) if first > 0 => {
+                let root = |text: &String| BASE64.decode(text.as_bytes()).ok()?.try_into().ok();
+                Frontier::from_parts(first, roots.iter().map(root).collect::<Option<_>>()?)
+            }
+            _ => None,
+        }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -79,11 +108,27 @@ impl<W: Write> ExportWriter<W> {
     /// # Errors
     /// Whatever `out` says.
     pub fn new(out: W, origin: &str, keys: &[VerifyingKey]) -> std::io::Result<Self> {
-        let mut writer = Self { out, leaves: 0 };
+        Self::behind(&Frontier::default(), out, origin, keys)
+    }
+
+    /// Begins one with the leaf behind those of this tree.
+    ///
+    /// # Errors
+    /// Whatever `out` says.
+    pub fn behind(
+        log: &Frontier,
+        out: W,
+        origin: &str,
+        keys: &[VerifyingKey],
+    ) -> std::io::Result<Self> {
+        let mut writer = Self { out, leaves: log.size() };
+        let roots = || log.roots().iter().map(|root| BASE64.encode(root)).collect();
         writer.line(&HeaderLine {
-            polykey_audit_export: FORMAT,
+            polykey_audit_export: if log.size() == 0 { FORMAT } else { LATER },
             origin: origin.to_owned(),
             public_keys: keys.iter().map(ToString::to_string).collect(),
+            first: (log.size() > 0).then(|| log.size()),
+            subtrees: (log.size() > 0).then(roots),
         })?;
         Ok(writer)
     }
@@ -126,7 +171,7 @@ impl<W: Write> ExportWriter<W> {
 ///
 /// # Errors
 /// [`Error::DataLoss`] if one is missing or fails authentication, [`Error::Unavailable`] if the
-/// store cannot be read.
+/// store cannot be read or one was archived meanwhile.
 pub async fn leaves(vault: &Vault, from: u64, limit: usize) -> Result<Vec<Vec<u8>>, Error> {
     let range = (Bound::Included(from.to_be_bytes().to_vec()), Bound::Unbounded);
     let rows = vault.scan::<AuditLeaf>(range, Direction::Forward, limit).await?;
@@ -135,14 +180,17 @@ pub async fn leaves(vault: &Vault, from: u64, limit: usize) -> Result<Vec<Vec<u8
         if key != index.to_be_bytes() {
             return Err(Error::data_loss(format!("audit leaf {index} is missing")));
         }
+        if leaf.record.archived {
+            return Err(Error::unavailable(format!("audit leaf {index} has been archived")));
+        }
         leaves.push([leaf.record.salt, leaf.record.body].concat());
     }
     Ok(leaves)
 }
 
 impl Trail {
-    /// Signs a checkpoint and writes the log up to it, with every checkpoint there is. `keys` are
-    /// those that have signed them. Returns the number of leaves.
+    /// Signs a checkpoint and writes the log up to it, as far as it has not been archived, with every
+    /// checkpoint there is over that. `keys` are those that have signed them. Returns the number of leaves.
     ///
     /// # Errors
     /// As [`Self::checkpoint`] and [`leaves`]; [`Error::Internal`] if `out` fails.
@@ -155,15 +203,17 @@ impl Trail {
         self.checkpoint().await?;
         let vault = self.vault();
         let size = vault.leaves();
-        let mut writer = ExportWriter::new(out, &origin(&vault.node_id()), keys).map_err(broken)?;
+        let (first, log) = self.kept().await?;
+        let origin = origin(&vault.node_id());
+        let mut writer = ExportWriter::behind(&log, out, &origin, keys).map_err(broken)?;
         for checkpoint in checkpoint::all(&**vault.store()).await? {
             let checkpoint =
                 checkpoint.map_err(|e| Error::data_loss(format!("checkpoint: {e}")))?;
-            if checkpoint.size <= size {
+            if (first..=size).contains(&checkpoint.size) {
                 writer.checkpoint(&checkpoint.note).map_err(broken)?;
             }
         }
-        let mut next = 0;
+        let mut next = first;
         while next < size {
             let limit = usize::try_from(size - next).unwrap_or(usize::MAX).min(16);
             let step = leaves(vault, next, limit).await?;
@@ -224,28 +274,72 @@ pub fn named_keys(reader: &mut impl BufRead) -> std::io::Result<Vec<VerifyingKey
 ///
 /// # Errors
 /// Whatever `reader` says. What is wrong with the export is no error but a finding.
-pub fn verify_export(
-    mut reader: impl BufRead,
-    keys: &[VerifyingKey],
+pub fn verify_export<'k>(
+    reader: impl BufRead,
+    keys: impl Into<Trusted<'k>>,
     kept: &[Checkpoint],
 ) -> std::io::Result<Report> {
-    let mut line = Vec::new();
-    read_line(&mut reader, &mut line)?;
-    let header = parse::<HeaderLine>(&line).filter(|h| h.polykey_audit_export == FORMAT);
-    let node = header.as_ref().and_then(|h| node_id(&h.origin));
-    let (Some(header), Some(node)) = (header, node) else {
-        let mut report = Report::default();
-        report.find("it does not begin as an audit export of format 1".into());
-        return Ok(report);
-    };
-    let mut walk = Walk::new(Some(node), keys, kept);
-    let trusted = |name: &String| VerifyingKey::parse(name).is_some_and(|k| keys.contains(&k));
-    if !header.public_keys.iter().all(trusted) {
-        walk.report.notes.push("the file names public keys that were not given: ignored".into());
+    verify_exports([Ok(reader)], keys, kept)
+}
+
+/// As [`verify_export`], for archives and an export that follow one another, the oldest first.
+///
+/// # Errors
+/// Whatever the readers say.
+pub fn verify_exports<'k, R: BufRead>(
+    readers: impl IntoIterator<Item = std::io::Result<R>>,
+    keys: impl Into<Trusted<'k>>,
+    kept: &[Checkpoint],
+) -> std::io::Result<Report> {
+    let keys = keys.into();
+    let mut so_far: Option<Walk<'_>> = None;
+    for reader in readers {
+        let mut reader = reader?;
+        let mut line = Vec::new();
+        read_line(&mut reader, &mut line)?;
+        let header = parse::<HeaderLine>(&line);
+        let begins = header.as_ref().and_then(|h| Some((h, node_id(&h.origin)?, h.before()?)));
+        let Some((header, node, before)) = begins else {
+            let mut report = so_far.map_or_else(Report::default, Walk::finish);
+            report.find("it does not begin as an audit export of format 1 or 2".into());
+            return Ok(report);
+        };
+        let mut walk = match so_far.take() {
+            None => Walk::behind(before, Some(node), keys, kept),
+            Some(mut walk) => {
+                if walk.report.origin != header.origin {
+                    walk.report.find(format!("a file is of {}", header.origin));
+                    return Ok(walk.finish());
+                }
+                if *walk.tree() != before {
+                    let (end, next) = (walk.size(), before.size());
+                    walk.report.find(format!(
+                        "a file that begins with leaf {next} does not go on from the one before, which ends with {end} leaves: give them in order, none left out"
+                    ));
+                    return Ok(walk.finish());
+                }
+                walk
+            }
+        };
+        let trusted =
+            |name: &String| VerifyingKey::parse(name).is_some_and(|k| keys.ed25519.contains(&k));
+        if !header.public_keys.iter().all(trusted) {
+            walk.report
+                .notes
+                .push("the file names public keys that were not given: ignored".into());
+        }
+        lines(&mut reader, &mut walk)?;
+        so_far = Some(walk);
     }
+    Ok(so_far.map_or_else(Report::default, Walk::finish))
+}
+
+/// Takes the lines behind the first one.
+fn lines(reader: &mut impl BufRead, walk: &mut Walk<'_>) -> std::io::Result<()> {
+    let mut line = Vec::new();
     let mut ended = false;
     let mut number = 1_u64;
-    while read_line(&mut reader, &mut line)?.is_some() {
+    while read_line(reader, &mut line)?.is_some() {
         number += 1;
         if ended {
             walk.report.find(format!("line {number} stands behind the end"));
@@ -281,5 +375,5 @@ pub fn verify_export(
     if !ended {
         walk.report.find("the file ends before its end: it was cut off".into());
     }
-    Ok(walk.finish())
+    Ok(())
 }

@@ -12,13 +12,14 @@ use polykey_proto::polykey::record::v1::{AuditBody, AuditEvent, AuditLeaf};
 use polykey_storage::Direction;
 use serde::Serialize;
 
+use super::archive::{self, Archive};
 use super::event::{CLAIMED, Outcome};
 use super::trail::Trail;
 use super::usage::{is_making, open_body};
 use crate::error::Error;
 use crate::key::KeyId;
 use crate::time::Time;
-use crate::vault::Vault;
+use crate::vault::{Loaded, Vault};
 
 /// Most events a page looks at, and most leaves: then it returns short, with a token.
 const EXAMINED: usize = 50_000;
@@ -41,6 +42,8 @@ pub struct Filter {
     pub key: Option<KeyId>,
     /// That ended so.
     pub outcome: Option<Outcome>,
+    /// One of whose details has this value: a hash; empty = all.
+    pub value_hash: String,
 }
 
 impl Filter {
@@ -61,15 +64,17 @@ impl Filter {
             && self.until.is_none_or(|until| time < until)
             && self.key.is_none_or(|key| event.key_id.as_ref() == key.bytes())
             && self.outcome.is_none_or(|outcome| event.outcome() == outcome)
+            && (self.value_hash.is_empty()
+                || event.details.values().any(|value| *value == self.value_hash))
     }
 
     fn fingerprint(&self) -> Vec<u8> {
-        let Self { since, until, client, action, key, outcome } = self;
+        let Self { since, until, client, action, key, outcome, value_hash } = self;
         let mut out = Vec::new();
         for time in [since, until] {
             out.extend_from_slice(&time.map_or(-1, Time::micros).to_be_bytes());
         }
-        for text in [client, action] {
+        for text in [client, action, value_hash] {
             out.extend_from_slice(&(text.len() as u64).to_be_bytes());
             out.extend_from_slice(text.as_bytes());
         }
@@ -109,6 +114,14 @@ pub struct Page {
     pub events: Vec<Entry>,
     /// For the next page; empty after the last one. A page may be short, or empty, and not the last.
     pub next: String,
+    /// Archives that have what belongs here and is no longer in the store.
+    pub archives: Vec<Archive>,
+}
+
+impl Page {
+    fn new(events: Vec<Entry>, next: String) -> Self {
+        Self { events, next, archives: Vec::new() }
+    }
 }
 
 /// New events.
@@ -247,20 +260,34 @@ pub(super) fn entries(
     })
 }
 
-/// Leaves from `from` on, in one direction. Few at a time: a block may be large.
+/// Leaves from `from` on, in one direction. Few at a time: a block may be large. One that is archived has
+/// no body.
 async fn read(
     vault: &Vault,
     from: u64,
     direction: Direction,
     limit: usize,
-) -> Result<Vec<(u64, AuditBody)>, Error> {
+) -> Result<Vec<(u64, Option<AuditBody>)>, Error> {
     let bound = Bound::Included(from.to_be_bytes().to_vec());
     let range = match direction {
         Direction::Forward => (bound, Bound::Unbounded),
         Direction::Backward => (Bound::Unbounded, bound),
     };
     let rows = vault.scan::<AuditLeaf>(range, direction, limit).await?;
-    rows.iter().map(|(key, leaf)| open_body(key, &leaf.record)).collect()
+    let body = |(key, leaf): &(Vec<u8>, Loaded<AuditLeaf>)| match key.as_slice().try_into() {
+        Ok(key) if leaf.record.archived => Ok((u64::from_be_bytes(key), None)),
+        _ => open_body(key, &leaf.record).map(|(index, body)| (index, Some(body))),
+    };
+    rows.iter().map(body).collect()
+}
+
+/// Where the log goes on behind a leaf that is archived.
+async fn behind(vault: &Vault, archived: u64) -> Result<u64, Error> {
+    let (kept, _) = archive::kept(vault).await?;
+    if kept > archived {
+        return Ok(kept);
+    }
+    Err(Error::data_loss(format!("audit leaf {archived} is archived, and no archive has it")))
 }
 
 /// A page in the making.
@@ -332,28 +359,43 @@ impl Trail {
         }
     }
 
+    /// Archives with leaves from `from` on that may hold what passes.
+    async fn elsewhere(&self, filter: &Filter, from: u64) -> Result<Vec<Archive>, Error> {
+        let mut archives = archive::list(self.vault()).await?;
+        archives.retain(|archive| {
+            archive.end > from && filter.since.is_none_or(|since| archive.until >= since)
+        });
+        Ok(archives)
+    }
+
     async fn forward(&self, filter: &Filter, from: Cursor, size: usize) -> Result<Page, Error> {
         let vault = self.vault();
         let mut page = Collect::new(filter, size);
         let mut at = from;
+        let mut archives = Vec::new();
         let on = |at| token(vault, Order::OldestFirst, filter, at);
         loop {
             let bodies = read(vault, at.leaf, Direction::Forward, BITE).await?;
             if bodies.is_empty() {
-                return Ok(Page { events: page.events, next: String::new() });
+                return Ok(Page { events: page.events, next: String::new(), archives });
             }
             for (index, body) in bodies {
+                let Some(body) = body else {
+                    archives = self.elsewhere(filter, at.leaf).await?;
+                    at = Cursor { leaf: behind(vault, index).await?, position: 0 };
+                    break;
+                };
                 let skip = if index == at.leaf { at.position } else { 0 };
                 let rest = page.take(entries(index, body).filter(|e| e.position >= skip));
                 if let Some(Entry { index: leaf, position, .. }) = rest {
                     let next = on(Cursor { leaf, position });
-                    return Ok(Page { events: page.events, next });
+                    return Ok(Page { events: page.events, next, archives });
                 }
                 at = Cursor { leaf: index + 1, position: 0 };
                 if page.spent() {
                     let more = at.leaf < vault.leaves();
                     let next = if more { on(at) } else { String::new() };
-                    return Ok(Page { events: page.events, next });
+                    return Ok(Page { events: page.events, next, archives });
                 }
             }
         }
@@ -379,24 +421,29 @@ impl Trail {
                 None => read(vault, at.leaf, Direction::Backward, BITE).await?,
             };
             if bodies.is_empty() {
-                return Ok(Page { events: page.events, next: String::new() });
+                return Ok(Page::new(page.events, String::new()));
             }
             for (index, body) in bodies {
+                let Some(body) = body else {
+                    behind(vault, index).await?;
+                    let archives = self.elsewhere(filter, 0).await?;
+                    return Ok(Page { events: page.events, next: String::new(), archives });
+                };
                 let before = if index == at.leaf { at.position } else { u32::MAX };
                 let rest = page.take(entries(index, body).rev().filter(|e| e.position < before));
                 if let Some(Entry { index: leaf, position, .. }) = rest {
                     let next = on(Cursor { leaf, position: position + 1 });
-                    return Ok(Page { events: page.events, next });
+                    return Ok(Page::new(page.events, next));
                 }
                 // Nothing of a key is older than its making.
                 let whole =
                     filter.key.is_some() && page.events.last().is_some_and(|e| is_making(&e.event));
                 let Some(leaf) = index.checked_sub(1).filter(|_| !whole) else {
-                    return Ok(Page { events: page.events, next: String::new() });
+                    return Ok(Page::new(page.events, String::new()));
                 };
                 at = Cursor { leaf, position: u32::MAX };
                 if page.spent() {
-                    return Ok(Page { events: page.events, next: on(at) });
+                    return Ok(Page::new(page.events, on(at)));
                 }
             }
         }
@@ -453,6 +500,13 @@ impl Trail {
                 }
                 let mut events = Vec::new();
                 for (index, body) in bodies {
+                    let Some(body) = body else {
+                        next = match behind(trail.vault(), index).await {
+                            Ok(next) => next,
+                            Err(error) => return Some((Err(error), None)),
+                        };
+                        break;
+                    };
                     next = index + 1;
                     events.extend(entries(index, body).filter(|e| filter.passes(&e.event)));
                 }

@@ -1,4 +1,4 @@
-//! Copies of the log in files and at syslog collectors.
+//! Copies of the log in files, and at syslog and OpenTelemetry collectors.
 //!
 //! The store is the authority and the only buffer: each sink reads the log for itself, from where it
 //! has come to, a batch at a time. So a sink that is slow, hangs or fails holds up neither requests
@@ -9,11 +9,13 @@
 //! Where several nodes share a store they share its log: each node with a sink copies all of it.
 
 mod file;
+mod otlp;
 mod place;
 mod syslog;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,22 +23,26 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use polykey_proto::polykey::record::v1::{AuditBody, AuditLeaf};
-use polykey_storage::Direction;
+use polykey_storage::{Direction, Revision};
 use prost::Message;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use super::archive::{self, Had};
 use super::checkpoint::{self, origin};
 use super::export::{checkpoint_line, leaf_line};
+use super::proof::LeafHashes;
 use super::read::{EventView, entries};
 use super::trail::Trail;
 use crate::config::sinks::{Content, Target};
 use crate::config::{self, Sink};
 use crate::error::Error;
 use crate::health::State;
+use crate::telemetry::otlp::encode::Source;
+use crate::telemetry::otlp::send::Sender;
 use crate::time::Time;
-use crate::vault::space;
 use crate::vault::tree::{Hash, leaf_hash};
+use crate::vault::{Vault, space};
 use place::{Cursor, Place};
 
 /// How often a sink looks for new leaves. The look is two loads of atomics.
@@ -70,7 +76,18 @@ struct Batch {
 #[derive(Debug)]
 struct Record {
     time: Time,
+    what: What,
     line: Vec<u8>,
+}
+
+/// What a line is.
+#[derive(Clone, Copy, Debug)]
+enum What {
+    Leaf(u64),
+    /// A leaf, and the place in it.
+    Event(u64, u32),
+    /// Its size.
+    Checkpoint(u64),
 }
 
 impl Batch {
@@ -82,14 +99,21 @@ impl Batch {
 enum Outlet {
     File(file::Outlet),
     Syslog(Box<syslog::Outlet>),
+    Otlp(Box<otlp::Outlet>),
 }
 
 impl Outlet {
-    fn new(sink: &Sink, place: Place, saved: PathBuf) -> Self {
-        match &sink.target {
+    fn new(copier: &Copier, place: Place) -> Self {
+        let saved = copier.saved.clone();
+        match &copier.sink.target {
             Target::File(target) => Self::File(file::Outlet::new(target.clone(), place, saved)),
             Target::Syslog(target) => {
                 Self::Syslog(Box::new(syslog::Outlet::new(target.clone(), place, saved)))
+            }
+            Target::Otlp(_) => {
+                let (at, source) = (copier.sink.place(), copier.source.clone());
+                let sender = copier.sender.clone();
+                Self::Otlp(Box::new(otlp::Outlet::new(at, sender, source, place, saved)))
             }
         }
     }
@@ -99,6 +123,7 @@ impl Outlet {
         match self {
             Self::File(outlet) => outlet.next(),
             Self::Syslog(outlet) => outlet.next(),
+            Self::Otlp(outlet) => outlet.next(),
         }
     }
 
@@ -108,6 +133,7 @@ impl Outlet {
         match self {
             Self::File(outlet) => outlet.put(batch).await,
             Self::Syslog(outlet) => Box::pin(outlet.put(batch)).await,
+            Self::Otlp(outlet) => Box::pin(outlet.put(batch)).await,
         }
     }
 }
@@ -136,6 +162,9 @@ struct Seen {
 struct Copier {
     name: String,
     sink: Sink,
+    /// The way to it, if it is a collector of OpenTelemetry's.
+    sender: Option<Sender>,
+    source: Source,
     saved: PathBuf,
     trail: Arc<Trail>,
     seen: Mutex<Seen>,
@@ -192,7 +221,7 @@ impl Copier {
                 return;
             }
         };
-        let mut outlet = Outlet::new(&self.sink, place, self.saved.clone());
+        let mut outlet = Outlet::new(&self, place);
         let mut bite = BITE;
         loop {
             let next = outlet.next();
@@ -297,13 +326,15 @@ impl Copier {
         let (Some(index), Some(last)) = (next.checked_sub(1), place.last()) else {
             return Ok(place);
         };
-        let key = index.to_be_bytes();
-        let leaf = self.trail.vault().get::<AuditLeaf>(&key).await;
-        let leaf = leaf.map_err(|error| {
-            format!("the log cannot be read: {}", error.internal_text().unwrap_or_default())
-        })?;
-        if leaf.is_some_and(|leaf| leaf_hash(&leaf.record.salt, &leaf.record.body) == last) {
-            return Ok(place);
+        // The leaf itself may be in an archive.
+        let hash = LeafHashes::new(&**self.trail.vault().store(), index).step(1).await;
+        match hash {
+            Ok(hash) if hash.first() == Some(&last) => return Ok(place),
+            Ok(_) | Err(Error::DataLoss { .. }) => {}
+            Err(error) => {
+                let why = error.internal_text().unwrap_or_default();
+                return Err(format!("the log cannot be read: {why}"));
+            }
         }
         tracing::warn!(
             sink,
@@ -319,8 +350,24 @@ impl Copier {
         let vault = self.trail.vault();
         let mut batch = Batch::empty(from);
         if vault.leaves() > from.leaf {
-            let range = polykey_storage::from(from.leaf.to_be_bytes());
-            for (key, leaf) in vault.scan::<AuditLeaf>(range, Direction::Forward, bite).await? {
+            let rows = async |from: u64| {
+                let range = polykey_storage::from(from.to_be_bytes());
+                vault.scan::<AuditLeaf>(range, Direction::Forward, bite).await
+            };
+            let mut leaves = rows(from.leaf).await?;
+            if leaves.first().is_some_and(|(_, leaf)| leaf.record.archived) {
+                let (kept, _) = archive::kept(vault).await?;
+                let (sink, first) = (self.name.as_str(), from.leaf);
+                tracing::warn!(
+                    sink,
+                    first,
+                    kept,
+                    "an audit sink goes on behind what was archived: the leaves before are in the archives"
+                );
+                batch.next.leaf = kept.max(from.leaf);
+                leaves = rows(batch.next.leaf).await?;
+            }
+            for (key, leaf) in leaves {
                 if key != batch.next.leaf.to_be_bytes() {
                     let missing = batch.next.leaf;
                     return Err(Error::data_loss(format!("audit leaf {missing} is missing")));
@@ -338,7 +385,8 @@ impl Copier {
                     .map_err(|why| Error::data_loss(format!("a stored checkpoint: {why}")))?;
                 batch.next.checkpoint = checkpoint.size;
                 let line = checkpoint_line(&checkpoint.note).map_err(unwritten)?;
-                batch.records.push(Record { time: checkpoint.time, line });
+                let what = What::Checkpoint(checkpoint.size);
+                batch.records.push(Record { time: checkpoint.time, what, line });
             }
         }
         Ok(batch)
@@ -346,6 +394,9 @@ impl Copier {
 
     fn leaf(&self, batch: &mut Batch, leaf: &AuditLeaf) -> Result<(), Error> {
         let index = batch.next.leaf;
+        if leaf.archived {
+            return Err(Error::unavailable(format!("audit leaf {index} is being archived")));
+        }
         let body = AuditBody::decode(leaf.body.as_ref())
             .map_err(|e| Error::data_loss(format!("audit leaf {index} does not decode: {e}")))?;
         match self.sink.content {
@@ -355,13 +406,15 @@ impl Copier {
                     .first()
                     .map_or_else(Time::default, |event| Time::from_micros(event.time));
                 let line = leaf_line(index, &leaf.salt, &leaf.body).map_err(unwritten)?;
-                batch.records.push(Record { time, line });
+                let what = What::Leaf(index);
+                batch.records.push(Record { time, what, line });
             }
             Content::Events => {
                 for entry in entries(index, body) {
                     let time = Time::from_micros(entry.event.time);
                     let line = serde_json::to_vec(&EventView::from(&entry));
-                    batch.records.push(Record { time, line: line.map_err(unwritten)? });
+                    let what = What::Event(index, entry.position);
+                    batch.records.push(Record { time, what, line: line.map_err(unwritten)? });
                 }
             }
         }
@@ -378,6 +431,7 @@ fn unwritten(error: serde_json::Error) -> Error {
 /// All sinks of a node.
 pub struct Sinks {
     each: Vec<Arc<Copier>>,
+    vault: Arc<Vault>,
     closing: CancellationToken,
     tasks: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -389,15 +443,27 @@ impl std::fmt::Debug for Sinks {
 }
 
 impl Sinks {
-    /// Those that the configuration names, at rest. How far each has come is kept in `audit-sinks` of
+    /// Those that the configuration names, at rest, with the ways to those that are collectors. How far each has come is kept in `audit-sinks` of
     /// the data directory.
     #[must_use]
-    pub fn new(config: &config::Audit, data_dir: &Path, trail: &Arc<Trail>) -> Arc<Self> {
+    pub fn new(
+        config: &config::Audit,
+        data_dir: &Path,
+        trail: &Arc<Trail>,
+        senders: &BTreeMap<String, Sender>,
+    ) -> Arc<Self> {
+        let node_id = trail.vault().node_id();
+        let source = Source {
+            instance: data_encoding::HEXLOWER.encode(&node_id),
+            since: Duration::default(),
+        };
         let closing = CancellationToken::new();
         let each = config.sinks.iter().map(|(name, sink)| {
             Arc::new(Copier {
                 name: name.clone(),
                 sink: sink.clone(),
+                sender: senders.get(name).cloned(),
+                source: source.clone(),
                 saved: data_dir.join("audit-sinks").join(format!("{name}.json")),
                 trail: Arc::clone(trail),
                 seen: Mutex::new(Seen { copied: 0, level: Instant::now(), trouble: None }),
@@ -405,7 +471,8 @@ impl Sinks {
             })
         });
         let each = each.collect();
-        Arc::new(Self { each, closing, tasks: Mutex::default() })
+        let vault = Arc::clone(trail.vault());
+        Arc::new(Self { each, vault, closing, tasks: Mutex::default() })
     }
 
     /// Starts copying, on the current runtime.
@@ -418,6 +485,40 @@ impl Sinks {
     #[must_use]
     pub fn status(&self) -> Vec<SinkStatus> {
         self.each.iter().map(|copier| copier.status()).collect()
+    }
+
+    /// The sink that has least of the log for good, and how many leaves that is. What it may have beyond that
+    /// is not counted.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if that cannot be read.
+    pub async fn least(&self) -> Result<Option<(String, u64)>, Error> {
+        let log = origin(&self.vault.node_id());
+        let saved = self.each.iter().map(|copier| (copier.name.clone(), copier.saved.clone()));
+        let saved: Vec<(String, PathBuf)> = saved.collect();
+        let look = move || {
+            let mut least: Option<(String, u64)> = None;
+            for (name, path) in saved {
+                let place = Place::load(&path).map_err(|error| {
+                    Error::unavailable(format!("{} cannot be read: {error}", path.display()))
+                })?;
+                let has = place.filter(|place| place.log == log).map_or(0, |place| place.next.leaf);
+                if least.as_ref().is_none_or(|(_, least)| has < *least) {
+                    least = Some((name, has));
+                }
+            }
+            Ok(least)
+        };
+        tokio::task::spawn_blocking(look).await.map_err(|e| Error::internal(e.to_string()))?
+    }
+
+    /// How far those have the log who are to have all that is archived: the sinks, and the replication
+    /// target up to a revision.
+    ///
+    /// # Errors
+    /// As [`Self::least`].
+    pub async fn had(&self, shipped: Option<Revision>) -> Result<Had, Error> {
+        Ok(Had { sink: self.least().await?, shipped })
     }
 
     /// For health: the first one that fails.

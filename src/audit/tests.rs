@@ -1,5 +1,6 @@
 //! What the tests of the audit log share: vaults on every store, a signer, and a store that fails.
 
+mod archive;
 mod crash;
 mod proofs;
 mod reading;

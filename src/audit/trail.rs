@@ -162,6 +162,10 @@ pub(super) struct Inner {
     pub(super) signing: tokio::sync::Mutex<()>,
     /// One write-behind of usage at a time.
     pub(super) folding: tokio::sync::Mutex<()>,
+    /// One trimming at a time.
+    pub(super) trimming: tokio::sync::Mutex<()>,
+    /// Before this leaf, all are known to be trimmed.
+    pub(super) trimmed: AtomicU64,
 }
 
 impl Held for Inner {
@@ -246,6 +250,8 @@ impl Trail {
             checkpointed_at: AtomicI64::new(checkpointed_at),
             signing: tokio::sync::Mutex::new(()),
             folding: tokio::sync::Mutex::new(()),
+            trimming: tokio::sync::Mutex::new(()),
+            trimmed: AtomicU64::new(0),
         });
         usage::flush(&*inner, false).await?;
         let tasks = vec![

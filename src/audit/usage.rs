@@ -440,6 +440,9 @@ pub(crate) async fn read_bodies(
 pub(crate) fn open_body(key: &[u8], leaf: &AuditLeaf) -> Result<(u64, AuditBody), Error> {
     let index = key.try_into().map(u64::from_be_bytes);
     let index = index.map_err(|_| Error::data_loss("an audit row has a malformed key"))?;
+    if leaf.archived {
+        return Err(Error::data_loss(format!("audit leaf {index} was archived before its time")));
+    }
     let body = AuditBody::decode(leaf.body.as_ref())
         .map_err(|e| Error::data_loss(format!("audit leaf {index} failed to decode: {e}")))?;
     if body.index != index {

@@ -8,7 +8,8 @@ use polykey_storage::{Direction, Store};
 use prost::Message;
 use serde::Serialize;
 
-use super::checkpoint::{self, Checkpoint, VerifyingKey, origin};
+use super::archive;
+use super::checkpoint::{self, Checkpoint, Trusted, VerifyingKey, origin};
 use super::proof::LeafHashes;
 use crate::error::Error;
 use crate::vault::tree::{Frontier, Hash, leaf_hash};
@@ -24,6 +25,9 @@ pub struct Report {
     pub origin: String,
     /// Leaves there are.
     pub leaves: u64,
+    /// Leaves whose bodies were read.
+    #[serde(skip)]
+    pub read: u64,
     /// Events in them; 0 where bodies were not read.
     pub events: u64,
     /// The root over them, base64.
@@ -58,26 +62,47 @@ impl Report {
 /// Takes leaves in order, and compares the tree with each checkpoint of its size.
 pub(super) struct Walk<'k> {
     pub(super) report: Report,
-    keys: &'k [VerifyingKey],
+    keys: Trusted<'k>,
+    /// Checkpoints that hold and have no second signature of a given key.
+    single: u64,
     tree: Frontier,
     /// Checkpoints still ahead, by size.
     ahead: BTreeMap<u64, Vec<Checkpoint>>,
     node_id: Option<[u8; 16]>,
+    /// Leaves before this one were not given.
+    first: u64,
 }
 
 impl<'k> Walk<'k> {
     /// `kept` are checkpoints from elsewhere: the log must contain what they cover.
     pub(super) fn new(
         node_id: Option<[u8; 16]>,
-        keys: &'k [VerifyingKey],
+        keys: impl Into<Trusted<'k>>,
         kept: &[Checkpoint],
     ) -> Self {
+        Self::behind(Frontier::default(), node_id, keys, kept)
+    }
+
+    /// As [`Self::new`], with the tree over leaves that are not here. Nothing vouches for it but the
+    /// checkpoints that follow.
+    pub(super) fn behind(
+        tree: Frontier,
+        node_id: Option<[u8; 16]>,
+        keys: impl Into<Trusted<'k>>,
+        kept: &[Checkpoint],
+    ) -> Self {
+        let keys = keys.into();
         let report = Report {
             origin: node_id.as_ref().map(origin).unwrap_or_default(),
             ..Report::default()
         };
-        let mut walk =
-            Self { report, keys, tree: Frontier::default(), ahead: BTreeMap::new(), node_id };
+        let (first, ahead) = (tree.size(), BTreeMap::new());
+        let mut walk = Self { report, keys, single: 0, tree, ahead, node_id, first };
+        if first > 0 {
+            walk.report.notes.push(format!(
+                "the leaves before {first} were not given: they are in archives, and what is here goes on from them"
+            ));
+        }
         for checkpoint in kept {
             walk.checkpoint(checkpoint.clone());
         }
@@ -89,8 +114,16 @@ impl<'k> Walk<'k> {
         let size = checkpoint.size;
         if checkpoint.origin != self.report.origin {
             self.report.find(format!("the checkpoint at {size} is of {}", checkpoint.origin));
-        } else if checkpoint.verify(self.keys).is_none() {
+        } else if checkpoint.verify(self.keys.ed25519).is_none() {
             self.report.find(format!("the checkpoint at {size} is signed by no trusted key"));
+        } else if checkpoint.verify_ml_dsa(self.keys.ml_dsa) == Some(false) {
+            self.report
+                .find(format!("the ML-DSA signature of the checkpoint at {size} is not its key's"));
+        } else if size < self.first {
+            let first = self.first;
+            self.report.find(format!(
+                "the checkpoint at {size} cannot be compared: the leaves before {first} were not given; give their archives as well"
+            ));
         } else if size < self.tree.size() {
             self.report.find(format!("the checkpoint at {size} stands behind its leaves"));
         } else if size == self.tree.size() {
@@ -103,7 +136,12 @@ impl<'k> Walk<'k> {
     fn compare(&mut self, checkpoint: &Checkpoint) {
         if checkpoint.root == self.tree.root() {
             self.report.checkpoints += 1;
-            self.report.covered = self.report.covered.max(checkpoint.size);
+            let second = checkpoint.verify_ml_dsa(self.keys.ml_dsa);
+            if self.keys.ml_dsa.is_empty() || second == Some(true) {
+                self.report.covered = self.report.covered.max(checkpoint.size);
+            } else {
+                self.single += 1;
+            }
         } else {
             self.report.find(format!(
                 "the first {} leaves are not those that were signed then",
@@ -122,6 +160,7 @@ impl<'k> Walk<'k> {
     /// A leaf with its salt and body.
     pub(super) fn leaf(&mut self, salt: &[u8], bytes: &[u8]) -> Hash {
         let index = self.tree.size();
+        self.report.read += 1;
         match AuditBody::decode(bytes) {
             Ok(body) => {
                 if body.index != index {
@@ -148,8 +187,19 @@ impl<'k> Walk<'k> {
         self.tree.root()
     }
 
+    /// The tree so far.
+    pub(super) fn tree(&self) -> &Frontier {
+        &self.tree
+    }
+
     pub(super) fn finish(mut self) -> Report {
         let size = self.tree.size();
+        if self.single > 0 {
+            self.report.notes.push(format!(
+                "{} checkpoints have no signature of a given ML-DSA key, and vouch for nothing here",
+                self.single
+            ));
+        }
         for ahead in self.ahead.keys() {
             let text = format!(
                 "a checkpoint covers {ahead} leaves, and there are {size}: the log was truncated"
@@ -206,6 +256,8 @@ pub async fn verify_store(
             Err(text) => walk.report.find(format!("a stored checkpoint: {text}")),
         }
     }
+    let (kept, _) = archive::kept(vault).await?;
+    let mut archived = 0_u64;
     while walk.size() < head.leaves {
         let from = walk.size();
         let range = polykey_storage::from(from.to_be_bytes().to_vec());
@@ -224,6 +276,14 @@ pub async fn verify_store(
             }
             let clear = row.value.first_chunk::<32>().copied().unwrap_or_default();
             match vault.get::<AuditLeaf>(&row.key).await {
+                Ok(Some(leaf)) if leaf.record.archived => {
+                    if index >= kept {
+                        walk.report
+                            .find(format!("leaf {index} is archived, and no archive has it"));
+                    }
+                    archived += 1;
+                    walk.hash(clear);
+                }
                 Ok(Some(leaf)) => {
                     if walk.leaf(&leaf.record.salt, &leaf.record.body) != clear {
                         walk.report.find(format!("the hash of leaf {index} is not its own"));
@@ -242,6 +302,11 @@ pub async fn verify_store(
         }
         tokio::task::yield_now().await;
     }
+    if archived > 0 {
+        walk.report.notes.push(format!(
+            "{archived} leaves are in archives: their hashes were verified here, they themselves are with `polykey audit verify --export ARCHIVE`"
+        ));
+    }
     if walk.size() != head.leaves || walk.root() != head.root {
         let (found, expected) = (walk.size(), head.leaves);
         walk.report.find(format!(
@@ -256,10 +321,10 @@ pub async fn verify_store(
 ///
 /// # Errors
 /// [`Error::Unavailable`] if the store cannot be read.
-pub async fn verify_clear(
+pub async fn verify_clear<'k>(
     store: &dyn Store,
     node_id: [u8; 16],
-    keys: &[VerifyingKey],
+    keys: impl Into<Trusted<'k>>,
     kept: &[Checkpoint],
 ) -> Result<Report, Error> {
     let mut walk = Walk::new(Some(node_id), keys, kept);

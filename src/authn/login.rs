@@ -14,7 +14,7 @@ use super::certificate::{CertificateIdentity, PeerCertificate};
 use super::limiter::network;
 use super::session::{Attempt, Authenticator};
 use super::token::{Claims, Kind};
-use crate::audit::event::{CLAIMED, Origin};
+use crate::audit::event::{CLAIMED, Origin, value_hash};
 use crate::directory::{Client, ClientState, is_client_id};
 use crate::error::{Error, FieldViolation};
 use crate::time::Time;
@@ -120,6 +120,11 @@ impl Authenticator {
         event.details.insert("grant_type".into(), grant.name().into());
         if is_client_id(credentials.client_id) {
             event.details.insert(CLAIMED.into(), api_key::claimed_id(credentials.client_id).into());
+        }
+        if matches!(grant, Grant::ApiKey) {
+            // Which logins were made with a key that has leaked can be asked with the key alone.
+            let hash = value_hash(&self.directory.vault().ring(), credentials.api_key.as_bytes());
+            event.details.insert("api_key".into(), hash);
         }
         if let Err(retry_after) = self.logins_by_address.check(&source, now) {
             return self.refuse(event, Error::Exhausted { retry_after }).await;

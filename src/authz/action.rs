@@ -384,6 +384,7 @@ impl Action {
             | Self::ListKeys
             | Self::GenerateRandom
             | Self::ReadAudit
+            | Self::HashAuditValue
             | Self::ReadPolicies
             | Self::ExplainDecision
             | Self::ReadNode
@@ -391,6 +392,7 @@ impl Action {
             | Self::ReloadConfiguration
             | Self::VerifyStore
             | Self::BackupStore
+            | Self::ArchiveAudit
             | Self::ManageJobs
             | Self::ConfirmClock
             | Self::ReadClient
@@ -443,6 +445,7 @@ actions! {
     GenerateRandom       Inspect    Node   CryptoRandom "Get random bytes."
     GetImportParameters  Inspect    Node   KeysImport   "Get a one-time public key for an import."
     ReadAudit            Inspect    Node   AuditRead    "Read and follow the audit trail."
+    HashAuditValue       Inspect    Node   AuditRead    "Ask for the hash that stands in the audit trail for a value."
     ReadPolicies         Inspect    Node   PoliciesRead "Read policies and role definitions."
     ExplainDecision      Inspect    Node   PoliciesRead "Ask what another client may do, and why."
     ReadNode             Inspect    Node   NodeRead     "See configuration, root slots, store and jobs."
@@ -453,6 +456,7 @@ actions! {
     ReloadConfiguration  Operate    Node   NodeAdmin    "Read certificates, policies and configuration again."
     VerifyStore          Operate    Node   NodeAdmin    "Verify the whole store."
     BackupStore          Operate    Node   NodeAdmin    "Take a backup."
+    ArchiveAudit         Operate    Node   NodeAdmin    "Take archived leaves of the audit log out of the store."
     ManageJobs           Operate    Node   NodeAdmin    "Run, pause and cancel scheduled work."
     ConfirmClock         Operate    Node   NodeAdmin    "Confirm the clock after a jump."
     ReadClient           Inspect    Client ClientsRead  "See a client's record."

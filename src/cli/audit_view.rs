@@ -86,6 +86,63 @@ impl EventView {
 #[derive(Serialize)]
 pub(super) struct EventsView {
     pub(super) events: Vec<EventView>,
+    /// What has events that belong here and are no longer in the store.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) archives: Vec<ArchiveView>,
+}
+
+/// Leaves that were taken out of the store, and the file that has them.
+#[derive(Serialize)]
+pub(super) struct ArchiveView {
+    pub(super) first_leaf: u64,
+    /// The one after the last.
+    pub(super) end_leaf: u64,
+    pub(super) file: String,
+    pub(super) host: String,
+    /// Hexadecimal.
+    pub(super) sha256: String,
+    /// Base64.
+    pub(super) root_hash: String,
+    /// No leaf in it is younger.
+    pub(super) until: Option<String>,
+    pub(super) archived_at: Option<String>,
+}
+
+impl From<pb::AuditArchive> for ArchiveView {
+    fn from(a: pb::AuditArchive) -> Self {
+        Self {
+            first_leaf: a.first_index,
+            end_leaf: a.end_index,
+            file: a.file,
+            host: a.host,
+            sha256: data_encoding::HEXLOWER.encode(&a.sha256),
+            root_hash: base64(&a.root_hash),
+            until: time(a.until.as_ref()),
+            archived_at: time(a.archived_at.as_ref()),
+        }
+    }
+}
+
+impl ArchiveView {
+    /// One line.
+    pub(super) fn line(&self) -> String {
+        let last = self.end_leaf.saturating_sub(1);
+        let (first, file, host) = (self.first_leaf, clean(&self.file), clean(&self.host));
+        format!("leaves {first} to {last} are in the archive {file} ({host})")
+    }
+}
+
+impl View for ArchiveView {
+    fn human(&self) -> Human {
+        Human::Record(vec![
+            ("file", self.file.clone()),
+            ("host", self.host.clone()),
+            ("leaves", format!("{} to {}", self.first_leaf, self.end_leaf.saturating_sub(1))),
+            ("sha256", self.sha256.clone()),
+            ("root hash", self.root_hash.clone()),
+            ("until", short(self.until.as_ref())),
+        ])
+    }
 }
 
 pub(super) fn events(events: Vec<pb::AuditEvent>) -> Vec<EventView> {
@@ -113,6 +170,9 @@ pub(super) struct CheckpointView {
     pub(super) note: String,
     /// Base64.
     pub(super) public_key: String,
+    /// Base64; absent if there is no second signature.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(super) ml_dsa_public_key: String,
 }
 
 impl From<pb::AuditCheckpoint> for CheckpointView {
@@ -124,18 +184,23 @@ impl From<pb::AuditCheckpoint> for CheckpointView {
             time: time(c.time.as_ref()),
             note: c.note,
             public_key: base64(&c.public_key),
+            ml_dsa_public_key: base64(&c.ml_dsa_public_key),
         }
     }
 }
 
 impl View for CheckpointView {
     fn human(&self) -> Human {
-        Human::Record(vec![
+        let mut fields = vec![
             ("origin", self.origin.clone()),
             ("tree size", self.tree_size.to_string()),
             ("root hash", self.root_hash.clone()),
             ("time", short(self.time.as_ref())),
             ("public key", self.public_key.clone()),
-        ])
+        ];
+        if !self.ml_dsa_public_key.is_empty() {
+            fields.push(("ML-DSA-65 public key", self.ml_dsa_public_key.clone()));
+        }
+        Human::Record(fields)
     }
 }

@@ -324,7 +324,7 @@ fn the_node() {
 
 #[test]
 fn audit() {
-    check("audit-list.json", &EventsView { events: events(vec![event()]) });
+    check("audit-list.json", &EventsView { events: events(vec![event()]), archives: Vec::new() });
     check(
         "audit-checkpoint.json",
         &CheckpointView::from(pb::AuditCheckpoint {
@@ -334,6 +334,7 @@ fn audit() {
             note: "note\n".into(),
             public_key: vec![2; 32].into(),
             origin: "polykey/00".into(),
+            ..Default::default()
         }),
     );
 }

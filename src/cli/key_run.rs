@@ -372,5 +372,5 @@ async fn history(app: &App, remote: &Remote, args: HistoryArgs) -> Result<(), Cl
         Ok((page.events, page.next_page_token))
     })
     .await?;
-    app.out.print(&EventsView { events: events(found) })
+    app.out.print(&EventsView { events: events(found), archives: Vec::new() })
 }

@@ -119,6 +119,13 @@ audit verify --export f --public-key k --checkpoint c
 audit verify --store f
 audit export f
 audit checkpoint
+audit list --value-hash hmac:00
+audit verify --export a --export b --public-key k
+audit verify --archive a --archive b
+audit archive --to f
+audit archive --to f --before 400d --leaves 5 --public-key k
+audit hash
+audit hash --value-file f
 store status
 store verify
 jobs
@@ -185,6 +192,10 @@ policy check
 policy explain --client bob
 audit list --follow --limit 3
 audit verify --export f --store g
+audit verify --archive f --export g
+audit archive
+audit archive --to f --leaves 0
+audit hash value
 health --addr 127.0.0.1:9 --metrics
 health --timeout 5
 completion powershell

@@ -25,7 +25,7 @@ use super::error::{CliError, Exit};
 use super::output::{Human, View};
 use super::{App as Cli, audit};
 use crate::app::{self, AppError, Fault};
-use crate::audit::verify_clear;
+use crate::audit::{Trusted, verify_clear};
 use crate::config::{Config, Tolerate};
 use crate::error::Error;
 use crate::vault::space::{META, meta};
@@ -167,7 +167,7 @@ pub(super) fn check(cli: &Cli, args: CheckArgs) -> Result<(), CliError> {
 /// # Errors
 /// [`Exit::DataLoss`] if the log is not whole, [`Exit::Conflict`] if the store is in use.
 pub(super) fn audit_verify_store(cli: &Cli, args: audit::VerifyArgs) -> Result<(), CliError> {
-    let (keys, kept) = (args.keys()?, args.kept()?);
+    let ((keys, ml_dsa), kept) = (args.keys()?, args.kept()?);
     let path = args.store.unwrap_or_default();
     if keys.is_empty() {
         let text = "a store says nothing by itself about who signed its log";
@@ -186,7 +186,13 @@ pub(super) fn audit_verify_store(cli: &Cli, args: audit::VerifyArgs) -> Result<(
             .map_err(|_| Error::data_loss("the node's record is malformed"))?;
         let node_id: [u8; 16] = (node.node_id.as_ref().try_into())
             .map_err(|_| Error::data_loss("the node's record has no node id"))?;
-        Ok::<_, AppError>(verify_clear(&*store, node_id, &keys, &kept).await?)
+        Ok::<_, AppError>(
+            {
+                let trusted = Trusted { ed25519: &keys, ml_dsa: &ml_dsa };
+                verify_clear(&*store, node_id, trusted, &kept)
+            }
+            .await?,
+        )
     })?;
     audit::print_report(cli, report, &keys, true)
 }

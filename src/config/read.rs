@@ -481,6 +481,27 @@ pub(super) fn integer<N: TryFrom<i64>>(
 }
 
 /// A duration in jiff's friendly format, between two others.
+/// As [`duration`], with days as well: a whole number and `d`.
+pub(super) fn days(
+    value: &DeValue<'_>,
+    (least, most): (&'static str, &'static str),
+) -> Result<Duration, Refused> {
+    const DAY: u64 = 86_400;
+    let parse = |text: &str| match text.strip_suffix('d').map(str::parse::<u64>) {
+        Some(Ok(days)) => days.checked_mul(DAY).map(Duration::from_secs),
+        _ => Duration::try_from(text.parse::<jiff::SignedDuration>().ok()?).ok(),
+    };
+    let remedy = || format!("write a time from {least} to {most}, such as \"400d\"");
+    let Some(text) = value.as_str() else {
+        return refuse(format!("a {}, not a time with its unit", value.type_str()), remedy());
+    };
+    let Some(found) = parse(text) else { return refuse("not a time with its unit", remedy()) };
+    if parse(least).is_some_and(|least| found < least) || parse(most).is_some_and(|m| found > m) {
+        return refuse("out of range", remedy());
+    }
+    Ok(found)
+}
+
 pub(super) fn duration(
     value: &DeValue<'_>,
     (least, most): (&'static str, &'static str),

@@ -10,11 +10,11 @@ use polykey_hsm::aws::AwsConnection;
 use toml::de::DeValue;
 use tracing::level_filters::LevelFilter;
 
-use super::read::{ConfigErrors, Document, Refused, Section, path, refuse, string};
+use super::read::{ConfigErrors, Document, Refused, Section, days, path, refuse, string};
 use super::{
-    Anchor, AnchorPlace, Audit, Bootstrap, Ca, Config, DataPlane, Hardened, Limits, Listen, Log,
-    LogFormat, Login, Node, Runtime, Storage, TlsReferences, Tokens, Tolerate, Unlock, Wrapper,
-    replication, sinks, wrapper,
+    Anchor, AnchorPlace, Archiving, Audit, Bootstrap, Ca, Config, DataPlane, Hardened, Limits,
+    Listen, Log, LogFormat, Login, Node, Runtime, Storage, TlsReferences, Tokens, Tolerate, Unlock,
+    Wrapper, replication, sinks, wrapper,
 };
 use crate::authn::layer::WITHOUT_TOKEN;
 use crate::custody::MASTER_KEY;
@@ -371,10 +371,46 @@ fn audit(section: Section<'_, '_>) -> Audit {
     let audit = Audit {
         data_plane: section.word("data_plane", &words, DataPlane::Buffered),
         checkpoint_interval: section.duration("checkpoint_interval", ("1s", "24h"), MINUTE),
+        ml_dsa: section.get("checkpoint_signatures", signatures).unwrap_or(false),
+        archive: archiving(&section),
         sinks: section.inner("sinks").map(|sinks| sinks::sections(&sinks)).unwrap_or_default(),
     };
     section.finish();
     audit
+}
+
+/// Whether ML-DSA-65 is among the signatures of checkpoints; Ed25519 always is.
+fn signatures(value: &DeValue<'_>) -> Result<bool, Refused> {
+    const REMEDY: &str = "write [\"ed25519\"], or [\"ed25519\", \"ml-dsa-65\"]";
+    let Some(list) = value.as_array() else {
+        return refuse(format!("a {}, not a list", value.type_str()), REMEDY);
+    };
+    let words: Vec<Option<&str>> = list.iter().map(|item| item.get_ref().as_str()).collect();
+    match words.as_slice() {
+        [Some("ed25519")] => Ok(false),
+        [Some("ed25519"), Some("ml-dsa-65")] | [Some("ml-dsa-65"), Some("ed25519")] => Ok(true),
+        _ => refuse("not the signatures that a checkpoint may have", REMEDY),
+    }
+}
+
+/// Leaves go nowhere but into archives: nothing is ever just deleted.
+fn archiving(section: &Section<'_, '_>) -> Option<Archiving> {
+    let keep = section.get("keep", |value| days(value, ("1s", "36500d")));
+    let directory = section.path("archive");
+    let complain = |key, what: &str, remedy: &str| {
+        section.complain(key, (what.to_owned(), remedy.to_owned()));
+    };
+    if section.has("keep") && !section.has("archive") {
+        complain(
+            "keep",
+            "leaves are never just deleted",
+            "name the directory for what is older in `archive`, or remove it",
+        );
+    }
+    if section.has("archive") && !section.has("keep") {
+        complain("archive", "nothing is archived without `keep`", "add `keep`, or remove it");
+    }
+    Some(Archiving { keep: keep?, directory: directory? })
 }
 
 fn policies(section: Section<'_, '_>) -> Vec<PathBuf> {

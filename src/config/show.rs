@@ -220,6 +220,12 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         ),
         ("audit.checkpoint_interval", time(audit.checkpoint_interval)),
         (
+            "audit.checkpoint_signatures",
+            if audit.ml_dsa { "ed25519, ml-dsa-65" } else { "ed25519" }.to_owned(),
+        ),
+        ("audit.keep", optional(audit.archive.as_ref(), |archive| time(archive.keep))),
+        ("audit.archive", optional(audit.archive.as_ref(), |archive| path(&archive.directory))),
+        (
             "audit.sinks",
             audit
                 .sinks

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::read::{Section, refuse, string};
+use super::telemetry::{self, Collector};
 
 /// One copy of the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,6 +22,8 @@ pub enum Target {
     File(FileTarget),
     /// `kind = "syslog"`
     Syslog(SyslogTarget),
+    /// `kind = "otlp"`
+    Otlp(Box<Collector>),
 }
 
 /// A file, with its own rotation.
@@ -82,6 +85,7 @@ impl Sink {
                 Way::Tcp(address) => format!("tcp://{address}"),
                 Way::Tls { address, .. } => format!("tls://{address}"),
             },
+            Target::Otlp(collector) => collector.endpoint.to_string(),
         }
     }
 }
@@ -90,6 +94,7 @@ impl Sink {
 enum Kind {
     File,
     Syslog,
+    Otlp,
 }
 
 /// All `[audit.sinks.NAME]`.
@@ -108,7 +113,7 @@ pub(super) fn sections(section: &Section<'_, '_>) -> BTreeMap<String, Sink> {
         let Some(sink) = inner.and_then(self::section) else { continue };
         let file = |sink: &Sink| match &sink.target {
             Target::File(file) => Some(file.path.clone()),
-            Target::Syslog(_) => None,
+            Target::Syslog(_) | Target::Otlp(_) => None,
         };
         if file(&sink).is_some_and(|path| found.values().any(|o| file(o).as_ref() == Some(&path))) {
             section.document.note(
@@ -123,10 +128,11 @@ pub(super) fn sections(section: &Section<'_, '_>) -> BTreeMap<String, Sink> {
 }
 
 fn section(section: Section<'_, '_>) -> Option<Sink> {
-    const WORDS: &str = "write \"file\" or \"syslog\"";
+    const WORDS: &str = "write \"file\", \"syslog\" or \"otlp\"";
     let kind = section.need("kind", "\"file\"", |value| match string(value)? {
         "file" => Ok(Kind::File),
         "syslog" => Ok(Kind::Syslog),
+        "otlp" => Ok(Kind::Otlp),
         _ => refuse("not a kind of sink", WORDS),
     })?;
     let words = [("leaves", Content::Leaves), ("events", Content::Events)];
@@ -134,6 +140,7 @@ fn section(section: Section<'_, '_>) -> Option<Sink> {
     let target = match kind {
         Kind::File => file(&section).map(Target::File),
         Kind::Syslog => syslog(&section).map(Target::Syslog),
+        Kind::Otlp => telemetry::collector(&section).map(|to| Target::Otlp(Box::new(to))),
     };
     section.finish();
     target.map(|target| Sink { target, content })

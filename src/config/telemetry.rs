@@ -14,9 +14,9 @@ use super::read::{Refused, Section, refuse, string};
 /// What a share of 1 is counted as.
 pub const WHOLE: u32 = 1_000_000;
 
-/// `[telemetry]`
+/// An OpenTelemetry collector, and how it is reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Telemetry {
+pub struct Collector {
     /// `http://HOST:PORT` or `https://HOST:PORT`; with [`Protocol::Http`] the path before `/v1/…` as well.
     pub endpoint: Uri,
     /// How it is spoken to.
@@ -25,10 +25,17 @@ pub struct Telemetry {
     pub ca: Option<(PathBuf, Option<SecretSource>)>,
     /// Headers of every request, by their names.
     pub headers: BTreeMap<String, SecretSource>,
-    /// How often figures are sent.
-    pub interval: Duration,
     /// By when each export ends.
     pub timeout: Duration,
+}
+
+/// `[telemetry]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Telemetry {
+    /// Where it goes.
+    pub collector: Collector,
+    /// How often figures are sent.
+    pub interval: Duration,
     /// How many of [`WHOLE`] requests are traced whose callers do not say.
     pub sample: u32,
     /// What is sent.
@@ -65,16 +72,25 @@ impl Signals {
     }
 }
 
-impl Telemetry {
+impl Collector {
     /// Whether the way there is encrypted.
     #[must_use]
     pub fn tls(&self) -> bool {
         self.endpoint.scheme_str() == Some("https")
     }
 
+    /// What is referred to.
+    pub fn references(&self) -> impl Iterator<Item = &SecretSource> {
+        let ca = self.ca.iter().filter_map(|(_, reference)| reference.as_ref());
+        self.headers.values().chain(ca)
+    }
+}
+
+impl Telemetry {
     /// The settings in effect, by name.
     pub(super) fn entries(&self, time: impl Fn(Duration) -> String) -> Vec<(&'static str, String)> {
-        let Self { endpoint, protocol, ca, headers, interval, timeout, sample, signals } = self;
+        let Self { collector, interval, sample, signals } = self;
+        let Collector { endpoint, protocol, ca, headers, timeout } = collector;
         let protocol = match protocol {
             Protocol::Grpc => "grpc",
             Protocol::Http => "http",
@@ -184,10 +200,8 @@ fn may_be_set(name: &str) -> bool {
         && !TRANSPORT.contains(&name)
 }
 
-pub(super) fn section(section: Section<'_, '_>) -> Option<Telemetry> {
-    if !section.present() {
-        return None;
-    }
+/// The settings of a collector, in a section of whichever name.
+pub(super) fn collector(section: &Section<'_, '_>) -> Option<Collector> {
     let endpoint = section.need("endpoint", "\"https://HOST:4317\"", endpoint);
     let protocol = section.word(
         "protocol",
@@ -196,50 +210,42 @@ pub(super) fn section(section: Section<'_, '_>) -> Option<Telemetry> {
     );
     let ca = section.pem("ca");
     let headers = section.references("headers");
-    let interval = section.duration("interval", ("1s", "1h"), Duration::from_secs(15));
     let timeout = section.duration("timeout", ("100ms", "1m"), Duration::from_secs(10));
+    let collector = Collector { endpoint: endpoint?, protocol, ca, headers, timeout };
+    let complain = |key, what: &str, remedy: &str| {
+        section.complain(key, (what.to_owned(), remedy.to_owned()));
+    };
+    if collector.protocol == Protocol::Grpc && collector.endpoint.path() != "/" {
+        complain("endpoint", "OTLP/gRPC has no path", "remove it, or write protocol = \"http\"");
+    }
+    if collector.ca.is_some() && !collector.tls() {
+        complain("ca", "the endpoint has no TLS", "remove it, or write https:// in `endpoint`");
+    }
+    if !collector.headers.keys().all(|name| may_be_set(name)) {
+        complain(
+            "headers",
+            "not the name of a header that may be set",
+            "write names in lower case, and none of the transport's own",
+        );
+    }
+    if !collector.headers.is_empty() && !collector.tls() && !on_loopback(&collector.endpoint) {
+        complain(
+            "headers",
+            "they would go over the network in the clear",
+            "write https:// in `endpoint`",
+        );
+    }
+    Some(collector)
+}
+
+pub(super) fn section(section: Section<'_, '_>) -> Option<Telemetry> {
+    if !section.present() {
+        return None;
+    }
+    let collector = collector(&section);
+    let interval = section.duration("interval", ("1s", "1h"), Duration::from_secs(15));
     let sample = section.get("sample", share).unwrap_or(WHOLE / 20);
     let signals = section.get("signals", signals).unwrap_or(Signals::ALL);
-    let telemetry = endpoint.map(|endpoint| Telemetry {
-        endpoint,
-        protocol,
-        ca,
-        headers,
-        interval,
-        timeout,
-        sample,
-        signals,
-    });
-    if let Some(telemetry) = &telemetry {
-        let complain = |key, what: &str, remedy: &str| {
-            section.complain(key, (what.to_owned(), remedy.to_owned()));
-        };
-        let path = telemetry.endpoint.path();
-        if telemetry.protocol == Protocol::Grpc && path != "/" {
-            complain(
-                "endpoint",
-                "OTLP/gRPC has no path",
-                "remove it, or write protocol = \"http\"",
-            );
-        }
-        if telemetry.ca.is_some() && !telemetry.tls() {
-            complain("ca", "the endpoint has no TLS", "remove it, or write https:// in `endpoint`");
-        }
-        if !telemetry.headers.keys().all(|name| may_be_set(name)) {
-            complain(
-                "headers",
-                "not the name of a header that may be set",
-                "write names in lower case, and none of the transport's own",
-            );
-        }
-        if !telemetry.headers.is_empty() && !telemetry.tls() && !on_loopback(&telemetry.endpoint) {
-            complain(
-                "headers",
-                "they would go over the network in the clear",
-                "write https:// in `endpoint`",
-            );
-        }
-    }
     section.finish();
-    telemetry
+    Some(Telemetry { collector: collector?, interval, sample, signals })
 }

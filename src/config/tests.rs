@@ -136,7 +136,15 @@ const BROKEN: &[Case] = &[
     (9, "[login]\naddress_interval = \"1ms\"", "10:20", "out of range", "from 10ms to 1h"),
     // Sinks.
     (9, "[audit.sinks.a]\npath = \"p\"", "9:14", "[audit.sinks.a] kind: missing", "add `kind = \"file\"`"),
-    (9, "[audit.sinks.a]\nkind = \"kafka\"", "10:8", "not a kind of sink", "\"file\" or \"syslog\""),
+    (9, "[audit.sinks.a]\nkind = \"kafka\"", "10:8", "not a kind of sink", "\"syslog\" or \"otlp\""),
+    (9, "[audit.sinks.a]\nkind = \"otlp\"", "9:14", "[audit.sinks.a] endpoint: missing", "add `endpoint ="),
+    (9, "[audit.sinks.a]\nkind = \"otlp\"\nendpoint = \"http://h:1\"\nheaders = { a = { env = \"X\" } }", "12:11", "in the clear", "https://"),
+    (9, "[audit]\ncheckpoint_signatures = [\"ml-dsa-65\"]", "10:25", "not the signatures", "\"ed25519\", \"ml-dsa-65\""),
+    (9, "[audit]\ncheckpoint_signatures = \"ed25519\"", "10:25", "a string, not a list", "\"ml-dsa-65\""),
+    (9, "[audit]\nkeep = \"400d\"", "10:8", "never just deleted", "in `archive`"),
+    (9, "[audit]\nkeep = \"400\"\narchive = \"a\"", "10:8", "not a time with its unit", "such as \"400d\""),
+    (9, "[audit]\nkeep = \"0d\"\narchive = \"a\"", "10:8", "out of range", "from 1s to 36500d"),
+    (9, "[audit]\narchive = \"a\"", "10:11", "nothing is archived without", "add `keep`"),
     (9, "[audit.sinks.a]\nkind = \"file\"", "9:14", "[audit.sinks.a] path: missing", "add `path ="),
     (9, "[audit.sinks.a]\nkind = \"file\"\npath = \"p\"\nkeep = 0", "12:8", "out of range", "from 1 to 10000"),
     (9, "[audit.sinks.a]\nkind = \"file\"\npath = \"p\"\nsocket = \"s\"", "12:1", "`socket` is not an option", "options are: content"),
@@ -422,7 +430,7 @@ fn the_example_shows_the_defaults() {
     let spelt_out = parse(&example().replace("\n#: ", "\n")).unwrap();
     assert_eq!(plain, Config { written: plain.written.clone(), ..spelt_out });
     // Each default that is shown must be read, not skipped: the text must differ in these lines.
-    assert_eq!(example().matches("\n#: ").count(), 37);
+    assert_eq!(example().matches("\n#: ").count(), 38);
 }
 
 #[test]
@@ -443,10 +451,11 @@ fn the_optional_examples_are_valid() {
         config.ca.is_some() && config.listen.health.is_some() && config.listen.tls.crl.is_some()
     );
     let telemetry = config.telemetry.unwrap();
-    assert!(telemetry.headers.len() == 1 && telemetry.sample == 50_000 && telemetry.tls());
+    let collector = telemetry.collector;
+    assert!(collector.headers.len() == 1 && telemetry.sample == 50_000 && collector.tls());
     assert_eq!(config.listen.metrics.unwrap().port(), 9464);
     assert_eq!(config.listen.net.workers, Some(2));
-    assert_eq!(config.audit.sinks.keys().collect::<Vec<_>>(), ["collector", "disk"]);
+    assert_eq!(config.audit.sinks.keys().collect::<Vec<_>>(), ["collector", "disk", "otel"]);
     assert_eq!(config.replication.unwrap().mode, replication::Mode::SyncOrRefuse);
     assert_eq!(config.wrappers.keys().collect::<Vec<_>>(), ["both", "cloud", "hsm", "spare"]);
 }

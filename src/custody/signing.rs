@@ -1,5 +1,7 @@
 //! Stored Ed25519 keys (RFC 8032) that sign tokens and audit checkpoints, and their roll-over.
 
+mod ml_dsa;
+
 use std::time::Duration;
 
 use aws_lc_rs::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
@@ -12,6 +14,8 @@ use super::slots::hex;
 use crate::error::Error;
 use crate::time::Time;
 use crate::vault::{Loaded, Tx, Vault};
+
+pub use ml_dsa::{MlDsaSigner, ensure as ensure_ml_dsa};
 
 /// What a signing key is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -58,6 +58,7 @@ impl Needs {
         writable.extend(parent(&config.storage.path).filter(|_| config.storage.database.is_none()));
         writable.extend(config.anchor.as_ref().and_then(Anchor::file).and_then(parent));
         writable.extend(parent(&config.unlock.socket));
+        writable.extend(config.audit.archive.as_ref().map(|archive| archive.directory.clone()));
         writable.extend(config.runtime.writable.iter().cloned());
         let plain = [config.listen.health, config.listen.metrics].into_iter().flatten();
         let plain = plain.map(|address| address.port());
@@ -68,6 +69,7 @@ impl Needs {
             match &sink.target {
                 Target::File(file) => writable.extend(parent(&file.path)),
                 Target::Syslog(syslog) => away |= !matches!(syslog.way, Way::Unix(_)),
+                Target::Otlp(_) => away = true,
             }
         }
         let calls = token || aws || away || config.refers_to_parameters();

@@ -14,8 +14,12 @@ mod slots;
 mod status;
 mod store;
 
+use std::num::NonZeroU32;
 use std::sync::{Arc, OnceLock};
 
+use governor::clock::DefaultClock;
+use governor::state::keyed::HashMapStateStore;
+use governor::{Quota, RateLimiter};
 use parking_lot::Mutex;
 use polykey_hsm::BoxFuture;
 use polykey_proto::polykey::record::v1::AuditEvent;
@@ -29,7 +33,7 @@ use super::Deps;
 use super::admit::Admitted;
 use super::key_service::Answers;
 use crate::anchor::Keeper;
-use crate::audit::Outcome;
+use crate::audit::{Outcome, Sinks};
 use crate::authz::{Action, Command, DecisionId, Resource};
 use crate::config::Config;
 use crate::context::Context;
@@ -61,6 +65,8 @@ pub struct AdminDeps {
     pub wrappers: Vec<NamedWrapper>,
     /// The way to the replication target, if there is one.
     pub replication: Option<Arc<Replicated>>,
+    /// The copies of the audit log.
+    pub sinks: Arc<Sinks>,
     /// Certificates.
     pub tls: Arc<TlsState>,
     /// Counters of the network, once there are any.
@@ -86,7 +92,12 @@ struct Inner {
     verified: Mutex<Option<(Time, bool)>>,
     /// One backup at a time: each keeps the store from using space again.
     backups: Arc<Semaphore>,
+    /// How often each client may ask for the hash of a value, which it may be guessing.
+    hashes: RateLimiter<Arc<str>, HashMapStateStore<Arc<str>>, DefaultClock>,
 }
+
+/// Hashes of values that a client gets at once, and then a minute.
+const HASHES: NonZeroU32 = NonZeroU32::new(10).unwrap();
 
 /// The most times that a change is decided and tried anew because another one came first.
 const ATTEMPTS: usize = 8;
@@ -95,7 +106,9 @@ impl AdminService {
     pub(crate) fn new(deps: Arc<Deps>, admin: AdminDeps) -> Self {
         let wrappers = Mutex::new(admin.wrappers.clone());
         let (verified, backups) = (Mutex::new(None), Arc::new(Semaphore::new(1)));
-        Self(Arc::new(Inner { deps, admin, wrappers, verified, backups }))
+        let hashes =
+            RateLimiter::hashmap_with_clock(Quota::per_minute(HASHES), DefaultClock::default());
+        Self(Arc::new(Inner { deps, admin, wrappers, verified, backups, hashes }))
     }
 
     fn directory(&self) -> &Arc<Directory> {
@@ -236,6 +249,8 @@ service! {
     explain_authorization(ExplainAuthorizationRequest) -> ExplainAuthorizationResponse;
     list_audit_events(ListAuditEventsRequest) -> ListAuditEventsResponse;
     get_audit_checkpoint(GetAuditCheckpointRequest) -> GetAuditCheckpointResponse;
+    archive_audit_log(ArchiveAuditLogRequest) -> ArchiveAuditLogResponse;
+    hash_audit_value(HashAuditValueRequest) -> HashAuditValueResponse;
     get_store_status(GetStoreStatusRequest) -> GetStoreStatusResponse;
     list_jobs(ListJobsRequest) -> ListJobsResponse;
     confirm_clock(ConfirmClockRequest) -> ConfirmClockResponse;

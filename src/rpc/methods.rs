@@ -149,6 +149,8 @@ methods! {
         "FollowAudit" lasts: right(Action::ReadAudit);
         "GetAuditCheckpoint": right(Action::ReadAudit);
         "ExportAuditLog" lasts: right(Action::ReadAudit);
+        "ArchiveAuditLog": right(Action::ArchiveAudit);
+        "HashAuditValue": right(Action::HashAuditValue);
         "GetStoreStatus": right(Action::ReadNode);
         "VerifyStore" lasts: right(Action::VerifyStore);
         "CreateBackup" lasts: right(Action::BackupStore);

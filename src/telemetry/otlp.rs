@@ -138,7 +138,7 @@ pub struct Telemetry {
 impl std::fmt::Debug for Telemetry {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let current = self.current.load();
-        let endpoint = current.as_ref().map(|exporter| &exporter.settings.endpoint);
+        let endpoint = current.as_ref().map(|exporter| &exporter.settings.collector.endpoint);
         f.debug_struct("Telemetry").field("endpoint", &endpoint).finish_non_exhaustive()
     }
 }
@@ -347,8 +347,11 @@ impl Pipe {
                     self.fates.taken(self.signal, rejected);
                     return true;
                 }
-                Err(Refusal::Later(why)) if again && !self.stop.is_cancelled() => why,
-                Err(Refusal::Later(why) | Refusal::Never(why)) => {
+                Err(Refusal::Later(why, wait)) if again && !self.stop.is_cancelled() => {
+                    pause = pause.max(wait.unwrap_or_default()).min(LONGEST_PAUSE);
+                    why
+                }
+                Err(Refusal::Later(why, _) | Refusal::Never(why)) => {
                     self.fates.failed(self.signal, &why);
                     self.fates.of(self.signal).dropped.fetch_add(count, Relaxed);
                     return !(again && self.stop.is_cancelled());

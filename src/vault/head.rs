@@ -159,7 +159,7 @@ impl Sealing<'_> {
         let mut salt = [0_u8; 32];
         polykey_hsm::random::fill(&mut salt).map_err(|e| Abort::new(e.to_string()))?;
         let hash = leaf_hash(&salt, &body);
-        let leaf = AuditLeaf { salt: salt.to_vec().into(), body: body.into() };
+        let leaf = AuditLeaf { salt: salt.to_vec().into(), body: body.into(), archived: false };
         let row = RowKey::new(space::AUDIT, index.to_be_bytes());
         let counter = self.counter.fetch_add(1, Ordering::Relaxed) + 1;
         let mut value = hash.to_vec();

@@ -71,6 +71,8 @@ records! {
     IMPORTS = 16 { ImportRecord = 34 }
     /// How often versions with a limit have sealed: `key id ‖ version (u32 BE)`.
     COUNTS = 17 { UseCountRecord = 35 }
+    /// Archives of the audit log: `first leaf (u64 BE)`.
+    AUDIT_ARCHIVES = 18 { AuditArchiveRecord = 36 }
 }
 
 /// The rows of [`META`].

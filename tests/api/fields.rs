@@ -190,6 +190,13 @@ fn bad(field: &FieldDescriptor) -> Option<Bad> {
         (_, "kind") => Is(Field::String("no-such-kind".into())),
         (_, "label") => Is(long(300)),
         ("ValidatePolicyRequest", "text") => Is(long(1024 * 1024 + 1)),
+        ("AuditFilter", "value_hash") => Is(long(257)),
+        ("AuditArchive", "first_index" | "end_index") => {
+            Nothing("compared with the log, once the rest is in order")
+        }
+        ("AuditArchive", "file") => Is(long(4097)),
+        ("AuditArchive", "host") => Is(long(256)),
+        ("AuditArchive", "sha256" | "root_hash") => Is(bytes(31)),
         ("AuditFilter", "action") => Is(Field::String("a*b".into())),
         (_, "action") => Is(Field::String("no such action".into())),
         _ => return None,

@@ -13,6 +13,7 @@
 mod common;
 
 mod anchor;
+mod archive;
 #[cfg(feature = "aws")]
 mod aws;
 mod backup;
@@ -35,6 +36,7 @@ mod newcomer;
 #[cfg(feature = "postgres")]
 mod nodes;
 mod operator;
+mod otlp_sink;
 mod reloads;
 #[cfg(feature = "postgres")]
 mod replication;

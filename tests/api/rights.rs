@@ -103,6 +103,8 @@ ListAuditEvents         + - - + -
 FollowAudit             + - - + -
 GetAuditCheckpoint      + - - + -
 ExportAuditLog          + - - + -
+ArchiveAuditLog         + - - - -
+HashAuditValue          + - - + -
 GetStoreStatus          + + - - -
 VerifyStore             + - - - -
 CreateBackup            + - - - -

@@ -1,5 +1,6 @@
 //! A collector of the tests' own: takes OTLP over gRPC and HTTP, in the clear or over TLS, and keeps what it was sent.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -15,7 +16,7 @@ use opentelemetry_proto::tonic::collector::logs::v1::logs_service_server::{
     LogsService, LogsServiceServer,
 };
 use opentelemetry_proto::tonic::collector::logs::v1::{
-    ExportLogsServiceRequest, ExportLogsServiceResponse,
+    ExportLogsPartialSuccess, ExportLogsServiceRequest, ExportLogsServiceResponse,
 };
 use opentelemetry_proto::tonic::collector::metrics::v1::metrics_service_server::{
     MetricsService, MetricsServiceServer,
@@ -67,9 +68,26 @@ pub(crate) struct Seen {
 struct Sink {
     seen: Arc<Mutex<Seen>>,
     changed: Arc<tokio::sync::Notify>,
+    /// What the next batches of lines are answered with.
+    answers: Arc<Mutex<VecDeque<Answered>>>,
+}
+
+/// An answer to a batch of lines.
+#[derive(Clone, Debug)]
+pub(crate) enum Answered {
+    /// Taken, but for so many records.
+    Without(i64),
+    /// Refused by gRPC.
+    Status(Status),
+    /// Refused over HTTP, with `Retry-After` if there is one.
+    Http(u16, Option<u64>),
 }
 
 impl Sink {
+    fn answer(&self) -> Option<Answered> {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+
     fn with<T>(&self, f: impl FnOnce(&mut Seen) -> T) -> T {
         let out = f(&mut self.seen.lock().unwrap_or_else(PoisonError::into_inner));
         self.changed.notify_waiters();
@@ -133,8 +151,18 @@ impl LogsService for Sink {
         &self,
         request: tonic::Request<ExportLogsServiceRequest>,
     ) -> Result<Answer<ExportLogsServiceResponse>, Status> {
+        let mut answer = ExportLogsServiceResponse::default();
+        match self.answer() {
+            Some(Answered::Status(status)) => return Err(status),
+            Some(Answered::Without(rejected_log_records)) => {
+                let error_message = "rejected".into();
+                let rejected = ExportLogsPartialSuccess { rejected_log_records, error_message };
+                answer.partial_success = Some(rejected);
+            }
+            _ => {}
+        }
         self.logs(request.into_inner());
-        Ok(Answer::new(Default::default()))
+        Ok(Answer::new(answer))
     }
 }
 
@@ -155,7 +183,17 @@ async fn answer(
     match signal {
         "traces" => sink.traces(ExportTraceServiceRequest::decode(body).unwrap()),
         "metrics" => sink.metrics(ExportMetricsServiceRequest::decode(body).unwrap()),
-        "logs" => sink.logs(ExportLogsServiceRequest::decode(body).unwrap()),
+        "logs" => {
+            if let Some(Answered::Http(status, wait)) = sink.answer() {
+                let mut answer = Response::new(Body::new(Full::<Bytes>::default()));
+                *answer.status_mut() = status.try_into().unwrap();
+                if let Some(wait) = wait {
+                    answer.headers_mut().insert("retry-after", wait.into());
+                }
+                return Ok(answer);
+            }
+            sink.logs(ExportLogsServiceRequest::decode(body).unwrap());
+        }
         other => panic!("{other}"),
     }
     Ok(Response::new(Body::new(Full::<Bytes>::default())))
@@ -220,6 +258,12 @@ impl Collector {
             }
         });
         Self { address, sink, task }
+    }
+
+    /// Answers the next batches of lines so.
+    pub(crate) fn will(&self, answers: impl IntoIterator<Item = Answered>) {
+        let mut queue = self.sink.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.extend(answers);
     }
 
     /// What it was sent so far.

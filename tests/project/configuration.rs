@@ -134,7 +134,9 @@ fn takes(part: &Part, key: &str) -> String {
     let words = words.strip_prefix("write ").unwrap_or(&words);
     match words {
         // The value is one; what it stands beside is not right.
-        "it in quotes" | "remove it" | "add `ca`, or remove it" => "text".to_owned(),
+        "it in quotes" | "remove it" | "add `ca`, or remove it" | "add `keep`, or remove it" => {
+            "text".to_owned()
+        }
         "it as a table { … }" => "a table".to_owned(),
         // Any time within its bounds will do as an example.
         time if time.starts_with("a time from") => {

@@ -588,6 +588,34 @@ pub struct AuditLeaf {
     /// Encoding of an AuditBody, kept as it was hashed.
     #[prost(bytes = "bytes", tag = "2")]
     pub body: ::prost::bytes::Bytes,
+    /// Both stand in an archive, and no longer here.
+    #[prost(bool, tag = "3")]
+    pub archived: bool,
+}
+/// Leaves that were taken out of the store, and the file that has them.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AuditArchiveRecord {
+    #[prost(uint64, tag = "1")]
+    pub first: u64,
+    /// The one after the last.
+    #[prost(uint64, tag = "2")]
+    pub end: u64,
+    /// The roots of the complete subtrees over all leaves before `end`, largest first.
+    #[prost(bytes = "bytes", repeated, tag = "3")]
+    pub subtrees: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
+    /// SHA-256 of the file.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub sha256: ::prost::bytes::Bytes,
+    #[prost(string, tag = "5")]
+    pub file: ::prost::alloc::string::String,
+    /// The machine that wrote it.
+    #[prost(string, tag = "6")]
+    pub host: ::prost::alloc::string::String,
+    /// When the checkpoint at its end was signed: no leaf in it is younger.
+    #[prost(int64, tag = "7")]
+    pub until: i64,
+    #[prost(int64, tag = "8")]
+    pub archived_at: i64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct AuditBody {

@@ -175,6 +175,9 @@ pub struct AuditCheckpoint {
     /// The log, by the name of its node.
     #[prost(string, tag = "6")]
     pub origin: ::prost::alloc::string::String,
+    /// The key that verifies its second signature (ML-DSA-65), 1,952 bytes. Empty if it has none.
+    #[prost(bytes = "bytes", tag = "7")]
+    pub ml_dsa_public_key: ::prost::bytes::Bytes,
 }
 /// Whether a client may log in and call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
@@ -1899,6 +1902,9 @@ pub struct AuditFilter {
     /// Only events that ended so.
     #[prost(enumeration = "AuditOutcome", tag = "6")]
     pub outcome: i32,
+    /// Only events one of whose details has this value: a hash that HashAuditValue gave.
+    #[prost(string, tag = "7")]
+    pub value_hash: ::prost::alloc::string::String,
 }
 /// Asks for a page of audit events.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1925,6 +1931,9 @@ pub struct ListAuditEventsResponse {
     /// What to send for the next page. Empty: this was the last.
     #[prost(string, tag = "2")]
     pub next_page_token: ::prost::alloc::string::String,
+    /// Archives with events that belong here and are no longer in the store.
+    #[prost(message, repeated, tag = "3")]
+    pub archives: ::prost::alloc::vec::Vec<AuditArchive>,
 }
 /// Asks for audit events as they come.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1959,12 +1968,19 @@ pub struct GetAuditCheckpointResponse {
 /// Asks for the leaves of the log.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ExportAuditLogRequest {
-    /// The first leaf to send.
+    /// The first leaf to send. If it has been archived, the first one that has not.
     #[prost(uint64, tag = "1")]
     pub from_index: u64,
     /// At most so many. 0: all.
     #[prost(uint64, tag = "2")]
     pub max_leaves: u64,
+    /// Ends with the last checkpoint that covers no more than that and, with `before`, was signed by then.
+    /// Nothing is sent if there is none.
+    #[prost(bool, tag = "3")]
+    pub at_checkpoint: bool,
+    /// With `at_checkpoint`: only leaves older than this.
+    #[prost(message, optional, tag = "4")]
+    pub before: ::core::option::Option<::prost_types::Timestamp>,
 }
 /// A part of the log.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1996,6 +2012,68 @@ pub struct AuditLeaves {
     /// The leaves.
     #[prost(bytes = "bytes", repeated, tag = "2")]
     pub leaves: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
+    /// In the first message: the roots of the complete subtrees over all leaves before, largest first
+    /// (RFC 9162 section 2.1), from which the tree goes on.
+    #[prost(bytes = "bytes", repeated, tag = "3")]
+    pub subtrees: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
+}
+/// Leaves of the log that stand in a file and no longer in the store.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AuditArchive {
+    /// The first one.
+    #[prost(uint64, tag = "1")]
+    pub first_index: u64,
+    /// The one after the last.
+    #[prost(uint64, tag = "2")]
+    pub end_index: u64,
+    /// The file, as whoever wrote it named it.
+    #[prost(string, tag = "3")]
+    pub file: ::prost::alloc::string::String,
+    /// The machine on which it was written.
+    #[prost(string, tag = "4")]
+    pub host: ::prost::alloc::string::String,
+    /// SHA-256 of the file.
+    #[prost(bytes = "bytes", tag = "5")]
+    pub sha256: ::prost::bytes::Bytes,
+    /// The root of the log over all leaves before `end_index`.
+    #[prost(bytes = "bytes", tag = "6")]
+    pub root_hash: ::prost::bytes::Bytes,
+    /// No leaf in it is younger.
+    #[prost(message, optional, tag = "7")]
+    pub until: ::core::option::Option<::prost_types::Timestamp>,
+    /// When its leaves were taken out of the store.
+    #[prost(message, optional, tag = "8")]
+    pub archived_at: ::core::option::Option<::prost_types::Timestamp>,
+}
+/// Says that leaves are safe in a file, so that they may be taken out of the store.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ArchiveAuditLogRequest {
+    /// What the file holds: `until` and `archived_at` are the server's to say. `end_index` must be the size of
+    /// a checkpoint, `first_index` the first leaf that has not been archived.
+    #[prost(message, optional, tag = "1")]
+    pub archive: ::core::option::Option<AuditArchive>,
+}
+/// What was archived.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ArchiveAuditLogResponse {
+    /// As it is recorded.
+    #[prost(message, optional, tag = "1")]
+    pub archive: ::core::option::Option<AuditArchive>,
+}
+/// Asks for the hash that stands in the log for a value.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct HashAuditValueRequest {
+    /// The value, at most 4,096 bytes.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub value: ::prost::bytes::Bytes,
+}
+/// A keyed hash.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HashAuditValueResponse {
+    /// As it stands in the details of events.
+    #[prost(string, tag = "1")]
+    pub hash: ::prost::alloc::string::String,
 }
 /// Asks for the state of the store.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -3240,6 +3318,58 @@ pub mod admin_service_client {
                 .insert(GrpcMethod::new("polykey.v2.AdminService", "ExportAuditLog"));
             self.inner.server_streaming(req, path, codec).await
         }
+        /// Takes leaves that are safe in a file out of the store. Their hashes stay, so that everything can still
+        /// be proved. Needs `node:admin`.
+        pub async fn archive_audit_log(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ArchiveAuditLogRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ArchiveAuditLogResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.AdminService/ArchiveAuditLog",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.AdminService", "ArchiveAuditLog"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Tells the keyed hash that stands in the log for a value, to search for it. Few a minute. Needs
+        /// `audit:read`.
+        pub async fn hash_audit_value(
+            &mut self,
+            request: impl tonic::IntoRequest<super::HashAuditValueRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::HashAuditValueResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::Codec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/polykey.v2.AdminService/HashAuditValue",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("polykey.v2.AdminService", "HashAuditValue"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Tells the state of the store. Needs `node:read`.
         pub async fn get_store_status(
             &mut self,
@@ -3684,6 +3814,24 @@ pub mod admin_service_server {
             request: tonic::Request<super::ExportAuditLogRequest>,
         ) -> std::result::Result<
             tonic::Response<Self::ExportAuditLogStream>,
+            tonic::Status,
+        >;
+        /// Takes leaves that are safe in a file out of the store. Their hashes stay, so that everything can still
+        /// be proved. Needs `node:admin`.
+        async fn archive_audit_log(
+            &self,
+            request: tonic::Request<super::ArchiveAuditLogRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ArchiveAuditLogResponse>,
+            tonic::Status,
+        >;
+        /// Tells the keyed hash that stands in the log for a value, to search for it. Few a minute. Needs
+        /// `audit:read`.
+        async fn hash_audit_value(
+            &self,
+            request: tonic::Request<super::HashAuditValueRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::HashAuditValueResponse>,
             tonic::Status,
         >;
         /// Tells the state of the store. Needs `node:read`.
@@ -5064,6 +5212,97 @@ pub mod admin_service_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.AdminService/ArchiveAuditLog" => {
+                    #[allow(non_camel_case_types)]
+                    struct ArchiveAuditLogSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::ArchiveAuditLogRequest>
+                    for ArchiveAuditLogSvc<T> {
+                        type Response = super::ArchiveAuditLogResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ArchiveAuditLogRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::archive_audit_log(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ArchiveAuditLogSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/polykey.v2.AdminService/HashAuditValue" => {
+                    #[allow(non_camel_case_types)]
+                    struct HashAuditValueSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::HashAuditValueRequest>
+                    for HashAuditValueSvc<T> {
+                        type Response = super::HashAuditValueResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::HashAuditValueRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::hash_audit_value(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = HashAuditValueSvc(inner);
+                        let codec = crate::Codec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

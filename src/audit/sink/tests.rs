@@ -13,7 +13,7 @@ use tokio::net::{TcpListener, UnixDatagram, UnixListener};
 
 use super::file::Writer;
 use super::place::{Cursor, Place};
-use super::{Batch, Record, Sinks};
+use super::{Batch, Record, Sinks, What};
 use crate::audit::Outcome;
 use crate::audit::export::verify_export;
 use crate::audit::tests::{Key, event, id, in_memory, quick, read, start};
@@ -32,7 +32,11 @@ fn line(leaf: u64) -> String {
 
 /// The leaves from one on up to another, made durable at once.
 fn batch(from: u64, to: u64) -> Batch {
-    let record = |leaf| Record { time: Time::default(), line: line(leaf).into_bytes() };
+    let record = |leaf| Record {
+        time: Time::default(),
+        what: What::Leaf(leaf),
+        line: line(leaf).into_bytes(),
+    };
     let records = (from..to).map(record).collect();
     Batch { from: cursor(from), next: cursor(to), last: Some([7; 32]), records, flush: true }
 }
@@ -209,6 +213,8 @@ fn full_files_are_put_aside_and_the_oldest_is_deleted() {
 
 fn only(name: &str, target: Target, content: Content) -> config::Audit {
     config::Audit {
+        ml_dsa: false,
+        archive: None,
         data_plane: config::DataPlane::Buffered,
         checkpoint_interval: Duration::from_secs(60),
         sinks: BTreeMap::from([(name.to_owned(), Sink { target, content })]),
@@ -234,7 +240,7 @@ async fn a_sink_has_the_lines_of_the_export_and_survives_restarts() {
     let vault = in_memory().await;
     let trail = Arc::new(start(&vault, quick()).await);
     for round in 0..3_u64 {
-        let sinks = Sinks::new(&config, dir.path(), &trail);
+        let sinks = Sinks::new(&config, dir.path(), &trail, &BTreeMap::new());
         sinks.start();
         for n in 0..40 {
             trail.record(event(round * 100 + n, None, "login", Outcome::Denied)).await.unwrap();
@@ -269,7 +275,7 @@ async fn a_sink_has_the_lines_of_the_export_and_survives_restarts() {
     for n in 0..5 {
         other.record(event(n, None, "login", Outcome::Denied)).await.unwrap();
     }
-    let sinks = Sinks::new(&config, dir.path(), &other);
+    let sinks = Sinks::new(&config, dir.path(), &other, &BTreeMap::new());
     sinks.start();
     until("all is copied", || {
         path.with_extension("jsonl.1").exists() && sinks.status()[0].copied == 5
@@ -312,7 +318,8 @@ async fn logged(way: Way) -> (Arc<Sinks>, tempfile::TempDir) {
     for n in 0..3 {
         trail.record(event(n, None, "login", Outcome::Denied)).await.unwrap();
     }
-    let sinks = Sinks::new(&only("siem", target, Content::Events), dir.path(), &trail);
+    let sinks =
+        Sinks::new(&only("siem", target, Content::Events), dir.path(), &trail, &BTreeMap::new());
     sinks.start();
     (sinks, dir)
 }

@@ -47,6 +47,7 @@ fn filters() -> impl Strategy<Value = Filter> {
             action: action.into(),
             key: key.map(|k| id(k + 1)),
             outcome,
+            value_hash: String::new(),
         })
 }
 

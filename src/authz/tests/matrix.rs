@@ -54,6 +54,7 @@ const NODE: &[(&str, &str)] = &[
     ("GenerateRandom", "+-+--"),
     ("GetImportParameters", "+++--"),
     ("ReadAudit", "+--+-"),
+    ("HashAuditValue", "+--+-"),
     ("ReadPolicies", "++-+-"),
     ("ExplainDecision", "++-+-"),
     ("ReadNode", "++---"),
@@ -64,6 +65,7 @@ const NODE: &[(&str, &str)] = &[
     ("ReloadConfiguration", "+----"),
     ("VerifyStore", "+----"),
     ("BackupStore", "+----"),
+    ("ArchiveAudit", "+----"),
     ("ManageJobs", "+----"),
     ("ConfirmClock", "+----"),
 ];

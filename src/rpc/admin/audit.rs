@@ -1,22 +1,26 @@
 //! The audit trail: reading, following and exporting it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
+use governor::clock::{Clock, DefaultClock};
 use polykey_proto::polykey::v2 as pb;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Status};
 
-use super::{AdminService, commands, parse};
-use crate::audit::{Checkpoint, Order, VerifyingKey, export};
-use crate::authz::Resource;
+use super::{AdminService, commands, event, parse};
+use crate::audit::event::value_hash;
+use crate::audit::{Archive, Checkpoint, Claim, Had, Order, VerifyingKey, export};
+use crate::authz::{Action, Resource};
 use crate::custody::signing::{self, Purpose};
 use crate::error::Error;
 use crate::key::{KeyId, KeyName};
-use crate::limits::Violations;
+use crate::limits::{self, Violations};
 use crate::rpc::admit::Admitted;
 use crate::rpc::convert::{audit_event, timestamp};
 use crate::rpc::key_service::Answers;
+use crate::rpc::parse::time;
 
 /// Messages that wait for a slow reader.
 const AHEAD: usize = 4;
@@ -48,6 +52,7 @@ impl AdminService {
         Ok(pb::ListAuditEventsResponse {
             events: page.events.iter().map(audit_event).collect(),
             next_page_token: page.next,
+            archives: page.archives.iter().map(shown_archive).collect(),
         })
     }
 
@@ -137,6 +142,8 @@ impl AdminService {
         let all = signing::list(self.directory().vault(), Purpose::Checkpoint).await?;
         keys.extend(all.iter().map(|key| VerifyingKey(*key.public())));
         let key = c.verify(&keys);
+        let second = self.0.deps.trail.ml_dsa_key();
+        let second = second.filter(|key| c.verify_ml_dsa(std::slice::from_ref(key)) == Some(true));
         Ok(pb::AuditCheckpoint {
             tree_size: c.size,
             root_hash: c.root.to_vec().into(),
@@ -144,6 +151,7 @@ impl AdminService {
             note: c.note.clone(),
             public_key: key.map(|key| key.0.to_vec()).unwrap_or_default().into(),
             origin: c.origin.clone(),
+            ml_dsa_public_key: second.map(|key| key.bytes().to_vec()).unwrap_or_default().into(),
         })
     }
 
@@ -152,22 +160,37 @@ impl AdminService {
         request: Request<pb::ExportAuditLogRequest>,
     ) -> Result<Answers<pb::ExportAuditLogResponse>, Error> {
         let (admitted, cx, m) = self.admit(request)?;
+        let mut v = Violations::new();
+        let before = time(&mut v, "before", m.before.as_ref());
+        v.finish()?;
         self.look(&cx, commands::ReadAudit, &[("what", "export")]).await?;
-        // Signed first: what is exported is what it covers.
-        let checkpoint = self.0.deps.trail.checkpoint().await?;
+        let trail = &self.0.deps.trail;
+        let most = (m.max_leaves > 0).then_some(m.max_leaves);
+        let checkpoint = if m.at_checkpoint {
+            trail.archivable(&self.had().await?, most, before).await?
+        } else {
+            // Signed first: what is exported is what it covers.
+            trail.checkpoint().await?
+        };
         let size = checkpoint.as_ref().map_or(0, |c| c.size);
-        if m.from_index > size {
+        let (kept, mut log) = trail.kept().await?;
+        if checkpoint.is_some() && m.from_index > size {
             let text = format!("must be at most {size}, the size of the log");
             return Err(Error::invalid("from_index", text));
         }
-        let end = match m.max_leaves {
-            0 => size,
-            most => size.min(m.from_index.saturating_add(most)),
+        let from = m.from_index.max(kept);
+        let end = match most {
+            Some(most) if !m.at_checkpoint => size.min(from.saturating_add(most)),
+            _ => size,
         };
+        let from = from.min(end);
+        self.directory().vault().grow(&mut log, from).await?;
+        let subtrees = log.roots().iter().map(|root| root.to_vec().into()).collect();
+        let first = pb::AuditLeaves { first_index: from, leaves: Vec::new(), subtrees };
         let service = self.clone();
         let (answers, receiver) = tokio::sync::mpsc::channel(AHEAD);
         tokio::spawn(async move {
-            let sent = service.send_leaves(&admitted, m.from_index, end, &answers).await;
+            let sent = service.send_leaves(&admitted, first, end, &answers).await;
             let last = match (sent, &checkpoint) {
                 (Err(error), _) => Err(error),
                 (Ok(false), _) | (Ok(true), None) => return,
@@ -190,12 +213,11 @@ impl AdminService {
     async fn send_leaves(
         &self,
         admitted: &Admitted,
-        from: u64,
+        mut part: pb::AuditLeaves,
         end: u64,
         answers: &Sender<pb::ExportAuditLogResponse>,
     ) -> Result<bool, Error> {
-        let mut next = from;
-        let mut part = pb::AuditLeaves { first_index: next, leaves: Vec::new() };
+        let mut next = part.first_index;
         let mut bytes = 0;
         while next < end {
             let most = usize::try_from(end - next).unwrap_or(usize::MAX).min(LEAVES);
@@ -209,8 +231,8 @@ impl AdminService {
                 part.leaves.push(leaf.into());
                 if bytes >= BYTES || next == end {
                     self.may_read(admitted).await?;
-                    let full = pb::AuditLeaves { first_index: next, leaves: Vec::new() };
-                    let full = std::mem::replace(&mut part, full);
+                    let then = pb::AuditLeaves { first_index: next, ..Default::default() };
+                    let full = std::mem::replace(&mut part, then);
                     bytes = 0;
                     let part = Some(pb::export_audit_log_response::Part::Leaves(full));
                     let answer = pb::ExportAuditLogResponse { part };
@@ -221,6 +243,87 @@ impl AdminService {
             }
         }
         Ok(true)
+    }
+}
+
+impl AdminService {
+    /// How far the others have the log.
+    async fn had(&self) -> Result<Had, Error> {
+        let admin = &self.0.admin;
+        let shipped = admin.replication.as_ref().map(|target| target.shipping().shipped);
+        admin.sinks.had(shipped).await
+    }
+
+    pub(super) async fn archive_audit_log(
+        &self,
+        request: Request<pb::ArchiveAuditLogRequest>,
+    ) -> Result<pb::ArchiveAuditLogResponse, Error> {
+        let (_, cx, m) = self.admit(request)?;
+        let mut v = Violations::new();
+        let m = m.archive.unwrap_or_default();
+        let hash = |v: &mut Violations, field: &str, bytes: &[u8]| {
+            bytes.try_into().unwrap_or_else(|_| {
+                v.add(format!("archive.{field}"), "must have 32 bytes");
+                [0; 32]
+            })
+        };
+        let named = |text: &str| !text.is_empty() && text.len() <= 4096 && !text.contains('\0');
+        v.check(named(&m.file), "archive.file", "must have 1 to 4096 bytes");
+        v.check(m.host.len() <= 255, "archive.host", "must have at most 255 bytes");
+        v.check(m.until.is_none(), "archive.until", "is the server's to say");
+        v.check(m.archived_at.is_none(), "archive.archived_at", "is the server's to say");
+        let (sha256, root) =
+            (hash(&mut v, "sha256", &m.sha256), hash(&mut v, "root_hash", &m.root_hash));
+        let decision = self.authorize(&cx, Resource::Node, commands::ArchiveAudit).await?;
+        v.finish()?;
+        let claim = Claim {
+            first: m.first_index,
+            end: m.end_index,
+            root,
+            file: m.file,
+            host: m.host,
+            sha256,
+        };
+        let told = claim.details();
+        let told: Vec<(&str, &str)> = told.iter().map(|(n, v)| (*n, v.as_str())).collect();
+        let event = event(&cx, Action::ArchiveAudit, decision, &told);
+        let archive = self.0.deps.trail.archive(claim, &self.had().await?, event).await?;
+        Ok(pb::ArchiveAuditLogResponse { archive: Some(shown_archive(&archive)) })
+    }
+
+    pub(super) async fn hash_audit_value(
+        &self,
+        request: Request<pb::HashAuditValueRequest>,
+    ) -> Result<pb::HashAuditValueResponse, Error> {
+        let (_, cx, m) = self.admit(request)?;
+        let decision = self.authorize(&cx, Resource::Node, commands::HashAuditValue).await?;
+        let fits = (1..=limits::VALUE).contains(&m.value.len());
+        let mut v = Violations::new();
+        v.check(fits, "value", "must have 1 to 4096 bytes");
+        v.finish()?;
+        let hash = value_hash(&self.directory().vault().ring(), &m.value);
+        let limit = &self.0.hashes;
+        if let Err(early) = limit.check_key(&Arc::<str>::from(cx.caller.client_id())) {
+            let retry_after = early.wait_time_from(DefaultClock::default().now());
+            return Err(Error::Exhausted { retry_after });
+        }
+        // Who asks for values that he guesses shows in the trail, before he has the answer.
+        let event = event(&cx, Action::HashAuditValue, decision, &[("hash", &hash)]);
+        self.0.deps.trail.record(event).await?;
+        Ok(pb::HashAuditValueResponse { hash })
+    }
+}
+
+fn shown_archive(archive: &Archive) -> pb::AuditArchive {
+    pb::AuditArchive {
+        first_index: archive.first,
+        end_index: archive.end,
+        file: archive.file.clone(),
+        host: archive.host.clone(),
+        sha256: archive.sha256.to_vec().into(),
+        root_hash: archive.log.root().to_vec().into(),
+        until: Some(timestamp(archive.until)),
+        archived_at: Some(timestamp(archive.archived_at)),
     }
 }
 

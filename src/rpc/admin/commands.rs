@@ -44,6 +44,10 @@ commands! {
     ExplainDecision = ExplainDecision;
     /// Read the audit trail.
     ReadAudit = ReadAudit;
+    /// Take archived leaves out of the store.
+    ArchiveAudit = ArchiveAudit;
+    /// Ask what stands in the trail for a value.
+    HashAuditValue = HashAuditValue;
     /// Check every record.
     VerifyStore = VerifyStore;
     /// Take a backup.

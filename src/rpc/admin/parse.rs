@@ -242,7 +242,9 @@ pub(super) fn audit_filter(
         }
     };
     let (client, action) = (m.client_id.clone(), m.action.clone());
-    (Filter { since, until, client, action, key: None, outcome }, key)
+    v.check(m.value_hash.len() <= 256, "filter.value_hash", "must have at most 256 bytes");
+    let value_hash = m.value_hash.clone();
+    (Filter { since, until, client, action, key: None, outcome, value_hash }, key)
 }
 
 #[cfg(test)]

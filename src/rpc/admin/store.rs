@@ -33,7 +33,7 @@ const STEP: usize = 4096;
 /// Rows of the schedule that one page looks at before it returns short.
 const LOOKED_AT: usize = 20_000;
 
-const SPACES: [(Space, &str); 17] = [
+const SPACES: [(Space, &str); 18] = [
     (space::KEYS, "keys"),
     (space::VERSIONS, "versions"),
     (space::LIST, "list"),
@@ -51,6 +51,7 @@ const SPACES: [(Space, &str); 17] = [
     (space::USAGE, "usage"),
     (space::IMPORTS, "imports"),
     (space::COUNTS, "use counts"),
+    (space::AUDIT_ARCHIVES, "audit-archives"),
 ];
 
 fn space_name(space: Space) -> String {

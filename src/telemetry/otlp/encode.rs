@@ -90,6 +90,34 @@ impl Source {
         ExportLogsServiceRequest { resource_logs: vec![logs] }
     }
 
+    /// A request with records of the audit log: the time of each, its text, and what it is by number.
+    #[must_use]
+    pub fn audit<'r>(
+        &self,
+        records: impl Iterator<Item = (Duration, &'r str, Vec<(&'static str, u64)>)>,
+    ) -> ExportLogsServiceRequest {
+        let record = |(at, line, numbers): (Duration, &str, Vec<(&'static str, u64)>)| {
+            let number = |n| Any::IntValue(i64::try_from(n).unwrap_or(i64::MAX));
+            let number = |(name, n): (&'static str, u64)| attribute(name, number(n));
+            LogRecord {
+                time_unix_nano: nanos(at),
+                observed_time_unix_nano: nanos(at),
+                severity_number: SeverityNumber::Info.into(),
+                severity_text: "INFO".to_owned(),
+                body: Some(AnyValue { value: Some(text(line)) }),
+                attributes: numbers.into_iter().map(number).collect(),
+                ..LogRecord::default()
+            }
+        };
+        let log_records = records.map(record).collect();
+        let scope =
+            scope().map(|scope| InstrumentationScope { name: "polykey.audit".into(), ..scope });
+        let logs = ScopeLogs { scope, log_records, ..ScopeLogs::default() };
+        let resource = self.resource();
+        let logs = ResourceLogs { resource, scope_logs: vec![logs], ..ResourceLogs::default() };
+        ExportLogsServiceRequest { resource_logs: vec![logs] }
+    }
+
     /// A request with these figures, as of now.
     #[must_use]
     pub fn figures(&self, figures: &Figures) -> ExportMetricsServiceRequest {

@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{CONTENT_TYPE, HOST, HeaderMap, HeaderName, HeaderValue};
+use http::header::{CONTENT_TYPE, HOST, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
 use http::{Request, StatusCode, Uri};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::client::conn::http1::{SendRequest, handshake};
@@ -20,6 +20,7 @@ use opentelemetry_proto::tonic::collector::trace::v1::trace_service_client::Trac
 use opentelemetry_proto::tonic::collector::trace::v1::{
     ExportTraceServiceRequest, ExportTraceServiceResponse,
 };
+use polykey_proto::google::rpc;
 use prost::Message;
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::ServerName;
@@ -31,7 +32,7 @@ use tonic::transport::{Channel, Endpoint};
 use tower_service::Service;
 use zeroize::Zeroizing;
 
-use crate::config::telemetry::{Protocol, Telemetry};
+use crate::config::telemetry::{Collector, Protocol};
 use crate::metrics::calls::word;
 use crate::net::tls::{ALPN_H2, provider, roots_in};
 use crate::telemetry::TelemetryError;
@@ -71,8 +72,8 @@ pub enum Batch {
 /// Why a batch was not taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Refusal {
-    /// It may be, later.
-    Later(String),
+    /// It may be, later: when the collector says, if it says so.
+    Later(String, Option<Duration>),
     /// It never will be.
     Never(String),
 }
@@ -145,7 +146,7 @@ impl std::fmt::Debug for Sender {
     }
 }
 
-fn tls(settings: &Telemetry, secrets: &Secrets) -> Result<TlsConnector, TelemetryError> {
+fn tls(settings: &Collector, secrets: &Secrets) -> Result<TlsConnector, TelemetryError> {
     let roots = match (&settings.ca, &secrets.ca) {
         (Some((path, _)), Some(text)) => roots_in(path, text)?,
         _ => {
@@ -174,7 +175,7 @@ impl Sender {
     ///
     /// # Errors
     /// [`TelemetryError`] if the authorities or a header cannot be used.
-    pub fn new(settings: &Telemetry, secrets: Secrets) -> Result<Self, TelemetryError> {
+    pub fn new(settings: &Collector, secrets: Secrets) -> Result<Self, TelemetryError> {
         let unusable = |what, why: &str| TelemetryError::Unusable { what, why: why.to_owned() };
         let endpoint = &settings.endpoint;
         let host = endpoint.host().unwrap_or_default();
@@ -226,7 +227,7 @@ impl Sender {
         sent.unwrap_or_else(|_| {
             // An answer that comes late would be taken for that of the next request.
             self.open = None;
-            Err(Refusal::Later("no answer in time".into()))
+            Err(Refusal::Later("no answer in time".into(), None))
         })
     }
 
@@ -277,7 +278,7 @@ impl Sender {
             Batch::Metrics(figures) => ("metrics", figures.encode_to_vec()),
             Batch::Logs(lines) => ("logs", lines.encode_to_vec()),
         };
-        let away = |error: &dyn std::fmt::Display| Refusal::Later(shown(&error.to_string()));
+        let away = |error: &dyn std::fmt::Display| Refusal::Later(shown(&error.to_string()), None);
         let mut open = match self.open.take().filter(|open| !open.is_closed()) {
             Some(open) => open,
             None => {
@@ -298,6 +299,8 @@ impl Sender {
             .map_err(|error| Refusal::Never(shown(&error.to_string())))?;
         self.put_headers(request.headers_mut());
         let answer = open.send_request(request).await.map_err(|error| away(&error))?;
+        let wait = answer.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok());
+        let wait = wait.and_then(|text| text.trim().parse().ok()).map(Duration::from_secs);
         let (status, body) = (answer.status(), answer.into_body());
         let body = Limited::new(body, ANSWER).collect().await.map_err(|error| away(&error))?;
         self.open = Some(open);
@@ -310,7 +313,7 @@ impl Sender {
             StatusCode::TOO_MANY_REQUESTS
             | StatusCode::BAD_GATEWAY
             | StatusCode::SERVICE_UNAVAILABLE
-            | StatusCode::GATEWAY_TIMEOUT => Err(Refusal::Later(format!("HTTP {status}"))),
+            | StatusCode::GATEWAY_TIMEOUT => Err(Refusal::Later(format!("HTTP {status}"), wait)),
             _ => Err(Refusal::Never(format!("HTTP {status}"))),
         }
     }
@@ -322,18 +325,29 @@ fn refused(status: &tonic::Status) -> Refusal {
     let text = format!("{}: {}", word(code), shown(status.message()));
     if std::error::Error::source(status).is_some() {
         // Not the collector's answer: the connection broke.
-        return Refusal::Later(text);
+        return Refusal::Later(text, None);
     }
+    let wait = retry_info(status.details());
     match code {
         Code::Cancelled
         | Code::DeadlineExceeded
-        | Code::ResourceExhausted
         | Code::Aborted
         | Code::OutOfRange
         | Code::Unavailable
-        | Code::DataLoss => Refusal::Later(text),
+        | Code::DataLoss => Refusal::Later(text, wait),
+        // It recovers only where the collector says so.
+        Code::ResourceExhausted if wait.is_some() => Refusal::Later(text, wait),
         _ => Refusal::Never(text),
     }
+}
+
+/// How long a collector wants to be left alone: the `RetryInfo` among the details of a status.
+fn retry_info(details: &[u8]) -> Option<Duration> {
+    const TYPE: &str = "type.googleapis.com/google.rpc.RetryInfo";
+    let status = rpc::Status::decode(details).ok()?;
+    let info = status.details.iter().find(|any| any.type_url == TYPE)?;
+    let delay = rpc::RetryInfo::decode(info.value.as_slice()).ok()?.retry_delay?;
+    Duration::try_from(delay).ok()
 }
 
 /// A stranger's words, cut and without what would not stand in a line.
