@@ -45,3 +45,4 @@ mod stubs;
 mod telemetry;
 mod tokens;
 mod tour;
+mod webhooks;

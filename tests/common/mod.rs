@@ -6,6 +6,7 @@ pub(crate) mod client;
 #[cfg(feature = "postgres")]
 pub(crate) mod cluster;
 pub(crate) mod collector;
+pub(crate) mod receiver;
 pub(crate) mod softhsm;
 pub(crate) mod steps;
 pub(crate) mod wire;
