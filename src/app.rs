@@ -77,6 +77,7 @@ use crate::telemetry::otlp::Telemetry;
 use crate::telemetry::otlp::encode::Source;
 use crate::time::{Clock, Time};
 use crate::vault::{Freshness, Invalidate, Room, Vault, Witness};
+use crate::webhook::Webhooks;
 use archive::Archiver;
 
 pub use bootstrap::{Admin, Bootstrapped, bootstrap};
@@ -192,6 +193,8 @@ pub struct App {
     pub sinks: Arc<Sinks>,
     /// What brings its old leaves into archives.
     archiver: Arc<Archiver>,
+    /// Whom it tells what became of keys.
+    pub webhooks: Arc<Webhooks>,
     /// The keys.
     pub keyring: Arc<Keyring>,
     /// What hardened keys lie under.
@@ -354,6 +357,7 @@ impl App {
         let signing_key = Box::pin(secrets::signing_key(&config)).await?;
         let authority = load_authority(&config)?;
         let policies = reload::policies(&config)?;
+        let ways = Box::pin(secrets::webhooks(&config)).await?;
         for warning in policies.warnings() {
             tracing::warn!(%warning, "a policy is odd");
         }
@@ -434,6 +438,7 @@ impl App {
         let trail = Arc::new(Trail::start(Arc::clone(&vault), options, Some(signer)).await?);
         let senders = Box::pin(secrets::sinks(&config)).await?;
         let sinks = Sinks::new(&config.audit, &config.node.data_dir, &trail, &senders);
+        let webhooks = Webhooks::new(&vault, ways).await?;
 
         let directory = Arc::new(Directory::new(Arc::clone(&vault), security));
         let refusals = Arc::new(Refusals(Arc::clone(&trail)));
@@ -469,6 +474,8 @@ impl App {
         checks.push(Box::new(move || copies.state()));
         let archives = Arc::clone(&archiver);
         checks.push(Box::new(move || archives.state()));
+        let told = Arc::clone(&webhooks);
+        checks.push(Box::new(move || told.state()));
         let health = Health::new(checks);
         let source = Source {
             instance: data_encoding::HEXLOWER.encode(&vault.node_id()),
@@ -488,6 +495,7 @@ impl App {
             trail,
             sinks,
             archiver,
+            webhooks,
             keyring,
             backends,
             nodes,
@@ -548,6 +556,7 @@ impl App {
         }
         tasks::start(&app, &tasks, &stop);
         app.sinks.start();
+        app.webhooks.start();
         let drain = CancellationToken::new();
         let served = app.serve(listener, drain.clone());
         let served = match served {
@@ -612,6 +621,7 @@ impl App {
         let admin = rpc::admin::AdminDeps {
             custody: Arc::clone(&self.custody),
             jobs: Arc::clone(&self.jobs),
+            webhooks: Arc::clone(&self.webhooks),
             authority: self.authority.clone(),
             config: Arc::clone(&self.config),
             loaded_at: self.started_at,
@@ -647,6 +657,7 @@ impl App {
     async fn rest(&self) -> Result<(), Error> {
         self.jobs.shutdown();
         self.jobs.note_clock().await;
+        self.webhooks.shutdown(LAST_COPIES).await;
         let durable = self.trail.shutdown(LAST_WORDS).await;
         self.sinks.shutdown(LAST_COPIES).await;
         replication::settle(self.replication.as_ref()).await;
@@ -679,6 +690,9 @@ fn handler(keyring: &Arc<Keyring>, directory: &Arc<Directory>, clock: &Clock) ->
                 Kind::SweepIdempotency => tasks::sweep_idempotency(&keyring, now).await,
                 // A rotation wakes the resealing itself; it also runs at every start.
                 Kind::Reseal => Ok(()),
+                Kind::NotifyExpiry if !job.record.client_id.is_empty() => {
+                    directory.notify_expiry(&job.record, &job.row, now).await
+                }
                 // A new version waits for room; what ends or destroys does not.
                 Kind::Rotate if keyring.vault().room() != Room::Enough => Err(Error::NoRoom),
                 _ => keyring.run_job(&job.record, &job.row, now).await,

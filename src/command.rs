@@ -134,6 +134,8 @@ pub struct RevokeKey {
     pub reason: String,
     /// When; none = now.
     pub at: Option<Time>,
+    /// Whether the operator's systems are told.
+    pub notify: bool,
     /// The revision it must have.
     pub expected: Option<u64>,
 }

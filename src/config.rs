@@ -17,6 +17,7 @@ mod storage;
 pub mod telemetry;
 #[cfg(test)]
 mod tests;
+pub mod webhooks;
 mod wrapper;
 
 use std::collections::BTreeMap;
@@ -37,6 +38,7 @@ pub use replication::Replication;
 pub(crate) use sections::DEFAULT_ADDRESS;
 pub use sinks::Sink;
 pub use telemetry::Telemetry;
+pub use webhooks::Webhook;
 
 /// Largest configuration file that is read, in bytes.
 const MAX_BYTES: u64 = 1024 * 1024;
@@ -80,6 +82,8 @@ pub struct Config {
     pub limits: Limits,
     /// `[rates.NAME]`: how often clients may call.
     pub rates: Vec<Rule>,
+    /// `[webhooks.NAME]`: whom the node tells what became of keys.
+    pub webhooks: BTreeMap<String, Webhook>,
     /// `[log]`
     pub log: Log,
     /// `[telemetry]`
@@ -419,7 +423,12 @@ impl Config {
         });
         let collectors = self.telemetry.iter().map(|telemetry| &telemetry.collector).chain(sinks);
         let told = collectors.flat_map(telemetry::Collector::references);
-        named.into_iter().flatten().chain(database).chain(replica).chain(told).any(ssm)
+        let hooks = self.webhooks.values().flat_map(|webhook| {
+            let ca = webhook.ca.iter().filter_map(|(_, reference)| reference.as_ref());
+            webhook.headers.values().chain(ca).chain([&webhook.secret])
+        });
+        let named = named.into_iter().flatten();
+        named.chain(database).chain(replica).chain(told).chain(hooks).any(ssm)
             || std::iter::once(&self.master_key).chain(self.wrappers.values()).any(wrapper)
     }
 

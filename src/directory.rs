@@ -9,6 +9,7 @@ mod caches;
 mod client;
 mod clients;
 mod logins;
+mod notice;
 mod roles;
 #[cfg(test)]
 mod tests;

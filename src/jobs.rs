@@ -5,6 +5,7 @@
 //! whatever the schedule does late or twice, the state of a key decides, so handlers look at the
 //! key and do what is still to be done.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,11 +26,15 @@ use crate::vault::space::{JOBS, meta};
 use crate::vault::{Invalidate, Loaded, Receipt, Tx, Vault};
 
 mod clock;
+mod notice;
 #[cfg(test)]
 mod tests;
+pub mod work;
 
 pub use clock::Doubt;
 use clock::{Guard, Moment};
+pub use notice::{due_notice, next_notice};
+use work::Ledger;
 
 /// Jobs that run at once.
 const CONCURRENCY: usize = 4;
@@ -156,6 +161,18 @@ pub struct Runner {
     guard: Mutex<Guard>,
     running: tokio::sync::Mutex<()>,
     stop: CancellationToken,
+    work: Ledger,
+}
+
+/// What waits of a kind of job.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Waiting {
+    /// Jobs that are due.
+    pub due: u32,
+    /// Since when the first of them is.
+    pub since: Option<Time>,
+    /// When the next one is tried.
+    pub next: Option<Time>,
 }
 
 /// What cannot be undone.
@@ -184,6 +201,7 @@ impl Runner {
             handler,
             guard,
             running: tokio::sync::Mutex::new(()),
+            work: Ledger::new(CONCURRENCY),
             stop: CancellationToken::new(),
         })
     }
@@ -316,10 +334,13 @@ impl Runner {
             return None;
         }
         // A task of its own: a panic is this job's failure alone.
-        let result = match tokio::spawn((self.handler)(job.clone())).await {
-            Ok(result) => result,
-            Err(error) => Err(Error::internal(format!("the job failed: {error}"))),
+        let work = async {
+            match tokio::spawn((self.handler)(job.clone())).await {
+                Ok(result) => result,
+                Err(error) => Err(Error::internal(format!("the job failed: {error}"))),
+            }
         };
+        let result = self.work.of(job.record.kind()).track(self.vault.clock(), work).await;
         let kind = job.record.kind().as_str_name();
         let (done, after) = match result {
             Ok(()) => (true, self.finish(&job).await),
@@ -376,6 +397,31 @@ impl Runner {
     pub async fn list(&self, limit: usize) -> Result<Vec<Job>, Error> {
         let rows = self.scan(polykey_storage::all(), limit).await?;
         Ok(rows.into_iter().filter_map(|(_, job)| job).collect())
+    }
+
+    /// What each kind of work does.
+    #[must_use]
+    pub fn work(&self) -> &Ledger {
+        &self.work
+    }
+
+    /// What waits of each kind, of the first `limit` jobs.
+    ///
+    /// # Errors
+    /// As [`Vault::scan_each`].
+    pub async fn waiting(&self, limit: usize) -> Result<BTreeMap<i32, Waiting>, Error> {
+        let now = self.vault.clock().now();
+        let mut kinds = BTreeMap::<i32, Waiting>::new();
+        for job in self.list(limit).await? {
+            let waiting = kinds.entry(job.record.kind).or_default();
+            let (due, at) = (Time::from_micros(job.record.due), job.at());
+            waiting.next = Some(waiting.next.map_or(at, |next| next.min(at)));
+            if due <= now {
+                waiting.due += 1;
+                waiting.since = Some(waiting.since.map_or(due, |since| since.min(due)));
+            }
+        }
+        Ok(kinds)
     }
 
     /// Rows of the schedule, with the job where the record opens.

@@ -10,6 +10,7 @@ mod forge;
 mod hardened;
 mod idempotency;
 pub(crate) mod list;
+mod notice;
 mod plan;
 mod read;
 mod resident;

@@ -56,3 +56,4 @@ mod share;
 pub mod telemetry;
 pub mod time;
 pub mod vault;
+pub mod webhook;

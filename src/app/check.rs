@@ -117,6 +117,9 @@ pub async fn check(config: &Config) -> Vec<Finding> {
     ]);
     findings.extend(signing_key.map(|result| Finding { subject: "token signing key", result }));
     findings.extend(telemetry.map(|result| Finding { subject: "telemetry", result }));
+    if !config.webhooks.is_empty() {
+        findings.push(Finding { subject: "webhooks", result: webhooks(config).await });
+    }
     findings.extend(further.map(|result| Finding { subject: "wrappers", result }));
     findings.extend([
         Finding { subject: "data directory", result: data_directory(&config.node.data_dir) },
@@ -137,6 +140,13 @@ pub async fn check(config: &Config) -> Vec<Finding> {
 async fn way(config: &Config, settings: &Telemetry) -> Result<String, AppError> {
     Box::pin(secrets::telemetry(config, settings)).await?;
     Ok(format!("{}, {NOT_ASKED}", settings.collector.endpoint))
+}
+
+/// The ways to the receivers of webhooks, which are not asked.
+async fn webhooks(config: &Config) -> Result<String, AppError> {
+    Box::pin(secrets::webhooks(config)).await?;
+    let told = config.webhooks.iter().map(|(name, webhook)| format!("{name} ({})", webhook.url));
+    Ok(format!("{}, {NOT_ASKED}", told.collect::<Vec<_>>().join(", ")))
 }
 
 fn data_directory(path: &Path) -> Result<String, AppError> {

@@ -18,6 +18,7 @@ use crate::net::tls::TlsConfigError;
 use crate::pki::PkiError;
 use crate::setup::SetupError;
 use crate::telemetry::TelemetryError;
+use crate::webhook;
 
 /// Why there is no node.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +30,9 @@ pub enum AppError {
     /// The log cannot be started.
     #[error(transparent)]
     Telemetry(#[from] TelemetryError),
+    /// A webhook cannot be used.
+    #[error(transparent)]
+    Webhook(#[from] webhook::Unusable),
     /// Certificates, keys or revocation lists cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsConfigError),
@@ -233,6 +237,7 @@ impl AppError {
             },
             Self::Config(_)
             | Self::Telemetry(_)
+            | Self::Webhook(_)
             | Self::Tls(_)
             | Self::Authority(_)
             | Self::Policies(_)

@@ -3,20 +3,26 @@
 //! Gathering asks nothing that may not answer: what takes a read of the store or of a file system is
 //! looked at in the background and remembered in [`Slow`].
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
+
+use parking_lot::Mutex;
 
 use super::{App, tasks};
 use crate::cache::Counts;
 use crate::custody::breaker::Ask;
 use crate::custody::signing::{self, Purpose};
 use crate::health::State;
+use crate::jobs::Waiting;
 use crate::metrics::family::Figures;
 use crate::metrics::{open_descriptors, process_time, resident_bytes, threads};
 use crate::time::Time;
 
 /// How long a look may take before it is given up until the next one.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Jobs that are looked at for what waits of each kind.
+const JOBS: usize = 1_000;
 
 /// Figures that take a read. 0: not known.
 #[derive(Debug, Default)]
@@ -25,6 +31,8 @@ pub struct Slow {
     journal_bytes: AtomicU64,
     /// When the key that signs tokens is followed by another, Unix time.
     token_key_until: AtomicI64,
+    /// What waits of each kind of job.
+    waiting: Mutex<BTreeMap<i32, Waiting>>,
 }
 
 fn known<T: Default + PartialEq>(value: T) -> Option<T> {
@@ -46,6 +54,9 @@ impl App {
                 self.slow.store_bytes.store(store, Relaxed);
                 self.slow.journal_bytes.store(journal, Relaxed);
             }
+        }
+        if let Ok(Ok(waiting)) = tokio::time::timeout(PATIENCE, self.jobs.waiting(JOBS)).await {
+            *self.slow.waiting.lock() = waiting;
         }
         let keys = signing::list(&self.vault, Purpose::Token);
         if let Ok(Ok(keys)) = tokio::time::timeout(PATIENCE, keys).await {
@@ -71,6 +82,8 @@ impl App {
         self.about_wrappers(&mut all);
         self.about_others(&mut all);
         self.about_expiry(&mut all);
+        self.about_work(&mut all);
+        self.about_webhooks(&mut all);
         self.telemetry.gather(&mut all);
         all
     }
@@ -269,6 +282,68 @@ impl App {
             "How long this node may serve what it remembers without a look at the store it shares.",
         )
         .may_be(self.vault.lease_left());
+    }
+
+    fn about_work(&self, all: &mut Figures) {
+        let now = self.clock.now();
+        let waiting = self.slow.waiting.lock().clone();
+        let each: Vec<_> = (self.jobs.work().all())
+            .map(|(kind, work)| {
+                let waiting = kind.and_then(|kind| waiting.get(&i32::from(kind)).copied());
+                (kind, work.name, work.figures(), waiting.unwrap_or_default())
+            })
+            .collect();
+        let mut runs = all.counter("polykey_background_runs_total", "Background work that ended.");
+        for (_, name, seen, _) in &each {
+            runs.at([("work", name), ("result", "done")], seen.done);
+            runs.at([("work", name), ("result", "failed")], seen.failed);
+        }
+        let mut running = all.gauge("polykey_background_running", "Background work that runs.");
+        each.iter()
+            .for_each(|(_, name, seen, _)| running.at([("work", name)], u64::from(seen.running)));
+        let mut last = all.gauge(
+            "polykey_background_last_run_timestamp_seconds",
+            "When background work last ended, Unix time.",
+        );
+        for (_, name, seen, _) in &each {
+            if let Some(at) = seen.last.at.and_then(|at| u64::try_from(at.seconds()).ok()) {
+                last.at([("work", name)], at);
+            }
+        }
+        let mut due =
+            all.gauge("polykey_background_due", "Jobs that are due, of the first 1,000 scheduled.");
+        for (_, name, _, waiting) in each.iter().filter(|(kind, ..)| kind.is_some()) {
+            due.at([("work", name)], u64::from(waiting.due));
+        }
+        let mut behind = all.gauge(
+            "polykey_background_behind_seconds",
+            "How long the job that waits longest has been due.",
+        );
+        for (_, name, _, waiting) in each.iter().filter(|(kind, ..)| kind.is_some()) {
+            let since = waiting.since.map_or(Duration::ZERO, |since| now.since(since));
+            behind.at([("work", name)], since);
+        }
+    }
+
+    fn about_webhooks(&self, all: &mut Figures) {
+        let each = self.webhooks.status();
+        let mut tries =
+            all.counter("polykey_webhook_deliveries_total", "Tries to deliver events to webhooks.");
+        for webhook in &each {
+            for (result, count) in [
+                ("delivered", webhook.delivered),
+                ("failed", webhook.failed),
+                ("given_up", webhook.given_up),
+            ] {
+                tries.at([("webhook", webhook.name.as_str()), ("result", result)], count);
+            }
+        }
+        let mut behind = all.gauge(
+            "polykey_webhook_behind_seconds",
+            "How old the event is that a webhook is told next; 0 where none waits.",
+        );
+        each.iter()
+            .for_each(|webhook| behind.at([("webhook", webhook.name.as_str())], webhook.behind));
     }
 
     fn about_expiry(&self, all: &mut Figures) {

@@ -17,6 +17,7 @@ use crate::net::tls::TlsTexts;
 use crate::telemetry::otlp::send::{Secrets, Sender};
 use crate::time::Clock;
 use crate::vault::Vault;
+use crate::webhook;
 
 /// A setting whose reference gives nothing, and why. No values.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -124,6 +125,32 @@ async fn collector(
         secrets.headers.push((name.clone(), text));
     }
     Ok(secrets)
+}
+
+/// The ways to the receivers of webhooks, by their names.
+pub(super) async fn webhooks(
+    config: &Config,
+) -> Result<Vec<(String, Vec<webhook::Kind>, webhook::Sender)>, AppError> {
+    const SECRET: &str = "[webhooks] secret";
+    const CA: &str = "[webhooks] ca";
+    const HEADERS: &str = "[webhooks] headers";
+    let mut ways = Vec::new();
+    for (name, settings) in &config.webhooks {
+        let ca = settings.ca.as_ref().map(|(path, reference)| {
+            reference.clone().unwrap_or_else(|| SecretSource::File(path.clone()))
+        });
+        let mut wanted = vec![(SECRET, &settings.secret)];
+        wanted.extend(ca.as_ref().map(|source| (CA, source)));
+        wanted.extend(settings.headers.values().map(|source| (HEADERS, source)));
+        let mut found = resolve(config, &wanted).await?.into_iter();
+        let secret = found.next().unwrap_or_default();
+        let ca = if ca.is_some() { found.next() } else { None };
+        let headers = settings.headers.keys().cloned().zip(found).collect();
+        let secrets = webhook::Secrets { secret, ca, headers };
+        let sender = webhook::Sender::new(name, settings, secrets)?;
+        ways.push((name.clone(), settings.events.clone(), sender));
+    }
+    Ok(ways)
 }
 
 /// The seed that signs tokens, if one is referred to.

@@ -102,7 +102,8 @@ async fn watch(app: Arc<App>) {
 /// Compares every row with the head once after opening; what is found stops writing, and health
 /// says so.
 async fn verify(app: Arc<App>) {
-    match app.vault.verify(false, |_| {}).await {
+    let work = app.vault.verify(false, |_| {});
+    match app.jobs.work().verify.track(&app.clock, work).await {
         Ok(report) if report.findings.is_empty() => {
             tracing::debug!(rows = report.rows, leaves = report.leaves, "the store is whole");
         }
@@ -127,13 +128,14 @@ async fn sweep(app: Arc<App>) {
             continue;
         }
         let now = app.clock.now();
-        let result = async {
+        let work = async {
+            arm_notices(&app, now).await?;
             sweep_tokens(&app.directory, now).await?;
             sweep_idempotency(&app.keyring, now).await?;
             sweep_imports(&app.keyring, now).await?;
             roll_over(&app, now).await
         };
-        if let Err(error) = result.await {
+        if let Err(error) = app.jobs.work().sweep.track(&app.clock, work).await {
             let detail = error.internal_text().unwrap_or_default();
             tracing::warn!(%error, detail, "sweeping stopped; trying again later");
         }
@@ -160,6 +162,17 @@ pub(super) async fn sweep_tokens(directory: &Directory, now: Time) -> Result<(),
             Ok(BATCH) => tokio::task::yield_now().await,
             // Another change came first; the next sweep goes on.
             Ok(_) | Err(Error::Conflict) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Puts notices of their expiry on the schedule for what was made before there were any: once for a store.
+async fn arm_notices(app: &App, now: Time) -> Result<(), Error> {
+    loop {
+        match app.keyring.arm_notices(now).await {
+            Ok(true) => tokio::task::yield_now().await,
+            Ok(false) | Err(Error::Conflict) => return Ok(()),
             Err(error) => return Err(error),
         }
     }

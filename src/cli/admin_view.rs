@@ -549,6 +549,10 @@ pub(super) struct JobView {
     pub(super) attempts: i32,
     pub(super) last_error: Option<String>,
     pub(super) damaged: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) client_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) api_key: Option<String>,
 }
 
 impl From<pb::JobRecord> for JobView {
@@ -561,6 +565,42 @@ impl From<pb::JobRecord> for JobView {
             attempts: j.attempts,
             last_error: (!j.last_error.is_empty()).then_some(j.last_error),
             damaged: j.damaged,
+            client_id: (!j.client_id.is_empty()).then_some(j.client_id),
+            api_key: (!j.api_key_prefix.is_empty()).then_some(j.api_key_prefix),
+        }
+    }
+}
+
+/// What a kind of work in the background does.
+#[derive(Serialize)]
+pub(super) struct WorkView {
+    pub(super) name: String,
+    pub(super) queued: u32,
+    pub(super) running: u32,
+    pub(super) workers: u32,
+    pub(super) done: u64,
+    pub(super) failed: u64,
+    pub(super) last_run_at: Option<String>,
+    pub(super) last_seconds: f64,
+    pub(super) last_error: Option<String>,
+    pub(super) next_due_at: Option<String>,
+    pub(super) behind_seconds: f64,
+}
+
+impl From<pb::BackgroundWork> for WorkView {
+    fn from(w: pb::BackgroundWork) -> Self {
+        Self {
+            name: w.name,
+            queued: w.queued,
+            running: w.running,
+            workers: w.workers,
+            done: w.done,
+            failed: w.failed,
+            last_run_at: time(w.last_run_at.as_ref()),
+            last_seconds: w.last_seconds,
+            last_error: (!w.last_error.is_empty()).then_some(w.last_error),
+            next_due_at: time(w.next_due_at.as_ref()),
+            behind_seconds: w.behind_seconds,
         }
     }
 }
@@ -571,25 +611,61 @@ pub(super) struct JobsView {
     pub(super) jobs: Vec<JobView>,
     /// Whether jobs that cannot be undone wait because the clock has jumped.
     pub(super) clock_suspended: bool,
+    /// What the node does in the background.
+    pub(super) work: Vec<WorkView>,
 }
 
 impl View for JobsView {
     fn human(&self) -> Human {
-        Human::Rows(
-            &["DUE", "KIND", "KEY", "VERSION", "ATTEMPTS", "LAST ERROR"],
-            self.jobs
-                .iter()
-                .map(|j| {
-                    vec![
-                        short(j.due_at.as_ref()),
-                        j.kind.clone(),
-                        j.key_id.clone().unwrap_or_default(),
-                        j.version.map(|v| v.to_string()).unwrap_or_default(),
-                        j.attempts.to_string(),
-                        j.last_error.clone().unwrap_or_default(),
-                    ]
-                })
-                .collect(),
-        )
+        let about = |job: &JobView| match (&job.client_id, &job.api_key) {
+            (Some(client), Some(key)) => format!("{client} {key}"),
+            _ => job.key_id.clone().unwrap_or_default(),
+        };
+        let jobs = self.jobs.iter().map(|j| {
+            vec![
+                short(j.due_at.as_ref()),
+                j.kind.clone(),
+                about(j),
+                j.version.map(|v| v.to_string()).unwrap_or_default(),
+                j.attempts.to_string(),
+                j.last_error.clone().unwrap_or_default(),
+            ]
+        });
+        let work = self.work.iter().map(|w| {
+            let ran = w.last_run_at.is_some();
+            vec![
+                w.name.clone(),
+                w.queued.to_string(),
+                format!("{}/{}", w.running, w.workers),
+                w.done.to_string(),
+                w.failed.to_string(),
+                short(w.last_run_at.as_ref()),
+                if ran { format!("{:.3} s", w.last_seconds) } else { String::new() },
+                short(w.next_due_at.as_ref()),
+                format!("{:.0} s", w.behind_seconds),
+                w.last_error.clone().unwrap_or_default(),
+            ]
+        });
+        Human::Parts(vec![
+            Human::Rows(
+                &["DUE", "KIND", "KEY", "VERSION", "ATTEMPTS", "LAST ERROR"],
+                jobs.collect(),
+            ),
+            Human::Rows(
+                &[
+                    "WORK",
+                    "QUEUED",
+                    "RUNNING",
+                    "DONE",
+                    "FAILED",
+                    "LAST RUN",
+                    "TOOK",
+                    "NEXT",
+                    "BEHIND",
+                    "LAST ERROR",
+                ],
+                work.collect(),
+            ),
+        ])
     }
 }

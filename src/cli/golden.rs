@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::admin_view::{
     ClientView, ClientsView, JobView, JobsView, RoleView, RolesView, RootView, StoreView, WhoView,
+    WorkView,
 };
 use super::audit_view::{CheckpointView, EventsView, events};
 use super::health::{HealthView, MetricsView};
@@ -311,8 +312,23 @@ fn the_node() {
         attempts: 2,
         last_error: "e".into(),
         damaged: false,
+        ..Default::default()
     };
-    check("jobs.json", &JobsView { jobs: vec![JobView::from(job)], clock_suspended: false });
+    let work = pb::BackgroundWork {
+        name: "rotate".into(),
+        queued: 1,
+        running: 2,
+        workers: 4,
+        done: 3,
+        failed: 1,
+        last_run_at: at(0),
+        last_seconds: 0.5,
+        last_error: "e".into(),
+        next_due_at: at(0),
+        behind_seconds: 1.5,
+    };
+    let (jobs, work) = (vec![JobView::from(job)], vec![WorkView::from(work)]);
+    check("jobs.json", &JobsView { jobs, clock_suspended: false, work });
     let metrics = MetricsView::from(pb::HealthCheckResponse {
         status: pb::HealthStatus::Healthy.into(),
         service_version: "0.1.0".into(),

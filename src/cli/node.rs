@@ -6,7 +6,7 @@ use polykey_proto::polykey::v2::verify_store_response::Part;
 use serde::Serialize;
 
 use super::App;
-use super::admin_view::{JobView, JobsView, StoreView};
+use super::admin_view::{JobView, JobsView, StoreView, WorkView};
 use super::error::{CliError, Exit};
 use super::output::{Human, View};
 use super::progress::Bar;
@@ -49,6 +49,8 @@ pub enum Kind {
     SweepIdempotency,
     /// Seals records under the primary storage-key epoch.
     Reseal,
+    /// Tells that a key or an API key is about to expire, or has expired.
+    NotifyExpiry,
 }
 
 impl From<Kind> for pb::JobKind {
@@ -62,6 +64,7 @@ impl From<Kind> for pb::JobKind {
             Kind::SweepTokens => Self::SweepTokens,
             Kind::SweepIdempotency => Self::SweepIdempotency,
             Kind::Reseal => Self::Reseal,
+            Kind::NotifyExpiry => Self::NotifyExpiry,
         }
     }
 }
@@ -188,6 +191,7 @@ pub(super) async fn jobs(app: &App, args: JobsArgs) -> Result<(), CliError> {
     let kind = args.kind.map_or(pb::JobKind::Unspecified, pb::JobKind::from);
     let key_id = args.key.unwrap_or_default();
     let mut clock_suspended = false;
+    let mut work = Vec::new();
     let jobs = pages(args.limit, async |page_size, page_token| {
         let request = pb::ListJobsRequest {
             page_size,
@@ -197,11 +201,13 @@ pub(super) async fn jobs(app: &App, args: JobsArgs) -> Result<(), CliError> {
         };
         let page = remote.read(request, rpc!(AdminServiceClient, list_jobs)).await?;
         clock_suspended = page.clock_suspended;
+        work.extend(page.work);
         Ok((page.jobs, page.next_page_token))
     })
     .await?;
     let jobs = jobs.into_iter().map(JobView::from).collect();
-    app.out.print(&JobsView { jobs, clock_suspended })?;
+    let work = work.into_iter().map(WorkView::from).collect();
+    app.out.print(&JobsView { jobs, clock_suspended, work })?;
     if clock_suspended {
         super::output::remark(
             "The server's clock is in doubt: jobs that cannot be undone wait until it is right again \

@@ -27,6 +27,8 @@ pub(super) enum Human {
     Rows(&'static [&'static str], Vec<Vec<String>>),
     /// Text as it is.
     Text(String),
+    /// One below the other, with an empty line between them.
+    Parts(Vec<Human>),
 }
 
 /// Data that can be printed in either form.
@@ -124,6 +126,7 @@ pub(super) fn clean(text: &str) -> String {
 
 fn render(human: &Human) -> String {
     match human {
+        Human::Parts(parts) => parts.iter().map(render).collect::<Vec<_>>().join("\n"),
         Human::Text(text) => {
             let mut out: String = text.lines().fold(String::new(), |mut out, line| {
                 out.push_str(&clean(line));

@@ -338,6 +338,11 @@ impl<'d, 't> Section<'d, 't> {
         self.get(key, |value| reference(self.document, value))
     }
 
+    /// As [`Self::reference`], and absence is a mistake.
+    pub(super) fn need_reference(&self, key: &'static str, example: &str) -> Option<SecretSource> {
+        self.need(key, example, |value| reference(self.document, value))
+    }
+
     /// References to secrets by names of the operator's choice.
     pub(super) fn references(&self, key: &'static str) -> BTreeMap<String, SecretSource> {
         let found = self.get(key, |value| {

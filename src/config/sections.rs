@@ -67,6 +67,7 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
     let policies = policies(root.section("policies"));
     let limits = limits(root.section("limits"));
     let rates = rates(&root.section("rates"));
+    let webhooks = super::webhooks::sections(&root.section("webhooks"));
     let log = log(root.section("log"));
     let telemetry = super::telemetry::section(root.section("telemetry"));
     let ca = ca(root.section("ca"));
@@ -99,6 +100,7 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
         policies,
         limits,
         rates,
+        webhooks,
         log,
         telemetry,
         ca,

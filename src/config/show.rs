@@ -141,6 +141,7 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         policies,
         limits,
         rates,
+        webhooks,
         log,
         telemetry,
         ca,
@@ -275,6 +276,7 @@ pub fn entries(config: &Config) -> Vec<Entry> {
     }
     all.extend(stored(storage));
     all.extend(rates.iter().flat_map(limited));
+    all.extend(webhooks.iter().flat_map(|(name, webhook)| webhook.entries(name, time)));
     let Bootstrap { aws, deadline } = bootstrap;
     all.extend(connection("bootstrap", aws));
     all.push(("bootstrap.deadline".to_owned(), time(*deadline)));

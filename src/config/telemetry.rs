@@ -129,7 +129,7 @@ fn endpoint(value: &DeValue<'_>) -> Result<Uri, Refused> {
     Ok(uri)
 }
 
-fn on_loopback(uri: &Uri) -> bool {
+pub(super) fn on_loopback(uri: &Uri) -> bool {
     let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
     host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
@@ -180,7 +180,7 @@ fn signals(value: &DeValue<'_>) -> Result<Signals, Refused> {
 }
 
 /// Whether a header is the collector's to read and not the transport's.
-fn may_be_set(name: &str) -> bool {
+pub(super) fn may_be_set(name: &str) -> bool {
     const TRANSPORT: [&str; 9] = [
         "connection",
         "content-encoding",

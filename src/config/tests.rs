@@ -92,6 +92,19 @@ const BROKEN: &[Case] = &[
     (3, "[listen]\nhealth = \"127.0.0.1:50053\"", "4:10", "[listen] health: the same as `address`", "another port"),
     (3, "[listen]\nmetrics = \"192.168.1.1:9464\"", "4:11", "must be on loopback", "127.0.0.1 or [::1]"),
     (3, "[listen]\nhealth = \"127.0.0.1:1\"\nmetrics = \"127.0.0.1:1\"", "5:11", "[listen] metrics: the same as `health`", "another port"),
+    // Whom it tells.
+    (9, "[webhooks.a]", "9:11", "[webhooks.a] url: missing", "add `url ="),
+    (9, "[webhooks.a]\nurl = \"https://h/\"", "9:11", "[webhooks.a] secret: missing", "{ file ="),
+    (9, "[webhooks.a]\nurl = \"ftp://h/\"", "10:7", "not the address of a receiver", "https://HOST"),
+    (9, "[webhooks.a]\nurl = \"http://h.example/\"", "10:7", "in the clear", "https://HOST"),
+    (9, "[webhooks.a]\nurl = \"https://u:CANARY-hunter2-Zm9vYmFy@h/\"", "10:7", "not the address of a receiver", "`headers`"),
+    (9, "[webhooks.a]\nurl = \"http://[::1]/\"\nca = \"c\"", "11:6", "the receiver has no TLS", "https://"),
+    (9, "[webhooks.a]\nevents = []", "10:10", "empty", "remove the section"),
+    (9, "[webhooks.a]\nevents = [\"key.made\"]", "10:10", "not one of its words", "\"key.rotated\""),
+    (9, "[webhooks.a]\nevents = [\"key.expired\", \"key.expired\"]", "10:10", "twice", "\"key.rotated\""),
+    (9, "[webhooks.a]\nheaders = { webhook-id = { env = \"X\" } }", "10:11", "not the name of a header", "lower case"),
+    (9, "[webhooks.a]\nsecret = \"CANARY-hunter2-Zm9vYmFy\"", "10:10", "a string where a reference", "{ file ="),
+    (9, "[webhooks.\"a b\"]\nurl = \"https://h/\"\nsecret = { env = \"X\" }", "9:11", "none of a webhook", "1 to 64"),
     // Where telemetry goes.
     (9, "[telemetry]", "9:2", "[telemetry] endpoint: missing", "add `endpoint ="),
     (9, "[telemetry]\nendpoint = \"collector:4317\"", "10:12", "not an address of a collector", "https://HOST:PORT"),
@@ -454,6 +467,7 @@ fn the_optional_examples_are_valid() {
     let collector = telemetry.collector;
     assert!(collector.headers.len() == 1 && telemetry.sample == 50_000 && collector.tls());
     assert_eq!(config.listen.metrics.unwrap().port(), 9464);
+    assert_eq!(config.webhooks["operations"].events.len(), 4);
     assert_eq!(config.listen.net.workers, Some(2));
     assert_eq!(config.audit.sinks.keys().collect::<Vec<_>>(), ["collector", "disk", "otel"]);
     assert_eq!(config.replication.unwrap().mode, replication::Mode::SyncOrRefuse);

@@ -182,6 +182,7 @@ impl Directory {
             self.claim(&mut tx, identity, &record.client_id).await?;
         }
         tx.insert(&row, record)?;
+        self.arm_notices(&mut tx, &[], record, change.now)?;
         change.accompany(&mut tx).await?;
         let receipt = tx.commit().await?;
         Ok(Changed { client: Client::from_record(record, receipt.revision)?, receipt })
@@ -344,6 +345,7 @@ impl Directory {
             self.forget_api_key(&mut tx, id, &key.prefix);
         }
         tx.put(&row, &record)?;
+        self.arm_notices(&mut tx, &old.record.api_keys, &record, change.now)?;
         if admins::is_admin(self, &mut tx, &old.record).await?
             && !admins::is_admin(self, &mut tx, &record).await?
         {

@@ -322,3 +322,49 @@ async fn no_api_key_stands_in_a_record() {
     let client = node.directory.client("a").await.unwrap().unwrap();
     assert!(!format!("{client:?}").contains("mac"));
 }
+
+#[tokio::test]
+async fn the_expiry_of_an_api_key_is_told_once_and_a_new_one_has_its_own() {
+    use polykey_proto::polykey::record::v1::{AuditBody, AuditLeaf, JobRecord};
+    use polykey_storage::{Direction, all};
+    use prost::Message as _;
+
+    let node = Node::new().await;
+    let day = std::time::Duration::from_secs(86_400);
+    let later = |days: u32| node.now().plus(day * days);
+    let new = NewClient { api_key_expires_at: Some(later(8)), ..named("a") };
+    let (made, _) = node.directory.create_client(&new, &node.change()).await.unwrap();
+    let first = made.client.api_keys[0].prefix.clone();
+    let run = async || {
+        let jobs = node.vault.scan::<JobRecord>(all(), Direction::Forward, 99).await.unwrap();
+        for (row, job) in jobs {
+            if job.record.due <= node.now().micros() {
+                node.directory.notify_expiry(&job.record, &row, node.now()).await.unwrap();
+            }
+        }
+    };
+    node.clock.advance(day);
+    run().await;
+    // The old key ends in two days instead, the new one never.
+    let rotated = node.directory.rotate_api_key("a", day * 2, None, &node.change()).await.unwrap();
+    for _ in 0..10 {
+        node.clock.advance(day);
+        run().await;
+    }
+    let leaves = node.vault.scan::<AuditLeaf>(all(), Direction::Forward, 99).await.unwrap();
+    let events = leaves
+        .iter()
+        .flat_map(|(_, leaf)| AuditBody::decode(leaf.record.body.as_ref()).unwrap().events);
+    let told: Vec<_> = events
+        .filter(|event| event.action.contains("Expir"))
+        .map(|event| {
+            assert_eq!(event.details["client"], "a");
+            (event.details["api_key"].clone(), event.details.get("days").cloned())
+        })
+        .collect();
+    let days = |days: &str| (first.clone(), Some(days.to_owned()));
+    assert_eq!(told, [days("7"), days("1"), (first.clone(), None)]);
+    assert_ne!(rotated.api_key.prefix(), first);
+    let left = node.vault.scan::<JobRecord>(all(), Direction::Forward, 99).await.unwrap();
+    assert!(left.is_empty(), "{left:?}");
+}

@@ -64,7 +64,7 @@ impl Needs {
         let plain = plain.map(|address| address.port());
         let ports = std::iter::once(config.listen.address.port()).chain(plain).collect();
         let mut away = config.storage.database.is_some() || config.replication.is_some();
-        away |= config.telemetry.is_some();
+        away |= config.telemetry.is_some() || !config.webhooks.is_empty();
         for sink in config.audit.sinks.values() {
             match &sink.target {
                 Target::File(file) => writable.extend(parent(&file.path)),
@@ -313,6 +313,10 @@ mod tests {
         );
         let parameter = needs("[master_key]\nsource = { ssm = \"/p\" }\n").unwrap();
         assert!(parameter.calls && parameter.runs);
+        let told = "[master_key]\nsource = { file = \"m\" }\n[webhooks.ops]\nurl = \"https://h/\"\n\
+                    secret = { file = \"w\" }\n";
+        let told = needs(told).unwrap();
+        assert!(told.calls && !told.runs, "{told:?}");
     }
 
     #[test]

@@ -11,6 +11,7 @@ use polykey_proto::polykey::record::v1::{
 use zeroize::Zeroize;
 
 use super::hardened::{HARDENED, STANDARD, is_hardened};
+use super::notice;
 use super::plan::{Done, Planned, Prepared, next_rotation};
 use super::resident::{RESIDENT, is_resident, token_id};
 use super::rows::{claim_alias, schedule, write_list_rows};
@@ -233,6 +234,7 @@ impl Keyring {
             record.next_rotation_at = due.micros();
             schedule(tx, Kind::Rotate, due, id, 0)?;
         }
+        notice::arm(tx, &record, id, cx.now)?;
         if let Some(alias) = &command.alias {
             claim_alias(tx, alias, id, cx.now).await?;
         }

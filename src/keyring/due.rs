@@ -10,6 +10,7 @@ use polykey_storage::Direction;
 
 use super::create::{GENERATED, Made};
 use super::hardened::is_hardened;
+use super::plan::revocation_details;
 use super::resident::is_resident;
 use super::rows::{release_alias, unschedule, write_list_rows};
 use super::work::purpose;
@@ -18,6 +19,7 @@ use crate::error::Error;
 use crate::key::{self, KeyId, Version, version_row};
 use crate::time::Time;
 use crate::vault::Tx;
+use crate::webhook::PREVIOUS;
 
 /// Versions erased in one transaction.
 const ERASE: usize = 256;
@@ -81,6 +83,10 @@ impl Keyring {
                     more = left;
                     effect
                 }
+                Kind::NotifyExpiry => {
+                    Self::due_notice(&mut tx, &key, job, now)?;
+                    None
+                }
                 Kind::SweepTokens | Kind::SweepIdempotency | Kind::Reseal | Kind::Unspecified => {
                     return Err(Error::internal("a job that is not about a key"));
                 }
@@ -131,6 +137,13 @@ impl Keyring {
         };
         event.set_outcome(Outcome::Success);
         event.details.insert("due".into(), Time::from_micros(job.due).to_string());
+        if after.primary_version != before.record.primary_version {
+            event.version = after.primary_version;
+            event.details.insert(PREVIOUS.into(), before.record.primary_version.to_string());
+        }
+        if job.kind() == Kind::Revoke {
+            revocation_details(&mut event, &after);
+        }
         tx.event(event);
         Ok(())
     }

@@ -14,6 +14,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::create::Made;
 use super::idempotency::Idempotency;
+use super::notice;
 use super::resident::is_resident;
 use super::rows::{claim_alias, release_alias, schedule, unschedule, write_list_rows};
 use super::{Key, KeyVersion, Keyring};
@@ -27,6 +28,7 @@ use crate::error::Error;
 use crate::key::{self, KeyId, KeyName, Version, version_row};
 use crate::time::Time;
 use crate::vault::{Receipt, Tx};
+use crate::webhook::{EFFECTIVE_AT, NOTIFIES};
 
 /// How often a change is tried again when the key changed under it.
 const ATTEMPTS: usize = 16;
@@ -287,7 +289,9 @@ impl Keyring {
                 let permit = self.authorize(cx, key.resource(), command).await?;
                 expect(&key, command.expected)?;
                 let after = revoke(tx, &key, &permit, now)?;
-                self.changed(cx, tx, &key, after, &permit).await
+                let mut planned = self.changed(cx, tx, &key, after, &permit).await?;
+                revocation_details(&mut planned.event, &planned.done.key.record);
+                Ok(planned)
             }
             Mutation::Update(command) if command.shares() && !command.describes() => {
                 let part = part::Share(command);
@@ -324,7 +328,10 @@ impl Keyring {
                 let permit = self.authorize(cx, key.resource(), command).await?;
                 expect(&key, command.expected)?;
                 let after = destroy(tx, &key, &permit, now)?;
-                self.changed(cx, tx, &key, after, &permit).await
+                let mut planned = self.changed(cx, tx, &key, after, &permit).await?;
+                let at = Time::from_micros(planned.done.key.record.destroy_at);
+                planned.event.details.insert("destroy_at".into(), at.to_string());
+                Ok(planned)
             }
             Mutation::CancelDestroy(command) => {
                 let part = part::CancelDestruction(command);
@@ -590,11 +597,13 @@ fn revoke(
     permit: &Authorized<&RevokeKey>,
     now: Time,
 ) -> Result<KeyRecord, Error> {
-    let RevokeKey { reason, at, .. } = permit.command();
+    let RevokeKey { reason, at, notify, .. } = permit.command();
     let mut after = key.record.clone();
     unschedule(tx, Kind::Revoke, key.record.revoke_at, key.id, 0);
     let at = at.unwrap_or(now);
     key::revoke(&mut after, at, reason, now).map_err(Error::State)?;
+    // Who has asked for it once is not to be left out because of somebody who was faster.
+    after.revocation_notifies |= notify;
     if after.state() == State::Revoked {
         unschedule(tx, Kind::Rotate, key.record.next_rotation_at, key.id, 0);
         unschedule(tx, Kind::Promote, key.record.staged_promote_at, key.id, 0);
@@ -602,6 +611,21 @@ fn revoke(
         schedule(tx, Kind::Revoke, at, key.id, 0)?;
     }
     Ok(after)
+}
+
+/// What the event of a revocation tells: when it takes effect, if not at once, and to the systems that are told
+/// the reason.
+pub(super) fn revocation_details(event: &mut AuditEvent, after: &KeyRecord) {
+    if after.state() != State::Revoked
+        && let Some(at) = Time::optional(after.revoke_at)
+    {
+        event.details.insert(EFFECTIVE_AT.into(), at.to_string());
+    }
+    if after.revocation_notifies {
+        event.details.insert(NOTIFIES.into(), "yes".into());
+        let reason = crate::audit::event::bounded(&after.revocation_reason).into_owned();
+        event.details.insert("reason".into(), reason);
+    }
 }
 
 fn destroy(
@@ -655,6 +679,10 @@ fn update(tx: &mut Tx<'_>, key: &Key, command: &UpdateKey, now: Time) -> Result<
         Some(Expiry::At(at)) => after.expires_at = at.micros(),
         Some(Expiry::Never) => after.expires_at = 0,
         None => {}
+    }
+    if after.expires_at != key.record.expires_at {
+        notice::disarm(tx, &key.record, key.id, now);
+        notice::arm(tx, &after, key.id, now)?;
     }
     if let Some(classification) = classification {
         after.data_classification.clone_from(classification);

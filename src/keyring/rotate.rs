@@ -19,6 +19,7 @@ use crate::error::{Error, Reason};
 use crate::key::{self, Version, version_row};
 use crate::time::Time;
 use crate::vault::Tx;
+use crate::webhook::PREVIOUS;
 
 /// Whether a rotation makes a version, as the key stands.
 fn makes_version(record: &KeyRecord, strategy: Strategy) -> bool {
@@ -185,6 +186,9 @@ impl Keyring {
         };
         let mut planned = self.changed(cx, tx, &key, after, &permit).await?;
         planned.event.version = about;
+        if planned.done.key.record.primary_version != previous {
+            planned.event.details.insert(PREVIOUS.into(), previous.to_string());
+        }
         let version = match new {
             Some(version) => Arc::new(version),
             None => self.version_view(tx, &planned.done.key, about).await?,

@@ -26,6 +26,7 @@ use crate::time::Clock;
 mod edges;
 mod hardened;
 mod hostile;
+mod notices;
 mod resident;
 
 const START: Time = Time::from_seconds(1_800_000_000);
@@ -184,7 +185,7 @@ fn rotate(id: KeyId, strategy: Strategy, grace: i64) -> Mutation {
 
 fn revoke(id: KeyId, at: Option<Time>) -> Mutation {
     let key = KeyName::Id(id);
-    Mutation::Revoke(RevokeKey { key, reason: "test".into(), at, expected: None })
+    Mutation::Revoke(RevokeKey { key, reason: "test".into(), at, notify: false, expected: None })
 }
 
 fn on(id: KeyId) -> OnKey {

@@ -46,6 +46,7 @@ use crate::net::NetMetrics;
 use crate::net::tls::TlsState;
 use crate::pki::Authority;
 use crate::time::Time;
+use crate::webhook::Webhooks;
 
 /// What the administration works with besides [`Deps`].
 pub struct AdminDeps {
@@ -53,6 +54,8 @@ pub struct AdminDeps {
     pub custody: Arc<Custody>,
     /// The schedule.
     pub jobs: Arc<Runner>,
+    /// Whom the node tells what became of keys.
+    pub webhooks: Arc<Webhooks>,
     /// The node's own authority, if it has one.
     pub authority: Option<Arc<Authority>>,
     /// The configuration in effect.

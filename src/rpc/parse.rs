@@ -424,8 +424,7 @@ pub(crate) fn revoke(request: pb::RevokeKeyRequest, now: Time) -> Result<RevokeK
         revocation_reason,
         immediate,
         effective_at,
-        // No systems can be configured to be notified in this version; see its documentation.
-        notify_external_systems: _,
+        notify_external_systems: notify,
         expected_revision,
     } = request;
     let mut v = Violations::new();
@@ -434,7 +433,7 @@ pub(crate) fn revoke(request: pb::RevokeKeyRequest, now: Time) -> Result<RevokeK
     let at = future(&mut v, "effective_at", effective_at.as_ref(), now);
     v.check(!(immediate && at.is_some()), "effective_at", "contradicts immediate");
     v.finish()?;
-    Ok(RevokeKey { key, reason: revocation_reason, at, expected: expected_revision })
+    Ok(RevokeKey { key, reason: revocation_reason, at, notify, expected: expected_revision })
 }
 
 pub(crate) fn update(request: pb::UpdateKeyMetadataRequest, now: Time) -> Result<UpdateKey, Error> {

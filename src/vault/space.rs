@@ -36,7 +36,7 @@ macro_rules! records {
 
 records! {
     /// Single rows of the node: see the constants of [`meta`].
-    META = 0 { CanaryRecord = 1, HeadRecord = 2, UsageMark = 3, ResealRecord = 4, ClockRecord = 5, LaneRecord = 6 }
+    META = 0 { CanaryRecord = 1, HeadRecord = 2, UsageMark = 3, ResealRecord = 4, ClockRecord = 5, LaneRecord = 6, NoticesRecord = 7 }
     /// Keys: `key id`.
     KEYS = 1 { KeyRecord = 10 }
     /// Versions: `key id ‖ version (u32 BE)`.
@@ -73,6 +73,8 @@ records! {
     COUNTS = 17 { UseCountRecord = 35 }
     /// Archives of the audit log: `first leaf (u64 BE)`.
     AUDIT_ARCHIVES = 18 { AuditArchiveRecord = 36 }
+    /// How far webhooks have come: `MAC(name)`.
+    WEBHOOKS = 19 { WebhookRecord = 37 }
 }
 
 /// The rows of [`META`].
@@ -93,6 +95,8 @@ pub mod meta {
     pub const CLOCK: &[u8] = b"clock";
     /// [`super::record::LaneRecord`].
     pub const LANES: &[u8] = b"lanes";
+    /// [`super::record::NoticesRecord`].
+    pub const NOTICES: &[u8] = b"notices";
 }
 
 /// Whether a row is sealed and counted in the set hash. The others stand in the clear and carry
@@ -117,6 +121,7 @@ pub fn kind(row: &RowKey) -> Option<u8> {
             meta::RESEAL => Some(record::ResealRecord::KIND),
             meta::CLOCK => Some(record::ClockRecord::KIND),
             meta::LANES => Some(record::LaneRecord::KIND),
+            meta::NOTICES => Some(record::NoticesRecord::KIND),
             _ => None,
         };
     }

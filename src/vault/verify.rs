@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering;
 use polykey_proto::polykey::record::v1::{
     AliasRecord, AuditArchiveRecord, AuditLeaf, CanaryRecord, ClientRecord, ClockRecord,
     HeadRecord, IdempotencyRecord, IdentityRecord, ImportRecord, JobRecord, KeyRecord, LaneRecord,
-    ListRow, ResealRecord, RevokedTokenRecord, RoleRecord, SigningKeyRecord, TokenFamilyRecord,
-    UsageMark, UsageRecord, UseCountRecord, VersionRecord,
+    ListRow, NoticesRecord, ResealRecord, RevokedTokenRecord, RoleRecord, SigningKeyRecord,
+    TokenFamilyRecord, UsageMark, UsageRecord, UseCountRecord, VersionRecord, WebhookRecord,
 };
 use polykey_storage::{Direction, RowKey, Space};
 
@@ -248,6 +248,7 @@ fn open_any(sealer: &polykey_hsm::Sealer, row: &RowKey, value: &[u8]) -> Result<
         (space::IMPORTS, check::<ImportRecord>),
         (space::COUNTS, check::<UseCountRecord>),
         (space::AUDIT_ARCHIVES, check::<AuditArchiveRecord>),
+        (space::WEBHOOKS, check::<WebhookRecord>),
     ];
     if row.space == space::AUDIT {
         let (leaf, _) = seal::open::<AuditLeaf>(sealer, &row.key, value)?;
@@ -268,6 +269,7 @@ fn open_any(sealer: &polykey_hsm::Sealer, row: &RowKey, value: &[u8]) -> Result<
             meta::RESEAL => check::<ResealRecord>(sealer, row, value),
             meta::CLOCK => check::<ClockRecord>(sealer, row, value),
             meta::LANES => check::<LaneRecord>(sealer, row, value),
+            meta::NOTICES => check::<NoticesRecord>(sealer, row, value),
             _ => Err(Error::data_loss("no such row belongs there")),
         };
     }

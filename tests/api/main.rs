@@ -48,3 +48,4 @@ mod stubs;
 mod telemetry;
 mod tokens;
 mod tour;
+mod webhooks;

@@ -8,6 +8,7 @@ pub(crate) mod cluster;
 pub(crate) mod collector;
 #[cfg(feature = "postgres")]
 pub(crate) mod gateway;
+pub(crate) mod receiver;
 pub(crate) mod softhsm;
 pub(crate) mod steps;
 pub(crate) mod wire;

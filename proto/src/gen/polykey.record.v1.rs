@@ -197,6 +197,9 @@ pub struct KeyRecord {
     /// The caller's own id of the request that made it.
     #[prost(string, tag = "40")]
     pub correlation_id: ::prost::alloc::string::String,
+    /// Whether the revocation is told to the systems that the operator has configured.
+    #[prost(bool, tag = "41")]
+    pub revocation_notifies: bool,
 }
 /// Nested message and enum types in `KeyRecord`.
 pub mod key_record {
@@ -681,6 +684,12 @@ pub struct JobRecord {
     pub attempts: u32,
     #[prost(string, tag = "6")]
     pub last_error: ::prost::alloc::string::String,
+    /// Of a job about an API key: its client, and the key's public prefix. In the row key stands a MAC of both in
+    /// the place of the key id.
+    #[prost(string, tag = "7")]
+    pub client_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "8")]
+    pub api_key: ::prost::alloc::string::String,
 }
 /// Nested message and enum types in `JobRecord`.
 pub mod job_record {
@@ -706,6 +715,8 @@ pub mod job_record {
         SweepTokens = 6,
         SweepIdempotency = 7,
         Reseal = 8,
+        /// `version` is the number of days before the expiry; 0 = the expiry itself.
+        NotifyExpiry = 9,
     }
     impl Kind {
         /// String value of the enum field names used in the ProtoBuf definition.
@@ -723,6 +734,7 @@ pub mod job_record {
                 Self::SweepTokens => "KIND_SWEEP_TOKENS",
                 Self::SweepIdempotency => "KIND_SWEEP_IDEMPOTENCY",
                 Self::Reseal => "KIND_RESEAL",
+                Self::NotifyExpiry => "KIND_NOTIFY_EXPIRY",
             }
         }
         /// Creates an enum from field names used in the ProtoBuf definition.
@@ -737,10 +749,42 @@ pub mod job_record {
                 "KIND_SWEEP_TOKENS" => Some(Self::SweepTokens),
                 "KIND_SWEEP_IDEMPOTENCY" => Some(Self::SweepIdempotency),
                 "KIND_RESEAL" => Some(Self::Reseal),
+                "KIND_NOTIFY_EXPIRY" => Some(Self::NotifyExpiry),
                 _ => None,
             }
         }
     }
+}
+/// How far a webhook has come in the audit log.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WebhookRecord {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// The next event: its leaf, and its place in the leaf.
+    #[prost(uint64, tag = "2")]
+    pub next_leaf: u64,
+    #[prost(uint32, tag = "3")]
+    pub next_event: u32,
+    /// Since when the receiver has taken nothing of what it was sent; 0 = it has.
+    #[prost(int64, tag = "4")]
+    pub failing_since: i64,
+    /// When the receiver said that it wants nothing more; 0 = it did not.
+    #[prost(int64, tag = "5")]
+    pub paused_at: i64,
+    /// The process that delivers (16 random bytes of its own), and a number that it counts up as long as it does.
+    #[prost(bytes = "bytes", tag = "6")]
+    pub holder: ::prost::bytes::Bytes,
+    #[prost(uint64, tag = "7")]
+    pub beat: u64,
+}
+/// How far keys of before there were notices of their expiry have been put on the schedule.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct NoticesRecord {
+    /// The last key that was looked at.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub cursor: ::prost::bytes::Bytes,
+    #[prost(bool, tag = "2")]
+    pub done: bool,
 }
 /// What became of a request that carried an idempotency key.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -2311,6 +2311,50 @@ pub struct JobRecord {
     /// the store says.
     #[prost(bool, tag = "7")]
     pub damaged: bool,
+    /// The client whose API key it is about, if it is.
+    #[prost(string, tag = "8")]
+    pub client_id: ::prost::alloc::string::String,
+    /// The public prefix of that API key.
+    #[prost(string, tag = "9")]
+    pub api_key_prefix: ::prost::alloc::string::String,
+}
+/// One kind of work that a node does in the background. Counts are those of the node that answers, since its start.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct BackgroundWork {
+    /// What it is: a kind of job in lower case, such as `rotate`, or `sweep`, `verify` or `webhook/NAME`.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// What is due and waits, of the first 1,000 jobs of the schedule; of a webhook, the events that it has read and
+    /// not delivered, at most 64.
+    #[prost(uint32, tag = "2")]
+    pub queued: u32,
+    /// What runs just now.
+    #[prost(uint32, tag = "3")]
+    pub running: u32,
+    /// What may run at once.
+    #[prost(uint32, tag = "4")]
+    pub workers: u32,
+    /// How often it was done.
+    #[prost(uint64, tag = "5")]
+    pub done: u64,
+    /// How often it failed.
+    #[prost(uint64, tag = "6")]
+    pub failed: u64,
+    /// When it last ended. Absent: never.
+    #[prost(message, optional, tag = "7")]
+    pub last_run_at: ::core::option::Option<::prost_types::Timestamp>,
+    /// How long that took, in seconds.
+    #[prost(double, tag = "8")]
+    pub last_seconds: f64,
+    /// Why it last failed. Empty: it did not since it last succeeded.
+    #[prost(string, tag = "9")]
+    pub last_error: ::prost::alloc::string::String,
+    /// When it comes next. Absent: not known.
+    #[prost(message, optional, tag = "10")]
+    pub next_due_at: ::core::option::Option<::prost_types::Timestamp>,
+    /// How long what waits longest has been due, in seconds.
+    #[prost(double, tag = "11")]
+    pub behind_seconds: f64,
 }
 /// Asks for a page of jobs.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2340,6 +2384,9 @@ pub struct ListJobsResponse {
     /// Whether the jobs that cannot be undone wait because the clock has jumped.
     #[prost(bool, tag = "3")]
     pub clock_suspended: bool,
+    /// What the node does in the background, with the first page.
+    #[prost(message, repeated, tag = "4")]
+    pub work: ::prost::alloc::vec::Vec<BackgroundWork>,
 }
 /// Confirms the server's clock.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2504,6 +2551,9 @@ pub enum JobKind {
     SweepIdempotency = 7,
     /// Seals records under the primary storage-key epoch.
     Reseal = 8,
+    /// Tells that a key or an API key is about to expire, or has expired. The version is the number of days before
+    /// that, 30, 7 or 1; 0 at the expiry itself.
+    NotifyExpiry = 9,
 }
 impl JobKind {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -2521,6 +2571,7 @@ impl JobKind {
             Self::SweepTokens => "JOB_KIND_SWEEP_TOKENS",
             Self::SweepIdempotency => "JOB_KIND_SWEEP_IDEMPOTENCY",
             Self::Reseal => "JOB_KIND_RESEAL",
+            Self::NotifyExpiry => "JOB_KIND_NOTIFY_EXPIRY",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -2535,6 +2586,7 @@ impl JobKind {
             "JOB_KIND_SWEEP_TOKENS" => Some(Self::SweepTokens),
             "JOB_KIND_SWEEP_IDEMPOTENCY" => Some(Self::SweepIdempotency),
             "JOB_KIND_RESEAL" => Some(Self::Reseal),
+            "JOB_KIND_NOTIFY_EXPIRY" => Some(Self::NotifyExpiry),
             _ => None,
         }
     }

@@ -32,8 +32,10 @@ const COUNTED: u64 = 200_000;
 const STEP: usize = 4096;
 /// Rows of the schedule that one page looks at before it returns short.
 const LOOKED_AT: usize = 20_000;
+/// Jobs that are looked at for what waits of each kind.
+const WAITING: usize = 1_000;
 
-const SPACES: [(Space, &str); 18] = [
+const SPACES: [(Space, &str); 19] = [
     (space::KEYS, "keys"),
     (space::VERSIONS, "versions"),
     (space::LIST, "list"),
@@ -52,6 +54,7 @@ const SPACES: [(Space, &str); 18] = [
     (space::IMPORTS, "imports"),
     (space::COUNTS, "use counts"),
     (space::AUDIT_ARCHIVES, "audit-archives"),
+    (space::WEBHOOKS, "webhooks"),
 ];
 
 fn space_name(space: Space) -> String {
@@ -280,7 +283,51 @@ impl AdminService {
             _ => String::new(),
         };
         let clock_suspended = self.0.admin.jobs.clock_in_doubt();
-        Ok(pb::ListJobsResponse { jobs, next_page_token, clock_suspended })
+        let work = if m.page_token.is_empty() { self.work().await? } else { Vec::new() };
+        Ok(pb::ListJobsResponse { jobs, next_page_token, clock_suspended, work })
+    }
+
+    /// What the node does in the background.
+    async fn work(&self) -> Result<Vec<pb::BackgroundWork>, Error> {
+        let runner = &self.0.admin.jobs;
+        let now = self.directory().vault().clock().now();
+        let waiting = runner.waiting(WAITING).await?;
+        let mut all = Vec::new();
+        for (kind, work) in runner.work().all() {
+            let seen = work.figures();
+            let waiting = kind.and_then(|kind| waiting.get(&i32::from(kind)));
+            let waiting = waiting.copied().unwrap_or_default();
+            all.push(pb::BackgroundWork {
+                name: work.name.to_owned(),
+                queued: waiting.due.saturating_sub(seen.running),
+                running: seen.running,
+                workers: work.workers,
+                done: seen.done,
+                failed: seen.failed,
+                last_run_at: seen.last.at.map(timestamp),
+                last_seconds: seen.last.took.as_secs_f64(),
+                last_error: seen.last.error.unwrap_or_default(),
+                next_due_at: waiting.next.map(timestamp),
+                behind_seconds: waiting.since.map_or(0.0, |since| now.since(since).as_secs_f64()),
+            });
+        }
+        for webhook in self.0.admin.webhooks.status() {
+            let (at, took) = webhook.last.unzip();
+            all.push(pb::BackgroundWork {
+                name: format!("webhook/{}", webhook.name),
+                queued: u32::try_from(webhook.queued).unwrap_or(u32::MAX),
+                running: 0,
+                workers: 1,
+                done: webhook.delivered,
+                failed: webhook.failed,
+                last_run_at: at.map(timestamp),
+                last_seconds: took.unwrap_or_default().as_secs_f64(),
+                last_error: webhook.trouble.unwrap_or_default(),
+                next_due_at: None,
+                behind_seconds: webhook.behind.as_secs_f64(),
+            });
+        }
+        Ok(all)
     }
 
     pub(super) async fn confirm_clock(
@@ -328,7 +375,13 @@ fn job(row: &[u8], record: &JobRecord, damaged: bool) -> pb::JobRecord {
         // Stored and shown kinds have the same numbers.
         kind: record.kind,
         due_at: stored_time(due.micros()),
-        key_id: KeyId::from_slice(&record.key_id).map(|id| id.to_string()).unwrap_or_default(),
+        key_id: match record.client_id.is_empty() {
+            true => KeyId::from_slice(&record.key_id).map(|id| id.to_string()).unwrap_or_default(),
+            // A MAC stands in its place.
+            false => String::new(),
+        },
+        client_id: record.client_id.clone(),
+        api_key_prefix: record.api_key.clone(),
         version: number(record.version),
         attempts: number(record.attempts),
         last_error: match damaged {
