@@ -32,8 +32,8 @@ pub fn due_notice(job: &JobRecord, expires_at: i64, now: Time) -> Option<u32> {
     if !DAYS.contains(&job.version) || before(expires, job.version).micros() != job.due {
         return None;
     }
-    let passed = DAYS.into_iter().filter(|days| before(expires, *days) <= now);
-    passed.last().map(|last| last.min(job.version))
+    let mut passed = DAYS.into_iter().filter(|days| before(expires, *days) <= now);
+    passed.next_back().map(|last| last.min(job.version))
 }
 
 #[cfg(test)]

@@ -227,6 +227,7 @@ fn request(method: &str, key: &str, alias: &str, client: &str, token: &str, n: u
             json!({"client_id": client, "action": "keys:read", "key_id": key})
         }
         "ExportAuditLog" => json!({"max_leaves": 1}),
+        "HashAuditValue" => json!({"value": "AAAA"}),
         "AddSlot" => json!({"label": format!("slot-{n}"), "recovery_public_key": recovery_key()}),
         "RemoveSlot" => json!({"slot_id": "none"}),
         "TestSlot" => json!({"slot_id": "main"}),
@@ -337,6 +338,8 @@ async fn every_method_is_in_the_golden_matrix_and_obeys_it() {
                 Code::Ok | Code::FailedPrecondition => "+",
                 // The right is looked at before what the key was made for.
                 Code::InvalidArgument if works => "+",
+                // And before it is compared with the log what a file is said to hold.
+                Code::InvalidArgument if name == "ArchiveAuditLog" => "+",
                 _ => "!",
             };
             if got != *expected {
