@@ -469,7 +469,8 @@ impl App {
         let store = Arc::clone(&vault);
         checks.push(Box::new(move || room::state(&store)));
         let settings = config.audit.archive.clone();
-        let archiver = Archiver::new(settings, &trail, &sinks, &jobs, replication.as_ref());
+        let archiver =
+            Archiver::new(settings, &trail, (&sinks, &webhooks), &jobs, replication.as_ref());
         let copies = Arc::clone(&sinks);
         checks.push(Box::new(move || copies.state()));
         let archives = Arc::clone(&archiver);

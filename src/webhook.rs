@@ -111,6 +111,21 @@ impl Webhooks {
         self.each.iter().map(|courier| courier.status()).collect()
     }
 
+    /// The webhook whose receiver has least of the log, by its section, and how many leaves that is.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if the store cannot be read.
+    pub async fn least(&self) -> Result<Option<(String, u64)>, Error> {
+        let mut least: Option<(String, u64)> = None;
+        for courier in &self.each {
+            let (section, has) = courier.has().await?;
+            if least.as_ref().is_none_or(|(_, least)| has < *least) {
+                least = Some((section, has));
+            }
+        }
+        Ok(least)
+    }
+
     /// For health: the first one that fails.
     #[must_use]
     pub fn state(&self) -> State {

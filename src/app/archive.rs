@@ -29,6 +29,7 @@ use crate::health::State;
 use crate::jobs::Runner;
 use crate::time::Time;
 use crate::vault::tree::{Frontier, Hash};
+use crate::webhook::Webhooks;
 
 /// How often it is looked whether something is to be archived, at most and at least.
 const LOOKS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(600));
@@ -42,6 +43,7 @@ pub(super) struct Archiver {
     settings: Option<Archiving>,
     trail: Arc<Trail>,
     sinks: Arc<Sinks>,
+    webhooks: Arc<Webhooks>,
     jobs: Arc<Runner>,
     replication: Option<Arc<Replicated>>,
     trouble: Mutex<Option<String>>,
@@ -62,7 +64,7 @@ impl Archiver {
     pub(super) fn new(
         settings: Option<Archiving>,
         trail: &Arc<Trail>,
-        sinks: &Arc<Sinks>,
+        (sinks, webhooks): (&Arc<Sinks>, &Arc<Webhooks>),
         jobs: &Arc<Runner>,
         replication: Option<&Arc<Replicated>>,
     ) -> Arc<Self> {
@@ -70,6 +72,7 @@ impl Archiver {
             settings,
             trail: Arc::clone(trail),
             sinks: Arc::clone(sinks),
+            webhooks: Arc::clone(webhooks),
             jobs: Arc::clone(jobs),
             replication: replication.map(Arc::clone),
             trouble: Mutex::new(None),
@@ -113,7 +116,7 @@ impl Archiver {
             _ => return Ok(None),
         }
         let shipped = self.replication.as_ref().map(|target| target.shipping().shipped);
-        let had = self.sinks.had(shipped).await?;
+        let had = self.sinks.had(shipped).await?.and(self.webhooks.least().await?);
         let keep = i64::try_from(settings.keep.as_micros()).unwrap_or(i64::MAX);
         let before = Some(Time::from_micros(now.micros().saturating_sub(keep)));
         let Some(checkpoint) = trail.archivable(&had, None, before).await? else {
@@ -131,7 +134,8 @@ impl Archiver {
         let runtime = tokio::runtime::Handle::current();
         let written = tokio::task::spawn_blocking(move || runtime.block_on(work.file())).await;
         let written = written.map_err(|e| Error::internal(e.to_string()))??;
-        let Some(Written { path, sha256, made }) = written else { return Ok(None) };
+        // The directory is this process's until what is in the file is recorded, or the file gone.
+        let Some(Written { path, sha256, made, lock: _lock }) = written else { return Ok(None) };
         let claim = Claim {
             first,
             end: checkpoint.size,
@@ -147,7 +151,8 @@ impl Archiver {
             Ok(archive) => Ok(Some(archive)),
             Err(Error::Conflict) => {
                 // Another node was faster: once is enough.
-                if made && trail.archives().await?.iter().all(|a| a.host != host()) {
+                let name = path.display().to_string();
+                if made && trail.archives().await?.iter().all(|archive| archive.file != name) {
                     fs::remove_file(&path).map_err(|error| Trouble::File(path, error))?;
                 }
                 Ok(None)
@@ -197,6 +202,8 @@ struct Written {
     sha256: Hash,
     /// Whether it was not there before.
     made: bool,
+    /// Of the directory.
+    lock: File,
 }
 
 /// What is to be in a file.
@@ -235,7 +242,7 @@ impl Work {
             lock.sync_all().map_err(at(&self.directory))?;
         }
         let sha256 = self.verify(&path)?;
-        Ok(Some(Written { path, sha256, made }))
+        Ok(Some(Written { path, sha256, made, lock }))
     }
 
     async fn write(&self, path: &Path) -> Result<(), Trouble> {

@@ -211,7 +211,7 @@ fn unanchored(refused: &Unanchored) -> &'static str {
              --accept-rollback once: it is audited."
         }
         Unanchored::NoStore { .. } => {
-            "Restore the newest backup, or correct [storage] path. For a new node, name another place in \
+            "Restore the newest backup, or correct [storage] path. For a new node, name another place or label in \
              [anchor], or move that one away."
         }
     }

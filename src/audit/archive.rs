@@ -26,7 +26,8 @@ use crate::vault::{Vault, space};
 /// Checkpoints read at a time.
 const STEP: usize = 1024;
 /// Leaves trimmed in one commit.
-const TRIM: usize = 256;
+/// Some may have a MiB.
+const TRIM: usize = 16;
 
 /// Leaves that were archived, and where they are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -118,8 +119,8 @@ impl Claim {
 /// How far others have the log, who are to have all that is trimmed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Had {
-    /// The sink that has the least, and how many leaves that is.
-    pub sink: Option<(String, u64)>,
+    /// The sink or webhook that has the least, by its section, and how many leaves that is.
+    pub least: Option<(String, u64)>,
     /// The revision up to which the replication target has everything.
     pub shipped: Option<Revision>,
 }
@@ -137,7 +138,7 @@ pub(super) async fn latest(vault: &Vault) -> Result<Option<Archive>, Error> {
 }
 
 /// The first leaf that has not been archived, and the tree over those before it.
-pub(super) async fn kept(vault: &Vault) -> Result<(u64, Frontier), Error> {
+pub(crate) async fn kept(vault: &Vault) -> Result<(u64, Frontier), Error> {
     let latest = latest(vault).await?;
     Ok(latest.map_or_else(Default::default, |latest| (latest.end, latest.log)))
 }
@@ -146,8 +147,21 @@ pub(super) async fn kept(vault: &Vault) -> Result<(u64, Frontier), Error> {
 async fn made(vault: &Vault, leaf: u64) -> Result<Option<Time>, Error> {
     let key = leaf.to_be_bytes();
     let Some(loaded) = vault.get::<AuditLeaf>(&key).await? else { return Ok(None) };
+    // Another node has been faster.
+    if loaded.record.archived {
+        return Ok(None);
+    }
     let (_, body) = open_body(&key, &loaded.record)?;
     Ok(body.events.first().map(|event| Time::from_micros(event.time)))
+}
+
+impl Had {
+    /// What is had where others have to have it as well.
+    #[must_use]
+    pub fn and(mut self, other: Option<(String, u64)>) -> Self {
+        self.least = [self.least, other].into_iter().flatten().min_by_key(|(_, has)| *has);
+        self
+    }
 }
 
 impl Inner {
@@ -157,7 +171,7 @@ impl Inner {
         flush::usage(self, true).await?;
         let mark = load_mark(&self.vault).await?;
         let own = mark.min(self.limit());
-        Ok(had.sink.as_ref().map_or(own, |(_, has)| own.min(*has)))
+        Ok(had.least.as_ref().map_or(own, |(_, has)| own.min(*has)))
     }
 
     /// Whether the replication target has a leaf.
@@ -259,9 +273,11 @@ impl Trail {
         if let Some(known) = &known
             && (known.first, known.end, known.sha256) == (claim.first, claim.end, claim.sha256)
         {
-            self.trim().await?;
+            self.trim_or_later().await;
             return Ok(known.clone());
         }
+        // Nothing is recorded before what was recorded earlier is trimmed: trimming knows the newest alone.
+        self.trim().await?;
         let (first, mut log) = known.map_or_else(Default::default, |known| (known.end, known.log));
         let invalid = |field: &str, text: String| Error::invalid(format!("archive.{field}"), text);
         if claim.first != first {
@@ -269,10 +285,10 @@ impl Trail {
             return Err(invalid("first_index", text));
         }
         let bound = self.inner.bound(had).await?;
-        if let Some((sink, has)) = &had.sink
+        if let Some((section, has)) = &had.least
             && claim.end > *has
         {
-            let text = format!("[audit.sinks.{sink}] has the first {has} leaves alone so far");
+            let text = format!("{section} has the first {has} leaves alone so far");
             return Err(invalid("end_index", text));
         }
         if claim.end <= first || claim.end > bound {
@@ -312,8 +328,15 @@ impl Trail {
         if let Some(leaf) = receipt.leaf {
             self.observed(leaf, &event);
         }
-        self.trim().await?;
+        self.trim_or_later().await;
         Ok(archive)
+    }
+
+    /// Trims what is recorded. That it is recorded is no failure because this is one: it goes on later.
+    async fn trim_or_later(&self) {
+        if let Err(error) = self.trim().await {
+            tracing::warn!(%error, "what is archived is taken out of the store later");
+        }
     }
 
     /// Takes what was archived out of the store, as far as that has not been done.

@@ -57,7 +57,7 @@ impl HeaderLine {
     fn before(&self) -> Option<Frontier> {
         match (self.polykey_audit_export, self.first, &self.subtrees) {
             (FORMAT, None, None) => Some(Frontier::default()),
-            (LATER, Some(first), Some(roots)) if first > 0 => {
+            (LATER, Some(first), Some(roots)) if (1..=i64::MAX as u64).contains(&first) => {
                 let root = |text: &String| BASE64.decode(text.as_bytes()).ok()?.try_into().ok();
                 Frontier::from_parts(first, roots.iter().map(root).collect::<Option<_>>()?)
             }

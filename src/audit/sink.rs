@@ -518,7 +518,9 @@ impl Sinks {
     /// # Errors
     /// As [`Self::least`].
     pub async fn had(&self, shipped: Option<Revision>) -> Result<Had, Error> {
-        Ok(Had { sink: self.least().await?, shipped })
+        let least = self.least().await?;
+        let least = least.map(|(name, has)| (format!("[audit.sinks.{name}]"), has));
+        Ok(Had { least, shipped })
     }
 
     /// For health: the first one that fails.

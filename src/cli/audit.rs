@@ -73,7 +73,7 @@ pub struct ListArgs {
     #[arg(long, value_enum, value_name = "OUTCOME")]
     pub outcome: Option<Outcome>,
     /// Only events one of whose details has this value: a hash that `audit hash` printed.
-    #[arg(long, value_name = "HASH")]
+    #[arg(long, value_name = "HASH", value_parser = value_hash)]
     pub value_hash: Option<String>,
     /// Begin at this position of the log, oldest first.
     #[arg(long, value_name = "INDEX")]
@@ -84,6 +84,16 @@ pub struct ListArgs {
     /// Print events as they come, until interrupted.
     #[arg(long)]
     pub follow: bool,
+}
+
+/// A hash as `audit hash` prints it: whoever gives the value itself would find nothing.
+fn value_hash(text: &str) -> Result<String, String> {
+    let digits = text.strip_prefix("hmac:").unwrap_or_default();
+    if digits.len() == 32 && digits.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return Ok(text.to_owned());
+    }
+    Err("not a hash: `hmac:` and 32 hexadecimal digits, as `polykey audit hash` prints them"
+        .to_owned())
 }
 
 /// Arguments of `audit verify`.
@@ -116,6 +126,9 @@ pub struct ExportArgs {
     /// The file to write.
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
+    /// Replace what is there. It may be an archive, the only copy of its leaves.
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// Arguments of `audit archive`.
@@ -155,7 +168,7 @@ pub(super) async fn run(app: &App, command: AuditCommand) -> Result<(), CliError
             }
         }
         AuditCommand::Verify(args) => verify(app, args).await,
-        AuditCommand::Export(args) => export(app, &app.connect().await?, &args.file).await,
+        AuditCommand::Export(args) => export(app, &app.connect().await?, &args).await,
         AuditCommand::Checkpoint => {
             let remote = app.connect().await?;
             app.out.print(&checkpoint(&remote).await?)
@@ -262,8 +275,15 @@ impl View for ExportedView {
     }
 }
 
-async fn export(app: &App, remote: &Remote, path: &Path) -> Result<(), CliError> {
+async fn export(app: &App, remote: &Remote, args: &ExportArgs) -> Result<(), CliError> {
+    let path = args.file.as_path();
     let failed = |error: std::io::Error| CliError::file(path, &error);
+    if !args.force && path.try_exists().map_err(failed)? {
+        let text = format!("{}: there is something already", path.display());
+        return Err(CliError::usage(text).hint(
+            "It may be an archive, the only copy of its leaves: name another file, or give --force to replace it.",
+        ));
+    }
     let out = BufWriter::new(NewFile::create(path).map_err(failed)?);
     let request = pb::ExportAuditLogRequest::default();
     let copied = copy(remote, request, out).await.map_err(|error| error.at(path))?;
@@ -316,7 +336,13 @@ async fn archive(app: &App, remote: &Remote, args: ArchiveArgs) -> Result<(), Cl
         ..Default::default()
     };
     let request = pb::ArchiveAuditLogRequest { archive: Some(archive) };
-    let answer = remote.mutate(request, rpc!(AdminServiceClient, archive_audit_log)).await?;
+    let answer = remote.mutate(request, rpc!(AdminServiceClient, archive_audit_log)).await;
+    let answer = answer.map_err(|error| {
+        error.hint(
+            "The leaves may be recorded as archived all the same: keep the file unless `polykey audit list --from 0` \
+             shows that it is not named.",
+        )
+    })?;
     app.out.print(&ArchiveView::from(answer.archive.unwrap_or_default()))
 }
 

@@ -414,6 +414,9 @@ pub struct RevokeArgs {
     /// When, instead of now: a time (RFC 3339) or a duration from now.
     #[arg(long, value_name = "WHEN", value_parser = value::when)]
     pub at: Option<When>,
+    /// Tell the webhooks of the node when it is in force.
+    #[arg(long)]
+    pub notify: bool,
 }
 
 /// Arguments of `key destroy`.

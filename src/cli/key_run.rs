@@ -329,6 +329,7 @@ async fn revoke(app: &App, remote: &Remote, args: RevokeArgs) -> Result<(), CliE
         revocation_reason: args.reason,
         immediate: args.at.is_none(),
         effective_at: args.at.map(|w| timestamp(w.after(now()))),
+        notify_external_systems: args.notify,
         expected_revision: args.change.expected_revision,
         ..Default::default()
     };

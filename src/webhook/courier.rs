@@ -30,7 +30,8 @@ const POLL: Duration = Duration::from_millis(100);
 /// How often one that is paused, or that another node delivers, is looked after.
 const LOOK: Duration = Duration::from_secs(1);
 /// Leaves read at a time.
-const BITE: usize = 64;
+/// Some may have a MiB.
+const BITE: usize = 8;
 /// Most events that are read and not delivered.
 const QUEUE: usize = 64;
 /// The first pause after a failure, and the longest.
@@ -43,6 +44,8 @@ const FAILURES: u32 = 3;
 const SAVE: (u32, Duration) = (32, Duration::from_millis(500));
 /// Without events the place is written down after so many leaves.
 const LAZY: u64 = 4096;
+/// Or so long: leaves that a webhook has not read are not archived.
+const LAZY_TIME: Duration = Duration::from_secs(60);
 
 /// An event on its way.
 #[derive(Clone, Debug)]
@@ -220,7 +223,8 @@ impl Courier {
             let Some(notice) = queue.front() else {
                 place.move_to(read);
                 let far = read.0.saturating_sub(place.saved().0) >= LAZY;
-                if place.unsaved() > 0 || far {
+                let long = read != place.saved() && place.since_saved() >= LAZY_TIME;
+                if place.unsaved() > 0 || far || long {
                     self.save(place).await?;
                 }
                 self.held.keep(&self.vault, place).await?;
@@ -393,6 +397,9 @@ impl Courier {
                 if key != index.to_be_bytes() {
                     return Err(Error::data_loss(format!("audit leaf {index} is missing")));
                 }
+                if leaf.record.archived {
+                    return self.archived(next).await;
+                }
                 self.leaf(next, &leaf.record, queue)?;
                 if queue.len() >= QUEUE {
                     return Ok(());
@@ -400,6 +407,24 @@ impl Courier {
             }
         }
         Ok(())
+    }
+
+    /// Goes on behind leaves that were archived while nobody of this name was told of them.
+    async fn archived(&self, next: &mut (u64, u32)) -> Result<(), Error> {
+        let (kept, _) = crate::audit::archive::kept(&self.vault).await?;
+        let mut event = self.event("GiveUpWebhook", self.vault.clock().now(), None);
+        event
+            .details
+            .insert("why".into(), format!("leaves {} to {} are archived", next.0, kept - 1));
+        self.vault.record([event]).await?;
+        tracing::error!(webhook = self.name, from = next.0, to = kept, "events are in archives");
+        *next = (kept, 0);
+        Ok(())
+    }
+
+    /// The leaf before which its receiver has everything, as it is written down.
+    pub(super) async fn has(&self) -> Result<(String, u64), Error> {
+        Ok((format!("[webhooks.{}]", self.name), self.held.has(&self.vault).await?))
     }
 
     fn leaf(

@@ -130,6 +130,12 @@ impl Held {
         }
     }
 
+    /// The leaf up to which everything is delivered, as it is written down.
+    pub(super) async fn has(&self, vault: &Vault) -> Result<u64, Error> {
+        let found = vault.get::<WebhookRecord>(&self.row).await?;
+        Ok(found.map_or(self.begin, |found| found.record.next_leaf))
+    }
+
     /// Becomes the one that delivers, unless another process is. A pause ends with that.
     pub(super) async fn take(
         &self,
@@ -162,6 +168,8 @@ impl Held {
         record.holder = self.process.to_vec().into();
         record.beat = record.beat.wrapping_add(1);
         record.paused_at = 0;
+        // Nobody has tried meanwhile.
+        record.failing_since = 0;
         tx.put(&self.row, &record)?;
         tx.commit().await?;
         Ok(Some(Place::new(record)))

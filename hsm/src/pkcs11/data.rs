@@ -52,8 +52,10 @@ impl Pkcs11Token {
     }
 }
 
-fn template(label: &str) -> [Attribute; 4] {
+// Private: what anybody without the PIN may make is none of it.
+fn template(label: &str) -> [Attribute; 5] {
     [
+        Attribute::Private(true),
         Attribute::Token(true),
         Attribute::Class(ObjectClass::DATA),
         Attribute::Label(label.as_bytes().to_vec()),
@@ -95,15 +97,12 @@ fn put(open: &Open, label: &str, new: &[u8]) -> Result<(), Fault> {
         Some(at) => drop(before.swap_remove(at)),
         None if before.len() >= MAX_OBJECTS => {
             return Err(Fault::Sick(
-                "C_DestroyObject leaves data objects where they are".to_owned(),
+                "the token has eight data objects of this label that C_DestroyObject leaves where they are"
+                    .to_owned(),
             ));
         }
         None => {
-            let more = [
-                Attribute::Private(true),
-                Attribute::Modifiable(false),
-                Attribute::Value(new.to_vec()),
-            ];
+            let more = [Attribute::Modifiable(false), Attribute::Value(new.to_vec())];
             let made = writer.create_object(&[&template(label)[..], &more].concat())?;
             if value(&writer, made)? != new {
                 let text = "a data object does not hold what it was made with";

@@ -52,9 +52,9 @@ async fn hashes_stay_and_so_does_every_proof() {
     assert_eq!(may(&had, None, Some(older.time)).await, None);
     let late = newer.time.plus(Duration::from_secs(1));
     assert_eq!(may(&had, None, Some(late)).await, Some(newer.size));
-    let lagging = Had { sink: Some(("disk".into(), newer.size - 1)), shipped: None };
+    let lagging = Had { least: Some(("disk".into(), newer.size - 1)), shipped: None };
     assert_eq!(may(&lagging, None, None).await, Some(older.size));
-    let unshipped = Had { sink: None, shipped: Some(Revision(1)) };
+    let unshipped = Had { least: None, shipped: Some(Revision(1)) };
     assert_eq!(may(&unshipped, None, None).await, None);
 
     // What is not so is refused, and nothing is gone.

@@ -58,7 +58,15 @@ impl std::fmt::Debug for MlDsaSigner {
 ///
 /// # Errors
 /// [`Error::DataLoss`] if the stored one is broken; as [`crate::vault::Tx::commit`].
-pub async fn ensure(vault: &Vault, mut event: AuditEvent) -> Result<MlDsaSigner, Error> {
+pub async fn ensure(vault: &Vault, event: AuditEvent) -> Result<MlDsaSigner, Error> {
+    match found_or_made(vault, event.clone()).await {
+        // Another node was faster: its key is there.
+        Err(Error::Conflict) => found_or_made(vault, event).await,
+        done => done,
+    }
+}
+
+async fn found_or_made(vault: &Vault, mut event: AuditEvent) -> Result<MlDsaSigner, Error> {
     let rows = vault.scan::<SigningKeyRecord>(all(), Direction::Forward, MOST).await?;
     let mut found = None;
     for (_, loaded) in rows {
@@ -76,7 +84,9 @@ pub async fn ensure(vault: &Vault, mut event: AuditEvent) -> Result<MlDsaSigner,
     let seed = Zeroizing::new(seed.as_slice().to_vec());
     let signer = MlDsaSigner::of_seed(&seed);
     let signer = signer.ok_or_else(|| Error::internal("ML-DSA refuses a random seed"))?;
-    let id: [u8; 16] = random::array().map_err(|e| Error::internal(e.to_string()))?;
+    // One row for all nodes, so that two that start together do not make a key each.
+    let row = vault.row_name("signing-key", PURPOSE);
+    let id: [u8; 16] = std::array::from_fn(|at| row.get(at).copied().unwrap_or_default());
     let now = vault.clock().now();
     let record = SigningKeyRecord {
         id: id.to_vec().into(),

@@ -251,7 +251,7 @@ impl AdminService {
     async fn had(&self) -> Result<Had, Error> {
         let admin = &self.0.admin;
         let shipped = admin.replication.as_ref().map(|target| target.shipping().shipped);
-        admin.sinks.had(shipped).await
+        Ok(admin.sinks.had(shipped).await?.and(admin.webhooks.least().await?))
     }
 
     pub(super) async fn archive_audit_log(
