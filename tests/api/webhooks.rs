@@ -221,6 +221,18 @@ async fn a_receiver_that_fails_gets_everything_later_in_order_and_nobody_waits()
     until(&admin, "HEALTH_STATUS_DEGRADED").await;
     let status = cli(&server, &["status"]).to_string();
     assert!(status.contains("[webhooks.bad]"), "{status}");
+    // What it was not told stays in the store, whatever else may go into an archive.
+    cli(&server, &["audit", "checkpoint"]);
+    let archive = server.state.join("archive.jsonl").display().to_string();
+    let (code, out, err) = server.cli(&["-o", "json", "audit", "archive", "--to", &archive]);
+    let first = cli(&server, &["audit", "list", "--action", "RotateKey", "--from", "0"]);
+    let first = first["events"][0]["index"].as_u64().unwrap();
+    if code == 0 {
+        let archived: Value = serde_json::from_str(&out).unwrap();
+        assert!(archived["end_leaf"].as_u64().unwrap() <= first, "{archived}");
+    } else {
+        assert!(err.contains("nothing that may be archived"), "{err}");
+    }
     bad.becomes(Mood::Status(204));
     let seen = bad.until("all", |seen| rotations(seen, &key).last() == Some(&version)).await;
     assert_eq!(rotations(&seen, &key), (2..=version).collect::<Vec<_>>());
