@@ -25,8 +25,7 @@ use crate::vault::{Vault, space};
 
 /// Checkpoints read at a time.
 const STEP: usize = 1024;
-/// Leaves trimmed in one commit.
-/// Some may have a MiB.
+/// Leaves trimmed in one commit; each may be a block of a MiB.
 const TRIM: usize = 16;
 
 /// Leaves that were archived, and where they are.

@@ -312,7 +312,7 @@ async fn archive(app: &App, remote: &Remote, args: ArchiveArgs) -> Result<(), Cl
     let copied = copy(remote, request, out).await.map_err(|error| error.at(&path))?;
     let Some((out, copied)) = copied else {
         return Err(CliError::new(Exit::NotFound, "there is nothing that may be archived")
-            .hint("An archive ends with a checkpoint that is old enough, and holds nothing that a sink or the replication target lacks."));
+            .hint("An archive ends with a checkpoint that is old enough, and holds nothing that a sink, a webhook or the replication target lacks."));
     };
     out.into_inner().map_err(|e| failed(e.into_error()))?.finish(file::PRIVATE).map_err(failed)?;
     let own = || VerifyingKey::parse(&copied.checkpoint.public_key);

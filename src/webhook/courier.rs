@@ -29,8 +29,7 @@ use crate::vault::tree::leaf_hash;
 const POLL: Duration = Duration::from_millis(100);
 /// How often one that is paused, or that another node delivers, is looked after.
 const LOOK: Duration = Duration::from_secs(1);
-/// Leaves read at a time.
-/// Some may have a MiB.
+/// Leaves read at a time; each may be a block of a MiB.
 const BITE: usize = 8;
 /// Most events that are read and not delivered.
 const QUEUE: usize = 64;
