@@ -119,7 +119,7 @@ audit verify --export f --public-key k --checkpoint c
 audit verify --store f
 audit export f
 audit checkpoint
-audit list --value-hash hmac:00
+audit list --value-hash hmac:00112233445566778899aabbccddeeff
 audit verify --export a --export b --public-key k
 audit verify --archive a --archive b
 audit archive --to f
@@ -196,6 +196,7 @@ audit verify --archive f --export g
 audit archive
 audit archive --to f --leaves 0
 audit hash value
+audit list --value-hash hmac:00
 health --addr 127.0.0.1:9 --metrics
 health --timeout 5
 completion powershell
