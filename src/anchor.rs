@@ -7,6 +7,7 @@
 pub(crate) mod file;
 mod keeper;
 mod medium;
+mod target;
 #[cfg(test)]
 mod tests;
 
@@ -21,6 +22,7 @@ use crate::vault::tree::Frontier;
 use crate::vault::{Mark, Vault};
 pub use keeper::{Keeper, Status};
 pub use medium::Medium;
+pub use target::{Open, Target};
 
 /// The first line of every anchor.
 const FORMAT: &str = "polykey anchor 1";

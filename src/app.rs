@@ -379,7 +379,7 @@ impl App {
         let caches: Arc<dyn Invalidate> = Arc::new(Rememberers(rememberers));
         let founding = found && store.status().revision == Revision::EMPTY;
         let custody = if founding {
-            if let Err(refused) = anchor::founding(&config, &wrappers) {
+            if let Err(refused) = Box::pin(anchor::founding(&config, &wrappers)).await {
                 store::unmake(&config);
                 return Err(refused);
             }

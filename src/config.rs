@@ -229,6 +229,8 @@ pub enum AnchorPlace {
         /// `CKA_LABEL` of the object.
         label: String,
     },
+    /// Beside the replica in the database of `[replication]`.
+    Target,
 }
 
 impl Anchor {
@@ -237,7 +239,7 @@ impl Anchor {
     pub fn file(&self) -> Option<&Path> {
         match &self.place {
             AnchorPlace::File(file) => Some(file),
-            AnchorPlace::Token { .. } => None,
+            AnchorPlace::Token { .. } | AnchorPlace::Target => None,
         }
     }
 }

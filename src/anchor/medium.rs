@@ -7,12 +7,13 @@ use std::time::Duration;
 use polykey_hsm::pkcs11::Pkcs11Token;
 use polykey_hsm::{Deadline, WrapError};
 
+use super::target::Target;
 use super::{Anchored, file};
 use crate::custody::section;
 
 /// How long a token is waited for.
 const CALL: Duration = Duration::from_secs(5);
-/// How often it is looked whether the store has changed: a file may be written as often.
+/// How often it is looked whether the store has changed: a file or a row may be written as often.
 const FILE_REST: Duration = Duration::from_millis(500);
 /// The same for a token, whose memory wears out.
 const TOKEN_REST: Duration = Duration::from_secs(10);
@@ -31,6 +32,8 @@ pub enum Medium {
         /// The token.
         token: Pkcs11Token,
     },
+    /// Beside the replica, in the database that the store is shipped to.
+    Target(Target),
 }
 
 impl std::fmt::Display for Medium {
@@ -40,15 +43,16 @@ impl std::fmt::Display for Medium {
             Self::Token { wrapper, label, .. } => {
                 write!(f, "`{label}` in the token of {}", section(wrapper))
             }
+            Self::Target(target) => write!(f, "in the replication target {target}"),
         }
     }
 }
 
 impl Medium {
-    /// The text of the anchor, if there is one. Waits for a token.
+    /// The text of the anchor, if there is one. Waits for a token or a database.
     ///
     /// # Errors
-    /// What the system or the token says; [`io::ErrorKind::NotConnected`] if the token is away.
+    /// What the system, the token or the database says; [`io::ErrorKind::NotConnected`] if it is away.
     pub fn read(&self) -> io::Result<Option<String>> {
         match self {
             Self::File(path) => file::read(path),
@@ -63,11 +67,12 @@ impl Medium {
                 let texts = found.into_iter().map(String::from_utf8).collect::<Result<Vec<_>, _>>();
                 Ok(texts.map_err(|_| invalid())?.into_iter().max_by_key(later))
             }
+            Self::Target(target) => target.read(),
         }
     }
 
     /// Puts the anchor there, durable when this returns. At every moment there is the old one or the new
-    /// one, whole. Waits for a token.
+    /// one, whole. Waits for a token or a database.
     ///
     /// # Errors
     /// As [`Self::read`]; the old one may be there still.
@@ -78,13 +83,14 @@ impl Medium {
                 let put = token.put_data(label, text.as_bytes(), Deadline::after(CALL));
                 futures::executor::block_on(put).map_err(|error| of_token(token, error))
             }
+            Self::Target(target) => target.replace(text),
         }
     }
 
     /// How often it is looked whether there is something new to write, where nobody waits for it.
     pub(super) fn rest(&self) -> Duration {
         match self {
-            Self::File(_) => FILE_REST,
+            Self::File(_) | Self::Target(_) => FILE_REST,
             Self::Token { .. } => TOKEN_REST,
         }
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use polykey_proto::polykey::record::v1::AuditEvent;
 
-use super::{AppError, event};
+use super::{AppError, event, replication};
 use crate::anchor::{self, Anchored, Keeper, Medium, Unanchored};
 use crate::config::{Anchor, AnchorPlace, Config, Tolerate};
 use crate::custody::{NamedWrapper, section};
@@ -12,9 +12,14 @@ use crate::time::Clock;
 use crate::vault::Vault;
 
 /// What the anchor is kept on. The token is that of its wrapper, so that one process speaks to it.
-pub(super) fn medium(anchor: &Anchor, wrappers: &[NamedWrapper]) -> Result<Medium, AppError> {
+pub(super) async fn medium(
+    config: &Config,
+    anchor: &Anchor,
+    wrappers: &[NamedWrapper],
+) -> Result<Medium, AppError> {
     let (wrapper, label) = match &anchor.place {
         AnchorPlace::File(file) => return Ok(Medium::File(file.clone())),
+        AnchorPlace::Target => return Ok(Medium::Target(replication::notes(config).await?)),
         AnchorPlace::Token { wrapper, label } => (wrapper, label),
     };
     let named = wrappers.iter().find(|named| named.name == *wrapper);
@@ -27,12 +32,12 @@ pub(super) fn medium(anchor: &Anchor, wrappers: &[NamedWrapper]) -> Result<Mediu
 }
 
 /// Refuses to make a store where the node that is anchored has lost its own.
-pub(super) fn founding(config: &Config, wrappers: &[NamedWrapper]) -> Result<(), AppError> {
+pub(super) async fn founding(config: &Config, wrappers: &[NamedWrapper]) -> Result<(), AppError> {
     let Some(anchor) = &config.anchor else { return Ok(()) };
     if anchor.tolerate == Tolerate::Rollback {
         return Ok(());
     }
-    let medium = medium(anchor, wrappers)?;
+    let medium = medium(config, anchor, wrappers).await?;
     let text = medium.read().map_err(|error| Unanchored::unreadable(&medium, &error))?;
     let Some(text) = text else { return Ok(()) };
     let anchored = Anchored::claimed(&text).map(|it| data_encoding::HEXLOWER.encode(&it.node_id));
@@ -78,7 +83,7 @@ pub(super) async fn admit(
     founded: bool,
 ) -> Result<Option<Arc<Keeper>>, AppError> {
     let Some(told) = &config.anchor else { return Ok(None) };
-    let medium = medium(told, wrappers)?;
+    let medium = medium(config, told, wrappers).await?;
     let mut afresh = founded;
     if founded && medium.read().is_ok_and(|text| text.is_some()) {
         let mut event = event("AcceptRollback", clock.now());
@@ -110,7 +115,7 @@ pub(super) async fn restoring(
     revision: u64,
 ) -> Result<Option<AuditEvent>, AppError> {
     let Some(anchor) = &config.anchor else { return Ok(None) };
-    let told = (&medium(anchor, wrappers)?, anchor.tolerate);
+    let told = (&medium(config, anchor, wrappers).await?, anchor.tolerate);
     match vouched(told, vault, clock, Some(revision)).await {
         Err(AppError::Anchor(refused)) if matches!(*refused, Unanchored::Missing(_)) => Ok(None),
         accepted => accepted,
@@ -118,13 +123,13 @@ pub(super) async fn restoring(
 }
 
 /// The anchor of a vault as it is, to be put in force when its store is.
-pub(super) fn anew(
+pub(super) async fn anew(
     config: &Config,
     wrappers: &[NamedWrapper],
     vault: &Vault,
 ) -> Result<Option<impl FnOnce() -> Result<(), AppError> + use<>>, AppError> {
     let Some(anchor) = &config.anchor else { return Ok(None) };
-    let medium = medium(anchor, wrappers)?;
+    let medium = medium(config, anchor, wrappers).await?;
     let text = Anchored::now(vault).encode(&vault.ring());
     Ok(Some(move || {
         medium.replace(&text).map_err(|error| Unanchored::unwritable(&medium, &error).into())
@@ -135,6 +140,11 @@ pub(super) fn anew(
 pub(super) fn look(config: &Config) -> Result<String, AppError> {
     let file = match config.anchor.as_ref().map(|anchor| &anchor.place) {
         None => return Ok("none: an older copy of the store would be served".to_owned()),
+        Some(AnchorPlace::Target) => {
+            return Ok(
+                "beside the replica in the target of [replication], which a start reads".into()
+            );
+        }
         Some(AnchorPlace::Token { wrapper, label }) => {
             let section = section(wrapper);
             return Ok(format!("`{label}` in the token of {section}, which a start reads"));

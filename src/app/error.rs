@@ -198,7 +198,7 @@ fn unanchored(refused: &Unanchored) -> &'static str {
              the newest store, give --accept-rollback once: it makes one, and is audited."
         }
         Unanchored::Unusable { away: true, .. } => {
-            "Give the token of [anchor] back; `polykey hsm list` shows what its module sees. If it is lost and \
+            "Give the token or the database of [anchor] back; `polykey hsm list` shows what a module sees. If it is lost and \
              this is the newest store, name another place in [anchor] and give --accept-rollback once: it is \
              audited."
         }
@@ -377,7 +377,9 @@ impl AppError {
                     .into()
             }
             Self::Replication(ReplicationFailure::Refused { .. }) => {
-                "Name an empty [replication] schema for this store.".into()
+                "If this store is an older copy, put the newest one back. If it is another one, or the older one is \
+                 to go on, name an empty [replication] schema."
+                    .into()
             }
             Self::NoIdentity => {
                 "Configure [ca], and a certificate is issued, or name one with --admin-identity \

@@ -6,11 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use polykey_proto::polykey::record::v1::AuditEvent;
+#[cfg(feature = "postgres")]
+use polykey_storage::postgres::{Options, Postgres};
 use polykey_storage::replica::{self, Promotion, SPACE};
 use polykey_storage::replicated::{Link, Mode, NotReady, Notice, Replicated, Shipping, WhenAway};
 use polykey_storage::{RowKey, Store, replicated};
 
 use super::{App, AppError, event};
+use crate::anchor;
 use crate::config::Config;
 use crate::error::Error;
 use crate::health::{Check, State};
@@ -114,13 +117,55 @@ fn place(url: &str) -> &str {
     url.split_once('?').map_or(url, |(place, _)| place)
 }
 
+/// The database that the store is shipped to, as a place for notes.
+///
+/// # Errors
+/// See [`AppError`]; not that it is away, which is found out when it is asked.
+pub(super) async fn notes(config: &Config) -> Result<anchor::Target, AppError> {
+    let Some(settings) = &config.replication else {
+        // The configuration was refused before.
+        let error = std::io::Error::other("[anchor] replication needs a [replication]");
+        return Err(AppError::Process(error));
+    };
+    let name = format!("{} (schema {})", place(&settings.target), settings.schema);
+    Ok(anchor::Target::new(name, Box::pin(notes_opener(config, settings)).await?))
+}
+
+#[cfg(feature = "postgres")]
+async fn notes_opener(
+    config: &Config,
+    settings: &crate::config::Replication,
+) -> Result<anchor::Open, AppError> {
+    let options = options(config, settings).await?;
+    Ok(Box::new(move || Ok(Box::new(Postgres::open(options.clone())?))))
+}
+
+#[cfg(not(feature = "postgres"))]
+async fn notes_opener(
+    config: &Config,
+    _: &crate::config::Replication,
+) -> Result<anchor::Open, AppError> {
+    Err(without_postgres(config))
+}
+
 #[cfg(feature = "postgres")]
 async fn opener(
     config: &Config,
     settings: &crate::config::Replication,
 ) -> Result<replicated::Opener, AppError> {
-    use polykey_storage::postgres::{Options, Postgres};
+    let options = options(config, settings).await?;
+    Ok(Box::new(move |epoch| {
+        let opened = Postgres::open(Options { epoch, ..options.clone() })?;
+        let epoch = opened.epoch();
+        Ok(replicated::Opened { store: Arc::new(opened), epoch })
+    }))
+}
 
+#[cfg(feature = "postgres")]
+async fn options(
+    config: &Config,
+    settings: &crate::config::Replication,
+) -> Result<Options, AppError> {
     let mut options = Options::new(settings.target.clone());
     settings.schema.clone_into(&mut options.schema);
     options.connections = 2;
@@ -130,11 +175,7 @@ async fn opener(
         options.password =
             Some(super::secrets::password(config, source, "[replication] password").await?);
     }
-    Ok(Box::new(move |epoch| {
-        let opened = Postgres::open(Options { epoch, ..options.clone() })?;
-        let epoch = opened.epoch();
-        Ok(replicated::Opened { store: Arc::new(opened), epoch })
-    }))
+    Ok(options)
 }
 
 #[cfg(not(feature = "postgres"))]
@@ -142,11 +183,16 @@ async fn opener(
     config: &Config,
     _: &crate::config::Replication,
 ) -> Result<replicated::Opener, AppError> {
-    // The configuration was refused before.
+    Err(without_postgres(config))
+}
+
+/// The configuration was refused before.
+#[cfg(not(feature = "postgres"))]
+fn without_postgres(config: &Config) -> AppError {
     let path = config.file.clone();
     let error =
         polykey_storage::StoreError::Other("this build lacks the cargo feature `postgres`".into());
-    Err(AppError::Store(polykey_storage::OpenError::Store { path, error }))
+    AppError::Store(polykey_storage::OpenError::Store { path, error })
 }
 
 /// What health says of it. `max_lag`: from when on being behind counts.

@@ -17,7 +17,7 @@ use super::recover::{Recovered, RecoveryFailure, give_back};
 use super::{AppError, anchor, event, store, wrappers};
 use crate::audit::{self, VerifyingKey};
 use crate::backup::{Backup, BackupError, Contents};
-use crate::config::{Config, Wrapper};
+use crate::config::{AnchorPlace, Config, Wrapper};
 use crate::custody::{self, Custody, NamedWrapper};
 use crate::time::{Clock, Time};
 use crate::vault::{Invalidate, VerifyReport};
@@ -187,7 +187,7 @@ pub async fn restore(
         true => Some(give_back(&custody, config, make_master_key, clock).await?),
         false => None,
     };
-    let anchor = anchor::anew(config, &of_config, custody.vault())?;
+    let anchor = anchor::anew(config, &of_config, custody.vault()).await?;
     drop(custody);
     store::closed_at(&target.path).await;
     named(&target.path, path).map_err(|source| match source.kind() {
@@ -239,7 +239,8 @@ struct Opening {
 /// What opens the root key, what was given, or else what the configuration names; and who must have signed
 /// the log.
 async fn opening(config: &Config, recovery: Option<Recovery>) -> Result<Opening, AppError> {
-    let in_token = config.anchor.as_ref().is_some_and(|anchor| anchor.file().is_none());
+    let place = config.anchor.as_ref().map(|anchor| &anchor.place);
+    let in_token = matches!(place, Some(AnchorPlace::Token { .. }));
     let named = match recovery.is_none() || in_token {
         true => wrappers(config, Vec::new()).await?.0,
         false => Vec::new(),

@@ -58,7 +58,9 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
         wrapper::check_quorums(&others, quorum, known);
     }
     let unlock = unlock(root.section("unlock"), node.as_ref());
-    let anchor = anchor(root.section("anchor"), storage.as_ref(), master_key.as_ref(), &wrappers);
+    let replicated = root.has("replication");
+    let keys = (master_key.as_ref(), &wrappers);
+    let anchor = anchor(root.section("anchor"), storage.as_ref(), keys, replicated);
     let hardened = hardened(root.section("hardened"), master_key.as_ref(), &wrappers);
     let bootstrap = bootstrap(root.section("bootstrap"));
     let tokens = tokens(root.section("tokens"));
@@ -214,8 +216,8 @@ fn listen(section: Section<'_, '_>) -> Option<Listen> {
 fn anchor(
     section: Section<'_, '_>,
     storage: Option<&Storage>,
-    master_key: Option<&Wrapper>,
-    wrappers: &BTreeMap<String, Wrapper>,
+    (master_key, wrappers): (Option<&Wrapper>, &BTreeMap<String, Wrapper>),
+    replicated: bool,
 ) -> Option<Anchor> {
     let wrapper = section.get("wrapper", |value| {
         let name = string(value)?;
@@ -235,7 +237,8 @@ fn anchor(
         }
     });
     let in_token = section.has("wrapper");
-    let file = match section.present() && !in_token {
+    let in_target = section.boolean("replication", false);
+    let file = match section.present() && !in_token && !in_target {
         true => section.need_path("file", "\"/mnt/other-medium/polykey.anchor\""),
         false => None,
     };
@@ -246,6 +249,13 @@ fn anchor(
     if in_token && section.has("file") {
         section.complain("file", refused("there is a wrapper, too", "keep one of the two"));
     }
+    if in_target && (in_token || section.has("file")) {
+        section.complain("replication", refused("there is another place, too", "keep one of them"));
+    }
+    if in_target && !replicated {
+        let remedy = "add [replication], or name another place";
+        section.complain("replication", refused("there is no [replication]", remedy));
+    }
     if !in_token && label.is_some() {
         section.complain("label", refused("of an object in a token", "name its wrapper as well"));
     }
@@ -255,6 +265,7 @@ fn anchor(
             let label = label.unwrap_or_else(|| "polykey-anchor".to_owned());
             AnchorPlace::Token { wrapper, label }
         }
+        None if in_target => AnchorPlace::Target,
         None => AnchorPlace::File(file?),
     };
     Some(Anchor { place, tolerate: Tolerate::Nothing })

@@ -157,8 +157,9 @@ pub fn entries(config: &Config) -> Vec<Entry> {
     };
     let in_token = anchor.as_ref().and_then(|anchor| match &anchor.place {
         AnchorPlace::Token { wrapper, label } => Some((wrapper, label)),
-        AnchorPlace::File(_) => None,
+        AnchorPlace::File(_) | AnchorPlace::Target => None,
     });
+    let in_target = anchor.as_ref().is_some_and(|anchor| anchor.place == AnchorPlace::Target);
     let others = wrappers.iter().map(|(name, wrapper)| {
         let place = place(wrapper);
         match wrapper {
@@ -199,6 +200,7 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         ("anchor.file", optional(anchor.as_ref().and_then(Anchor::file), path)),
         ("anchor.wrapper", optional(in_token, |(wrapper, _)| wrapper.clone())),
         ("anchor.label", optional(in_token, |(_, label)| label.clone())),
+        ("anchor.replication", in_target.to_string()),
         (key_setting, place(master_key)),
         ("wrappers", others.collect::<Vec<_>>().join(", ")),
         ("hardened.wrapper", optional(hardened.as_ref(), |h| h.wrapper.clone())),

@@ -193,6 +193,8 @@ const BROKEN: &[Case] = &[
     (9, "[anchor]\nwrapper = \"master_key\"", "10:11", "not the wrapper of a PKCS#11 token", "give a file"),
     (9, "[anchor]\nfile = \"/m/a\"\nwrapper = \"master_key\"", "10:8", "there is a wrapper, too", "keep one"),
     (9, "[anchor]\nfile = \"/m/a\"\nlabel = \"a\"", "11:9", "of an object in a token", "name its wrapper"),
+    (9, "[anchor]\nreplication = true", "10:15", "there is no [replication]", "add [replication]"),
+    (9, "[anchor]\nfile = \"/m/a\"\nreplication = true", "11:15", "there is another place, too", "keep one"),
     (9, "[anchor]\nlabel = \"a b\"", "10:9", "not a label", "no spaces"),
     (9, "[anchor]\nfile = \"d/polykey.redb\"", "10:8", "the store itself", "another medium"),
     (9, "kind = \"tpm\"", "9:8", "not a kind of wrapper", "write \"local\""),

@@ -28,6 +28,7 @@ mod commit;
 pub mod conformance;
 mod error;
 pub mod memory;
+mod notes;
 mod peers;
 #[cfg(feature = "postgres")]
 pub mod postgres;
@@ -50,6 +51,7 @@ pub use commit::{
 pub use error::{
     Abort, ChangesError, CommitError, OpenError, ReadError, ReopenError, StoreError, TooLarge,
 };
+pub use notes::Notes;
 pub use peers::{Look, Peer, Peers};
 pub use range::{KeyRange, all, from, prefix};
 

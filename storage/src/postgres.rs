@@ -33,6 +33,7 @@ mod failure;
 #[cfg(feature = "conformance")]
 mod faults;
 mod group;
+mod notes;
 mod opening;
 mod options;
 mod peers;

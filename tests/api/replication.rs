@@ -314,6 +314,84 @@ async fn without_its_target_a_node_goes_on_alone_if_it_may() {
     drop(directory);
 }
 
+/// A target that nobody has asked yet stops nobody who ships as it comes; as an anchor, it is asked first.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_copy_is_refused_by_the_anchor_beside_the_replica() {
+    let mut pair = Pair::new();
+    let accepting = Options { args: vec!["--accept-rollback".into()], ..Options::default() };
+    let section = pair.section("") + "\n[anchor]\nreplication = true\n";
+    let node = Server::dev_configured_with(&accepting, |text| text + &section);
+    let state = node.state.clone();
+    let store = state.join("polykey.redb");
+    let key = node.admin().await.create(json!({})).await;
+    let directory = node.stop().2;
+    let old = fs::read(&store).unwrap();
+
+    let node =
+        Server::attempt(&state, &Options::default()).unwrap_or_else(|e| panic!("{}", e.output));
+    let admin = node.admin().await;
+    let before = admin.call("GetStoreStatus", json!({})).await.unwrap();
+    // While the database is away a revocation is not held up for long, and the status says what is missing.
+    pair.database.crash();
+    admin.call("RevokeKey", json!({"key_id": key, "immediate": true})).await.unwrap();
+    let trouble = |told: &Value| told["anchor_trouble"].as_str().is_some_and(|t| !t.is_empty());
+    let anchor = async |holds: &dyn Fn(&Value) -> bool| {
+        let began = Instant::now();
+        loop {
+            let told = admin.call("GetStoreStatus", json!({})).await.unwrap();
+            if holds(&told) {
+                return told;
+            }
+            assert!(began.elapsed() < PATIENCE, "{told}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    anchor(&trouble).await;
+    pair.database.restart(&[]);
+    let revision = |told: &Value| {
+        told["anchored_revision"].to_string().replace('"', "").parse::<u64>().unwrap()
+    };
+    let told = anchor(&|told| !trouble(told)).await;
+    assert!(revision(&told) > revision(&before), "{told}");
+    until(&admin, "the target follows", caught_up).await;
+    node.stop();
+    let new = fs::read(&store).unwrap();
+
+    let refused = |code, words: &[&str]| {
+        let ended = Server::attempt(&state, &Options::default()).err().expect("it does not start");
+        assert_eq!(ended.status.code(), Some(code), "{}", ended.output);
+        for word in words {
+            assert!(ended.output.contains(word), "{word:?} is not in: {}", ended.output);
+        }
+    };
+    let place = format!("in the replication target postgres://{}", postgres::ROLE);
+    // The replica is further than the store; without the replica, the anchor is.
+    fs::write(&store, &old).unwrap();
+    refused(5, &["[replication] target", "older copy"]);
+    let gone = ["head", "rows", "changes", "migrations", "nodes"];
+    for table in gone {
+        pair.database.sql(&format!("DROP TABLE {}.{table}", pair.schema));
+    }
+    refused(7, &["older than what node", &place, "--accept-rollback"]);
+    // Nor does cutting the database off help.
+    pair.database.crash();
+    refused(6, &[&place, "cannot be read"]);
+    pair.database.restart(&[]);
+    // What has been shipped of the older copy is not the newer one.
+    for table in gone {
+        pair.database.sql(&format!("DROP TABLE {}.{table}", pair.schema));
+    }
+    fs::write(&store, &new).unwrap();
+    let node =
+        Server::attempt(&state, &Options::default()).unwrap_or_else(|e| panic!("{}", e.output));
+    let admin = node.admin().await;
+    until(&admin, "the target follows", caught_up).await;
+    let refused = admin.call("Encrypt", json!({"key_id": key, "plaintext": "aGVsbG8="})).await;
+    assert_eq!(refused.unwrap_err().code, Code::FailedPrecondition);
+    node.stop();
+    drop(directory);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_promotion_fences_the_node_that_shipped() {
     let pair = Pair::new();

@@ -2125,7 +2125,7 @@ pub struct GetStoreStatusResponse {
     /// names the first 100.
     #[prost(uint64, tag = "13")]
     pub damaged_records: u64,
-    /// The file of its anchor: what the node is known to have served. Empty: it has none.
+    /// Where its anchor is: what the node is known to have served. Empty: it has none.
     #[prost(string, tag = "14")]
     pub anchor: ::prost::alloc::string::String,
     /// The revision that is anchored. 0: none since the start.

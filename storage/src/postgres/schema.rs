@@ -80,6 +80,18 @@ pub(super) async fn prepare(
     Ok(())
 }
 
+/// Makes the table of notes, which no version of the tables has.
+pub(super) async fn notes(
+    connection: &Connection,
+    quoted: &str,
+    deadline: Instant,
+) -> Result<(), Failure> {
+    let table = format!(
+        "CREATE TABLE IF NOT EXISTS {quoted}.notes (name text PRIMARY KEY, note text NOT NULL)"
+    );
+    repeated(connection, &table, deadline).await
+}
+
 // The version of the tables; None if there are none.
 async fn version(connection: &Connection, quoted: &str) -> Result<Option<u32>, Failure> {
     let text = format!("SELECT max(version) FROM {quoted}.migrations");

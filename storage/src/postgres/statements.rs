@@ -28,6 +28,8 @@ pub(super) enum Query {
     Nodes,
     Beat,
     Strike,
+    Note,
+    PutNote,
 }
 
 /// How many old revisions a [`Query::Trim`] removes at most, and every how many revisions one runs:
@@ -194,6 +196,16 @@ impl Query {
             Self::Strike => (
                 format!("DELETE FROM {schema}.nodes WHERE node = $1::text AND beats = $2::int8"),
                 &[Type::TEXT, Type::INT8],
+            ),
+            Self::Note => {
+                (format!("SELECT note FROM {schema}.notes WHERE name = $1::text"), &[Type::TEXT])
+            }
+            Self::PutNote => (
+                format!(
+                    "INSERT INTO {schema}.notes (name, note) VALUES ($1::text, $2::text) \
+                     ON CONFLICT (name) DO UPDATE SET note = excluded.note"
+                ),
+                &[Type::TEXT, Type::TEXT],
             ),
         }
     }

@@ -4,8 +4,8 @@ use std::{thread, time::Duration};
 
 use futures::executor::block_on;
 use polykey_storage::{
-    Abort, Applied, Commit, CommitError, Direction, Health, NoFinish, OpenError, Peer, Require,
-    Revision, Space, Store, StoreError, all,
+    Abort, Applied, Commit, CommitError, Direction, Health, NoFinish, Notes, OpenError, Peer,
+    Require, Revision, Space, Store, StoreError, all,
     postgres::{Options, Overtaken, Postgres},
 };
 
@@ -257,4 +257,32 @@ fn nodes_see_what_others_have_changed_and_who_they_are() {
     block_on(one.strike(&found(&nodes, other.id()).unwrap())).unwrap();
     assert!(!block_on(other.beat(Revision(2))).unwrap());
     assert_eq!(block_on(other.look(Revision(2), 10)).unwrap().nodes.len(), 1);
+}
+
+#[test]
+fn notes_stand_beside_the_store_and_their_table_is_made_once() {
+    let server = Server::shared();
+    let schema = schema();
+    let pooled = Options { transaction_pooler: true, ..server.options(&schema) };
+    let mut stores: Vec<Postgres> = (0..4).map(|_| server.open(&schema)).collect();
+    stores.push(Postgres::open(pooled).unwrap());
+    for store in &stores {
+        assert_eq!(block_on(store.note("a")).unwrap(), None);
+    }
+    thread::scope(|scope| {
+        for (at, store) in stores.iter().enumerate() {
+            scope.spawn(move || {
+                block_on(store.put_note("a", "first")).unwrap();
+                block_on(store.put_note(&format!("of {at}"), "its own")).unwrap();
+            });
+        }
+    });
+    block_on(stores[4].put_note("a", "'second'; --")).unwrap();
+    for (at, store) in stores.iter().enumerate() {
+        assert_eq!(block_on(store.note("a")).unwrap().as_deref(), Some("'second'; --"));
+        assert_eq!(block_on(store.note(&format!("of {at}"))).unwrap().as_deref(), Some("its own"));
+        // The store knows nothing of it.
+        assert_eq!((store.status().rows, store.status().revision), (Some(0), Revision::EMPTY));
+    }
+    assert_eq!(server.sql(&format!("SELECT max(version) FROM {schema}.migrations")), "2");
 }
