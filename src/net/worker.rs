@@ -33,6 +33,8 @@ use super::tls::ALPN_H2;
 const PREFACE: [u8; 24] = *b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// Time for what is in flight on a connection whose certificate is no longer accepted.
 const RETIRE_GRACE: Duration = Duration::from_secs(5);
+/// How long a peer with nothing in flight may take to answer the goodbye of a drain.
+const SILENCE: Duration = Duration::from_secs(2);
 
 /// A socket on its way from the acceptor to a worker.
 pub(crate) struct Dealt {
@@ -208,6 +210,7 @@ async fn serve_connection<S, E>(
     let mut age =
         pin!(sleep_until(config.max_age.map_or(forever, |age| Instant::now() + jittered(age))));
     let mut end = pin!(sleep_until(forever));
+    let mut silence = pin!(sleep_until(forever));
     let mut leaving = false;
     loop {
         let grace = tokio::select! {
@@ -220,6 +223,14 @@ async fn serve_connection<S, E>(
             }
             () = &mut end => break,
             _ = serving.as_mut() => break,
+            () = &mut silence => {
+                // Whoever has asked for nothing and does not answer the goodbye is suspended, or gone.
+                if connection.requests_in_flight() == 0 {
+                    break;
+                }
+                silence.as_mut().reset(Instant::now() + SILENCE);
+                continue;
+            }
             // The drain's own deadline is `abort`.
             () = shared.drain.cancelled(), if !leaving => None,
             () = connection.retired.cancelled(), if !leaving => Some(RETIRE_GRACE),
@@ -227,8 +238,9 @@ async fn serve_connection<S, E>(
         };
         leaving = true;
         serving.as_mut().graceful_shutdown();
-        if let Some(grace) = grace {
-            end.as_mut().reset(Instant::now() + grace);
+        match grace {
+            Some(grace) => end.as_mut().reset(Instant::now() + grace),
+            None => silence.as_mut().reset(Instant::now() + SILENCE),
         }
     }
     // Requests still running on this connection see themselves cut off.

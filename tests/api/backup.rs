@@ -111,7 +111,7 @@ async fn a_backup_under_load_gives_back_every_key_that_was_acknowledged_before_i
     drop(directory);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_backup_that_was_changed_or_cut_short_gives_nothing_back() {
     let server = Server::dev();
     let state = server.state.clone();
@@ -178,7 +178,7 @@ fn rand_seed() -> u64 {
     u64::from_be_bytes(bytes)
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_recovery_key_opens_a_backup_where_the_master_key_is_lost() {
     let server = Server::dev();
     let state = server.state.clone();

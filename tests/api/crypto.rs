@@ -48,7 +48,7 @@ const SYMMETRIC: [&str; 6] = [
     "KEY_TYPE_XCHACHA20_POLY1305",
 ];
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn every_type_does_what_it_was_made_for_and_nothing_else() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -219,7 +219,7 @@ async fn every_type_does_what_it_was_made_for_and_nothing_else() {
     assert_eq!(fail.violations[0].0, "purpose");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_ciphertext_opens_for_its_key_version_context_and_data_alone() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -277,7 +277,7 @@ async fn a_ciphertext_opens_for_its_key_version_context_and_data_alone() {
     assert_eq!(decrypt(&admin, &one).await.unwrap(), b"same");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn versions_and_states_decide_what_seals_and_what_opens() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -340,7 +340,7 @@ async fn versions_and_states_decide_what_seals_and_what_opens() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn others_use_a_key_that_is_shared_with_them_and_do_not_see_any_other() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -403,7 +403,7 @@ async fn others_use_a_key_that_is_shared_with_them_and_do_not_see_any_other() {
     assert!(found("Decrypt", "DENIED").is_some(), "{events:#?}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn data_keys_are_shown_only_when_asked_for() {
     let server = Server::dev();
     let admin = server.admin().await;

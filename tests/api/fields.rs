@@ -377,7 +377,7 @@ async fn walk(client: &Client, methods: Vec<MethodDescriptor>) -> (usize, Vec<St
     (tried, problems)
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn every_field_out_of_range_is_refused_by_name() {
     let server = Server::dev();
     let admin = server.admin().await;

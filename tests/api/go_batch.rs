@@ -28,7 +28,7 @@ pub(crate) async fn listed(client: &crate::common::client::Client) -> BTreeSet<S
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn go_01_every_path_authorizes_every_key_and_lists_show_only_ones_own() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -105,7 +105,7 @@ async fn go_01_every_path_authorizes_every_key_and_lists_show_only_ones_own() {
     assert_eq!(about["metadata"]["status"], "KEY_STATUS_ACTIVE");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn go_02_concurrent_rotations_each_get_their_own_result() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -134,7 +134,7 @@ async fn go_02_concurrent_rotations_each_get_their_own_result() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn go_03_a_revoked_key_stays_revoked_on_every_path() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -211,7 +211,7 @@ async fn go_03_a_revoked_key_stays_revoked_on_every_path() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn go_04_batches_read_the_primary_and_report_each_item_once() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -265,7 +265,7 @@ async fn go_04_batches_read_the_primary_and_report_each_item_once() {
     admin.call("GetKey", json!({"key_id": fresh})).await.unwrap();
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn go_05_the_tier_is_the_servers_record() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -302,7 +302,7 @@ async fn go_05_the_tier_is_the_servers_record() {
     assert_eq!(a.call("WhoAmI", json!({})).await.unwrap()["tier"], "CLIENT_TIER_FREE");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn the_answer_of_a_batch_of_reads_has_a_bound_and_the_rest_is_not_read() {
     let server = Server::dev();
     let admin = server.admin().await;

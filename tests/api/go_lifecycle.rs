@@ -27,7 +27,7 @@ async fn until_refused(client: &Client, method: &str, body: Value) -> Fail {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn go_06_grace_expiry_and_effective_times_are_enforced_across_restarts() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -72,7 +72,7 @@ async fn go_06_grace_expiry_and_effective_times_are_enforced_across_restarts() {
     assert_eq!(fail.violations[0].0, "grace_period_seconds");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn go_06_strategies_filters_counts_contexts_and_history_do_what_they_say() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -198,7 +198,7 @@ async fn swap_versions(store: &std::path::Path, first: &str, second: &str) {
     store.commit(vec![commit], &mut NoFinish).await.unwrap();
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn go_07_a_wrapped_key_opens_under_its_own_root_and_in_its_own_row_only() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -260,7 +260,7 @@ pub(crate) fn find(directory: &std::path::Path, ends: &str) -> std::path::PathBu
     panic!("no {ends} in {}", directory.display());
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn go_08_checksums_tell_nothing_of_the_plaintext() {
     let server = Server::dev();
     let admin = server.admin().await;

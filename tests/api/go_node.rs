@@ -60,7 +60,7 @@ pub(crate) async fn audited(auditor: &Client, filter: Value) -> Vec<Value> {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn go_09_logins_are_limited_audited_and_alike_and_tokens_are_bound() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -126,7 +126,7 @@ async fn go_09_logins_are_limited_audited_and_alike_and_tokens_are_bound() {
     assert!(denied >= 3, "{events:#?}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn go_10_failures_of_callers_stop_nobody() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -155,7 +155,7 @@ async fn go_10_failures_of_callers_stop_nobody() {
     );
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn go_11_every_mutation_is_audited_exactly_once() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -210,7 +210,7 @@ async fn go_11_every_mutation_is_audited_exactly_once() {
     assert_eq!(code, 0, "{out}{err}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn go_12_health_is_measured_and_probes_need_no_token() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -243,7 +243,7 @@ async fn go_12_health_is_measured_and_probes_need_no_token() {
     assert_eq!(code, 0, "{out}{err}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn go_13_it_starts_with_nothing_but_a_directory() {
     let directory = tempfile::tempdir().unwrap();
     let mut child = std::process::Command::new(POLYKEY)
@@ -276,7 +276,7 @@ async fn go_13_it_starts_with_nothing_but_a_directory() {
     child.wait().unwrap();
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn go_14_certificates_are_matched_by_their_alternative_names_first() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -357,7 +357,7 @@ async fn go_14_certificates_are_matched_by_their_alternative_names_first() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn go_15_a_request_that_breaks_ends_alone() {
     use prost_reflect::{DynamicMessage, Value as Field};
     let server = Server::dev();

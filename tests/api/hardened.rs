@@ -98,7 +98,7 @@ async fn recovery(client: &Client, ciphertext: &str) -> Duration {
     begun.elapsed()
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn tiers_decide_and_keys_live_through_rotation_restart_and_root_rotation() {
     let moto = Moto::start();
     let wire = Wire::to(&moto.url());
@@ -154,7 +154,7 @@ async fn tiers_decide_and_keys_live_through_rotation_restart_and_root_rotation()
     assert_eq!(fail.reason, "KEY_REVOKED");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_backend_that_is_away_or_hangs_stops_only_what_needs_it_and_is_found_again() {
     let moto = Moto::start();
     let mut wire = Wire::to(&moto.url());
@@ -234,7 +234,7 @@ async fn a_backend_that_is_away_or_hangs_stops_only_what_needs_it_and_is_found_a
     unavailable(open(&pro, &sealed_warm).await);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn with_a_cache_of_zero_nothing_goes_on_without_the_backend() {
     let moto = Moto::start();
     let mut wire = Wire::to(&moto.url());
@@ -273,7 +273,7 @@ async fn p99(client: &Client, key: &str, refused: &str) -> Duration {
     times[count * 99 / 100]
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 #[ignore = "measures: p99 of STANDARD keys while the backend hangs and is asked for all the time"]
 async fn standard_keys_are_not_slowed() {
     let moto = Moto::start();

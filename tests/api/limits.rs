@@ -12,7 +12,7 @@ fn many(n: usize) -> BTreeMap<String, String> {
     (0..n).map(|i| (format!("k{i}"), String::new())).collect()
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn limits_hold_at_one_below_at_and_one_above() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -117,7 +117,7 @@ async fn limits_hold_at_one_below_at_and_one_above() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_request_over_the_message_limit_is_out_of_range() {
     let server = Server::dev();
     let admin = server.admin().await;

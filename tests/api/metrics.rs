@@ -123,7 +123,7 @@ fn dashboard_and_alerts_name_what_there_is() {
     assert!(alerts.len() > 15, "{alerts:?}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_scrape_tells_what_was_done_and_how_it_ended() {
     let server = Server::dev_configured(with_port);
     let address = server.port("metrics");

@@ -56,7 +56,7 @@ impl Site {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn init_writes_a_profile_that_works() {
     use std::os::unix::fs::PermissionsExt;
     let site = Site::new();
@@ -128,7 +128,7 @@ fn check_names_every_file_and_says_what_it_did_not_ask() {
     assert!(said.contains("was not asked"), "{said}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn mistakes_are_told_with_what_to_do() {
     let server = Server::dev();
     let here = tempfile::tempdir().unwrap();
@@ -165,7 +165,7 @@ async fn mistakes_are_told_with_what_to_do() {
     assert!(said.contains("[hardened]"), "{said}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn another_nodes_recovery_key_is_called_that() {
     let (server, other) = (Server::dev(), Server::dev());
     let away = tempfile::tempdir().unwrap();

@@ -123,7 +123,7 @@ fn methods() -> Vec<MethodDescriptor> {
         .collect()
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn every_method_but_five_needs_a_token() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -243,7 +243,7 @@ fn request(method: &str, key: &str, alias: &str, client: &str, token: &str, n: u
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn every_method_is_in_the_golden_matrix_and_obeys_it() {
     let matrix: BTreeMap<&str, Vec<&str>> = MATRIX
         .lines()

@@ -38,7 +38,7 @@ fn serve(state: &Path) -> Result<Server, crate::common::Ended> {
     Server::serve(state, &config(state), &Options::default())
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn any_one_wrapper_alone_opens_the_store_and_none_fails_clearly() {
     // Both are written after the node has started: it finds them when they are asked for.
     let mut server = prepared();
@@ -100,7 +100,7 @@ async fn any_one_wrapper_alone_opens_the_store_and_none_fails_clearly() {
     drop(directory);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn shares_bring_a_copy_back_on_a_blank_machine() {
     let server = Server::dev();
     let state = server.state.clone();
@@ -175,7 +175,7 @@ async fn shares_bring_a_copy_back_on_a_blank_machine() {
     assert!(events.to_string().contains("\"Recover\""), "{events}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_recovery_key_kept_whole_recovers_too_and_another_one_does_not() {
     let server = Server::dev();
     let state = server.state.clone();
@@ -204,7 +204,7 @@ async fn a_recovery_key_kept_whole_recovers_too_and_another_one_does_not() {
     drop((server, directory));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn changes_of_slots_are_guarded() {
     let server = prepared();
     let admin = server.admin().await;

@@ -100,7 +100,7 @@ fn flipped(token: &str, footer: bool, at: f64) -> String {
     parts.join(".")
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn tokens_that_are_not_good_are_refused_in_one_text() {
     let server = Server::dev_configured(unlimited);
     let admin = server.admin().await;
@@ -202,7 +202,7 @@ async fn tokens_that_are_not_good_are_refused_in_one_text() {
     assert!(!server.output().contains("panicked"));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn keys_and_certificates_that_are_not_good_are_refused_in_one_text() {
     let server = Server::dev_configured(unlimited);
     let admin = server.admin().await;
@@ -385,7 +385,7 @@ async fn without_certificate(server: &Server) -> Result<Value, Fail> {
     Client { channel, token: String::new(), ..admin }.call("HealthCheck", json!({})).await
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn tokens_expire_by_the_configuration_and_refresh_tokens_work_once() {
     let server = Server::dev_configured(|text| {
         format!("{text}\n[tokens]\naccess_ttl = \"1m\"\nrefresh_ttl = \"5m\"\n")

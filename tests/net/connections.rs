@@ -1,5 +1,6 @@
 //! Requests, panics, limits, closing and the drain.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use polykey::net::client::ConnectOptions;
@@ -135,6 +136,19 @@ async fn the_drain_waits_for_requests_in_flight() {
         (0, 0, 0)
     );
     assert!(report.elapsed < PATIENCE);
+}
+
+#[tokio::test]
+async fn the_drain_does_not_wait_for_a_peer_that_is_silent() {
+    let mut server = TestServer::start(NetConfig { drain_timeout: PATIENCE, ..small() });
+    // It reads nothing any more: its process is stopped, or its machine asleep.
+    let mut silent = server.raw(&Arc::new(server.config(server.ca.client("silent")))).await;
+    let stream = silent.send(b"/test/echo").await;
+    assert!(silent.replied(stream).await);
+    let drained = server.served.take().unwrap().drained();
+    server.shutdown.cancel();
+    let report = drained.await;
+    assert_eq!((report.connections_aborted, report.requests_aborted), (0, 0));
 }
 
 #[tokio::test]

@@ -7,7 +7,7 @@ use super::{b64, bytes, decrypt, encrypt, says_nothing};
 use crate::common::Server;
 use crate::common::client::refused;
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn many_operations_in_one_call_are_each_as_if_they_came_alone() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -70,7 +70,7 @@ async fn many_operations_in_one_call_are_each_as_if_they_came_alone() {
     assert_eq!(reply["successful_count"], 1000);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn limits_on_use_hold_across_a_kill() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -109,7 +109,7 @@ async fn limits_on_use_hold_across_a_kill() {
     panic!("it did not rotate");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn large_data_goes_through_whole_or_not_at_all() {
     let server = Server::dev();
     let admin = server.admin().await;

@@ -7,7 +7,7 @@ use super::{b64, bytes, says_nothing};
 use crate::common::Server;
 use crate::common::client::{Client, refused};
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn material_from_outside_works_here_and_its_one_time_key_works_once() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -69,7 +69,7 @@ async fn material_from_outside_works_here_and_its_one_time_key_works_once() {
     assert_eq!(results.iter().filter(|r| r.is_ok()).count(), 1, "{results:?}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_request_for_a_one_time_key_that_is_repeated_gets_the_same_one() {
     let server = Server::dev();
     let admin = server.admin().await;
@@ -111,7 +111,7 @@ async fn a_request_for_a_one_time_key_that_is_repeated_gets_the_same_one() {
     assert!(fail.violations[0].1.contains("used up"), "{fail:?}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn openssl_and_the_command_line_agree() {
     let openssl = |args: &[&str]| std::process::Command::new("openssl").args(args).output();
     if openssl(&["version"]).is_err() {
