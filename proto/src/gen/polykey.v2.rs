@@ -2519,7 +2519,7 @@ pub struct ReloadConfigurationResponse {
 /// What became of one part.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReloadedPart {
-    /// "certificates", "policies" or "settings" (the log's level, \[rates\] and \[telemetry\]).
+    /// "certificates", "policies" or "settings" (the log's level, \[rates\], \[quotas\] and \[telemetry\]).
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
     /// Whether it is in force now.
