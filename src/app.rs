@@ -469,7 +469,7 @@ impl App {
         }
         let store = Arc::clone(&vault);
         checks.push(Box::new(move || room::state(&store)));
-        let settings = config.audit.archive.clone();
+        let settings = (config.audit.archive.clone(), config.runtime.sandbox);
         let archiver =
             Archiver::new(settings, &trail, (&sinks, &webhooks), &jobs, replication.as_ref());
         let copies = Arc::clone(&sinks);

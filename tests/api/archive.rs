@@ -254,6 +254,41 @@ async fn nothing_is_archived_that_a_sink_has_not_had() {
     let server = prepared(sink, |state| {
         std::fs::create_dir_all(state.join("later/audit.jsonl")).unwrap();
     });
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_directory_that_is_made_after_the_start_is_told_to_need_another() {
+    let away = tempfile::tempdir().unwrap();
+    let directory = away.path().join("archive");
+    let section = format!(
+        "\n[audit]\ncheckpoint_interval = \"1s\"\nkeep = \"1s\"\narchive = \"{}\"\n",
+        directory.display()
+    );
+    let server = prepared(&section, |_| {});
+    server.says("It must be there before the node starts", 1).await;
+    std::fs::create_dir(&directory).unwrap();
+    let work = || {
+        let jobs = ok(&server, &["jobs"]);
+        let all = jobs["work"].as_array().unwrap().clone();
+        all.into_iter().find(|work| work["name"] == "archive").unwrap()
+    };
+    let begun = Instant::now();
+    let refused = |work: &Value| work["last_error"].as_str().unwrap_or_default().contains("denied");
+    while !refused(&work()) {
+        assert!(begun.elapsed() < PATIENCE, "{}", work());
+    }
+    let failed = work();
+    let why = failed["last_error"].as_str().unwrap();
+    assert!(why.contains("restart the node"), "{failed}");
+    assert!(failed["failed"].as_u64() > Some(0) && failed["next_due_at"].is_string(), "{failed}");
+    let server = server.restart(false, &Options::default());
+    let begun = Instant::now();
+    while !std::fs::read_dir(&directory).unwrap().any(|entry| {
+        entry.unwrap().path().extension().is_some_and(|extension| extension == "jsonl")
+    }) {
+        assert!(begun.elapsed() < PATIENCE, "{}", server.output());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
     let admin = server.admin().await;
     for _ in 0..10 {
         admin.create(json!({})).await;

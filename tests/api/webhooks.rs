@@ -222,6 +222,15 @@ async fn a_receiver_that_fails_gets_everything_later_in_order_and_nobody_waits()
     until(&admin, "HEALTH_STATUS_DEGRADED").await;
     let status = cli(&server, &["status"]).to_string();
     assert!(status.contains("[webhooks.bad]"), "{status}");
+    let waits = |work: &Value| {
+        let next =
+            work["next_due_at"].as_str().map(|text| text.parse::<jiff::Timestamp>().unwrap());
+        work["name"] == "webhook/bad" && next.is_some_and(|next| next > jiff::Timestamp::now())
+    };
+    let begun = Instant::now();
+    while !cli(&server, &["jobs"])["work"].as_array().unwrap().iter().any(waits) {
+        assert!(begun.elapsed() < PATIENCE, "it is not told when it is tried again");
+    }
     // What it was not told stays in the store, whatever else may go into an archive.
     cli(&server, &["audit", "checkpoint"]);
     let archive = server.state.join("archive.jsonl").display().to_string();
@@ -249,6 +258,7 @@ async fn a_receiver_that_fails_gets_everything_later_in_order_and_nobody_waits()
     };
     assert!(of("webhook/bad")["failed"].as_u64().unwrap() >= 3);
     assert_eq!(of("webhook/bad")["done"], of("webhook/good")["done"]);
+    assert!(of("webhook/bad")["next_due_at"].is_null(), "{work}");
     assert_eq!(of("verify")["done"], 1);
     let samples = scrape(&server.port("metrics"));
     let labels = [("webhook", "good"), ("result", "delivered")];
