@@ -457,6 +457,7 @@ impl App {
         );
         let tokens = Tokens::new(config.hardened.as_ref(), &wrappers);
         let keyring = keyring.with_backends(Arc::clone(&backends)).with_tokens(tokens);
+        keyring.quotas().limit(&config.quotas);
         let keyring = Arc::new(keyring);
         let jobs = Runner::new(Arc::clone(&vault), alarm, handler(&keyring, &directory, &clock));
         jobs.resume().await?;
@@ -468,7 +469,7 @@ impl App {
         }
         let store = Arc::clone(&vault);
         checks.push(Box::new(move || room::state(&store)));
-        let settings = config.audit.archive.clone();
+        let settings = (config.audit.archive.clone(), config.runtime.sandbox);
         let archiver =
             Archiver::new(settings, &trail, (&sinks, &webhooks), &jobs, replication.as_ref());
         let copies = Arc::clone(&sinks);

@@ -146,7 +146,7 @@ pub enum Command {
     Status,
     /// Show it again and again.
     Top(status::TopArgs),
-    /// Have the server read certificates, revocation lists, policies, rates, the log's level and the way of
+    /// Have the server read certificates, revocation lists, policies, rates, quotas, the log's level and the way of
     /// telemetry again. Exits with 2 if one of them is wrong: what was in force before is still.
     Reload,
     /// Tell whether the server serves; for probes. Exits with 0 if it does, else with 6.

@@ -31,6 +31,7 @@ use polykey_hsm::{MasterKeySource, SecretSource};
 
 use crate::net::NetConfig;
 use crate::net::tls::TlsFiles;
+use crate::quotas::Quota;
 use crate::rates::Rule;
 
 pub use read::{ConfigErrors, Problem};
@@ -82,6 +83,8 @@ pub struct Config {
     pub limits: Limits,
     /// `[rates.NAME]`: how often clients may call.
     pub rates: Vec<Rule>,
+    /// `[quotas.NAME]`: how many keys clients may have.
+    pub quotas: Vec<Quota>,
     /// `[webhooks.NAME]`: whom the node tells what became of keys.
     pub webhooks: BTreeMap<String, Webhook>,
     /// `[log]`

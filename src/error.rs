@@ -191,6 +191,17 @@ pub enum Error {
         /// When it makes sense to try again.
         retry_after: Duration,
     },
+    /// The caller has as many keys as it may have.
+    #[error(
+        "the quota {name:?} is used up: it gives a client {keys} keys, and keys that wait for their \
+         destruction count; destroy some, or ask an operator for more"
+    )]
+    Quota {
+        /// The rule that refuses.
+        name: String,
+        /// How many keys it gives a client.
+        keys: u32,
+    },
     /// The disk under the store is full, or so nearly that changes are refused.
     #[error(
         "the disk of this node is full: changes are refused until an operator has made room, and \

@@ -11,6 +11,7 @@ mod hardened;
 mod idempotency;
 pub(crate) mod list;
 mod notice;
+mod owned;
 mod plan;
 mod read;
 mod resident;
@@ -44,6 +45,7 @@ use crate::context::Context;
 use crate::custody::{Backends, Tokens};
 use crate::error::{Error, Reason};
 use crate::key::{self, KeyId, KeyName, KeyState, Version, VersionState, version_row};
+use crate::quotas::Quotas;
 use crate::telemetry::trace::{self, Stage};
 use crate::time::Time;
 use crate::vault::{Invalidate, Room, Tx, Vault, space};
@@ -150,6 +152,8 @@ pub struct KeyCaches {
     opened: Cache<KeyId, Arc<hardened::Opened>>,
     /// Compiled policies. They hold for as long as the texts are the same, whatever else changes.
     policies: Cache<KeyId, Arc<KeyPolicies>>,
+    /// Which keys clients with a quota have.
+    owned: owned::Owned,
     epoch: AtomicU64,
 }
 
@@ -163,6 +167,7 @@ impl KeyCaches {
             parsed: Cache::new(capacity.min(PARSED)),
             opened: Cache::new(capacity.min(PARSED)),
             policies: Cache::new(capacity.min(PARSED)),
+            owned: owned::Owned::default(),
             epoch: AtomicU64::new(0),
         }
     }
@@ -211,6 +216,8 @@ impl Invalidate for KeyCaches {
                 self.parsed.invalidate(&id);
                 self.opened.invalidate(&id);
                 any = true;
+            } else {
+                self.owned.changed(row);
             }
         }
         if any {
@@ -224,6 +231,7 @@ impl Invalidate for KeyCaches {
         self.parsed.clear();
         self.opened.clear();
         self.policies.clear();
+        self.owned.clear();
         self.epoch.fetch_add(1, Ordering::SeqCst);
     }
 }
@@ -239,6 +247,7 @@ pub struct Keyring {
     slow: Forge,
     uses: uses::Uses,
     turns: plan::Turns,
+    quotas: Quotas,
     /// What hardened keys lie under.
     backends: Option<Arc<Backends>>,
     tokens: Tokens,
@@ -279,9 +288,16 @@ impl Keyring {
             slow,
             uses,
             turns,
+            quotas: Quotas::default(),
             backends: None,
             tokens: Tokens::default(),
         }
+    }
+
+    /// How many keys clients may have.
+    #[must_use]
+    pub fn quotas(&self) -> &Quotas {
+        &self.quotas
     }
 
     /// The vault underneath.

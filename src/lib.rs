@@ -48,6 +48,7 @@ pub mod metrics;
 pub mod net;
 pub mod nodes;
 pub mod pki;
+pub mod quotas;
 pub mod rates;
 pub mod rpc;
 pub mod service_manager;

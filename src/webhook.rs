@@ -58,6 +58,8 @@ pub struct Status {
     pub last: Option<(Time, Duration)>,
     /// Why the last try failed.
     pub trouble: Option<String>,
+    /// When it is tried again, while it waits for that.
+    pub next: Option<Time>,
 }
 
 /// All webhooks of a node.

@@ -7,7 +7,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +21,7 @@ use tokio::time::MissedTickBehavior;
 use super::{App, event};
 use crate::audit::event::bounded;
 use crate::audit::export::{ExportWriter, leaves, verify_export};
-use crate::audit::{Archive, Checkpoint, Claim, Sinks, Trail, VerifyingKey};
+use crate::audit::{Archive, Checkpoint, Claim, Had, Sinks, Trail, VerifyingKey};
 use crate::config::Archiving;
 use crate::custody::signing::{self, Purpose};
 use crate::error::Error;
@@ -46,7 +46,17 @@ pub(super) struct Archiver {
     webhooks: Arc<Webhooks>,
     jobs: Arc<Runner>,
     replication: Option<Arc<Replicated>>,
+    /// The directory as it was at the start; a sandbox lets the node write in no other.
+    confined: Option<Option<Identity>>,
     trouble: Mutex<Option<String>>,
+}
+
+/// By what a directory is told from another at its place: device and inode.
+type Identity = (u64, u64);
+
+fn identity(directory: &Path) -> Option<Identity> {
+    let found = fs::metadata(directory).ok()?;
+    Some((found.dev(), found.ino()))
 }
 
 /// What keeps leaves from being archived.
@@ -56,20 +66,29 @@ enum Trouble {
     File(PathBuf, io::Error),
     #[error("{path}: {1}; move it away, and it is written anew", path = .0.display())]
     Foreign(PathBuf, String),
+    #[error(
+        "{path}: {1}. It must be there before the node starts, which writes in no directory that is made later \
+         ([runtime] sandbox): restart the node",
+        path = .0.display()
+    )]
+    Late(PathBuf, io::Error),
     #[error("{0}: {text}", text = .0.internal_text().unwrap_or_default())]
     Log(#[from] Error),
 }
 
 impl Archiver {
     pub(super) fn new(
-        settings: Option<Archiving>,
+        (settings, sandbox): (Option<Archiving>, bool),
         trail: &Arc<Trail>,
         (sinks, webhooks): (&Arc<Sinks>, &Arc<Webhooks>),
         jobs: &Arc<Runner>,
         replication: Option<&Arc<Replicated>>,
     ) -> Arc<Self> {
+        let confined = settings.as_ref().filter(|_| sandbox);
+        let confined = confined.map(|settings| identity(&settings.directory));
         Arc::new(Self {
             settings,
+            confined,
             trail: Arc::clone(trail),
             sinks: Arc::clone(sinks),
             webhooks: Arc::clone(webhooks),
@@ -111,9 +130,12 @@ impl Archiver {
         }
         let now = vault.clock().now();
         let step = settings.keep / FILES;
-        match trail.oldest().await? {
-            Some(oldest) if oldest.plus(settings.keep + step) <= now => {}
-            _ => return Ok(None),
+        let work = &self.jobs.work().archive;
+        let due = trail.oldest().await?.map(|oldest| oldest.plus(settings.keep + step));
+        let look = now.plus(looks(settings.keep));
+        work.expect(Some(due.map_or(look, |due| due.max(look))));
+        if due.is_none_or(|due| due > now) {
+            return Ok(None);
         }
         let shipped = self.replication.as_ref().map(|target| target.shipping().shipped);
         let had = self.sinks.had(shipped).await?.and(self.webhooks.least().await?);
@@ -122,6 +144,20 @@ impl Archiver {
         let Some(checkpoint) = trail.archivable(&had, None, before).await? else {
             return Ok(None);
         };
+        let archived = Box::pin(self.put_away(settings, checkpoint, &had, now));
+        let words = |trouble: &Trouble| trouble.to_string();
+        work.track_as(vault.clock(), archived, words).await
+    }
+
+    /// Brings everything before a checkpoint into a file.
+    async fn put_away(
+        &self,
+        settings: &Archiving,
+        checkpoint: Checkpoint,
+        had: &Had,
+        now: Time,
+    ) -> Result<Option<Archive>, Trouble> {
+        let (trail, vault) = (&self.trail, self.trail.vault());
         let (first, log) = trail.kept().await?;
         let keys = signing::list(vault, Purpose::Checkpoint).await?;
         let work = Work {
@@ -133,7 +169,8 @@ impl Archiver {
         };
         let runtime = tokio::runtime::Handle::current();
         let written = tokio::task::spawn_blocking(move || runtime.block_on(work.file())).await;
-        let written = written.map_err(|e| Error::internal(e.to_string()))??;
+        let written = written.map_err(|e| Error::internal(e.to_string()))?;
+        let written = written.map_err(|trouble| self.late(&settings.directory, trouble))?;
         // The directory is this process's until what is in the file is recorded, or the file gone.
         let Some(Written { path, sha256, made, lock: _lock }) = written else { return Ok(None) };
         let claim = Claim {
@@ -147,7 +184,7 @@ impl Archiver {
         let mut event = event("ArchiveAudit", now);
         let detail = |(name, text): (&str, String)| (name.to_owned(), bounded(&text).into_owned());
         event.details = claim.details().into_iter().map(detail).collect();
-        match trail.archive(claim, &had, event).await {
+        match trail.archive(claim, had, event).await {
             Ok(archive) => Ok(Some(archive)),
             Err(Error::Conflict) => {
                 // Another node was faster: once is enough.
@@ -162,11 +199,35 @@ impl Archiver {
     }
 }
 
+impl Archiver {
+    /// Says of a directory that is not the one of the start why it cannot be written in.
+    fn late(&self, directory: &Path, trouble: Trouble) -> Trouble {
+        let other = self.confined.is_some_and(|then| then.is_none() || then != identity(directory));
+        match trouble {
+            Trouble::File(_, error)
+                if other
+                    && matches!(
+                        error.kind(),
+                        io::ErrorKind::PermissionDenied | io::ErrorKind::NotFound
+                    ) =>
+            {
+                Trouble::Late(directory.to_owned(), error)
+            }
+            trouble => trouble,
+        }
+    }
+}
+
+/// How often it is looked for what has come due.
+fn looks(keep: Duration) -> Duration {
+    (keep / FILES).clamp(LOOKS.0, LOOKS.1)
+}
+
 /// Finishes what a crash left undone, and archives what comes due, for ever.
 pub(super) async fn run(app: Arc<App>) {
     let archiver = &app.archiver;
     let keep = archiver.settings.as_ref().map_or(LOOKS.1, |settings| settings.keep);
-    let mut looks = tokio::time::interval((keep / FILES).clamp(LOOKS.0, LOOKS.1));
+    let mut looks = tokio::time::interval(looks(keep));
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         looks.tick().await;

@@ -79,6 +79,7 @@ impl App {
         self.about_store(&mut all);
         self.about_audit(&mut all);
         self.about_caches(&mut all);
+        self.about_quotas(&mut all);
         self.about_wrappers(&mut all);
         self.about_others(&mut all);
         self.about_expiry(&mut all);
@@ -218,6 +219,14 @@ impl App {
         let mut entries = all.gauge("polykey_cache_entries", "What a cache holds.");
         for (cache, counts) in &counts {
             entries.at([("cache", cache)], counts.entries);
+        }
+    }
+
+    fn about_quotas(&self, all: &mut Figures) {
+        let mut refused =
+            all.counter("polykey_quota_refused_total", "Keys that a quota refused, by its name.");
+        for (name, count) in self.keyring.quotas().refused() {
+            refused.at([("quota", &*name)], count);
         }
     }
 

@@ -1,5 +1,6 @@
 //! What is read again while the node runs: certificates, revocation lists and policies, and of the
-//! configuration the level of the log, the rules of rates and the way of telemetry. What is broken keeps what was in force.
+//! configuration the level of the log, the rules of rates and quotas and the way of telemetry. What
+//! is broken keeps what was in force.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -81,6 +82,7 @@ impl App {
         if self.authenticator.rates().rules() != fresh.rates {
             self.authenticator.limit(&fresh.rates);
         }
+        self.keyring.quotas().limit(&fresh.quotas);
         Ok(())
     }
 

@@ -173,6 +173,38 @@ impl Inner {
         Ok(had.least.as_ref().map_or(own, |(_, has)| own.min(*has)))
     }
 
+    /// At most `limit` checkpoints of more than `after` leaves and no more than `bound`.
+    async fn between(
+        &self,
+        after: u64,
+        bound: u64,
+        limit: usize,
+    ) -> Result<Vec<Checkpoint>, Error> {
+        if after >= bound {
+            return Ok(Vec::new());
+        }
+        let range = (
+            Bound::Excluded(after.to_be_bytes().to_vec()),
+            Bound::Included(bound.to_be_bytes().to_vec()),
+        );
+        let store = self.vault.store();
+        let rows = store.scan(space::CHECKPOINTS, range, Direction::Forward, limit).await?;
+        let read = rows.iter().map(|row| checkpoint::decode(&row.key, &row.value));
+        read.collect::<Result<_, _>>()
+            .map_err(|why| Error::data_loss(format!("a stored checkpoint: {why}")))
+    }
+
+    /// Whether an archive may end at a checkpoint.
+    async fn may_end(
+        &self,
+        checkpoint: &Checkpoint,
+        had: &Had,
+        before: Option<Time>,
+    ) -> Result<bool, Error> {
+        let old = before.is_none_or(|before| checkpoint.time < before);
+        Ok(old && self.shipped(checkpoint.size - 1, had).await?)
+    }
+
     /// Whether the replication target has a leaf.
     async fn shipped(&self, leaf: u64, had: &Had) -> Result<bool, Error> {
         let Some(shipped) = had.shipped else { return Ok(true) };
@@ -218,7 +250,6 @@ impl Trail {
         most: Option<u64>,
         before: Option<Time>,
     ) -> Result<Option<Checkpoint>, Error> {
-        let vault = self.vault();
         let (first, _) = self.kept().await?;
         let mut bound = self.inner.bound(had).await?;
         if let Some(most) = most {
@@ -227,24 +258,13 @@ impl Trail {
         let mut found: Option<Checkpoint> = None;
         let mut after = first;
         loop {
-            let range = (
-                Bound::Excluded(after.to_be_bytes().to_vec()),
-                Bound::Included(bound.to_be_bytes().to_vec()),
-            );
-            if after >= bound {
+            let step = self.inner.between(after, bound, STEP).await?;
+            if step.is_empty() {
                 break;
             }
-            let rows =
-                vault.store().scan(space::CHECKPOINTS, range, Direction::Forward, STEP).await?;
-            if rows.is_empty() {
-                break;
-            }
-            for row in rows {
-                let checkpoint = checkpoint::decode(&row.key, &row.value)
-                    .map_err(|why| Error::data_loss(format!("a stored checkpoint: {why}")))?;
+            for checkpoint in step {
                 after = checkpoint.size;
-                let old = before.is_none_or(|before| checkpoint.time < before);
-                if old && self.inner.shipped(checkpoint.size - 1, had).await? {
+                if self.inner.may_end(&checkpoint, had, before).await? {
                     found = Some(checkpoint);
                 } else {
                     return Ok(found);
@@ -252,6 +272,22 @@ impl Trail {
             }
         }
         Ok(found)
+    }
+
+    /// How many leaves the smallest archive has that may be made now.
+    ///
+    /// # Errors
+    /// As [`Self::list`].
+    pub async fn smallest(&self, had: &Had, before: Option<Time>) -> Result<Option<u64>, Error> {
+        let (first, _) = self.kept().await?;
+        let bound = self.inner.bound(had).await?;
+        let next = self.inner.between(first, bound, 1).await?.into_iter().next();
+        match next {
+            Some(next) if self.inner.may_end(&next, had, before).await? => {
+                Ok(Some(next.size - first))
+            }
+            _ => Ok(None),
+        }
     }
 
     /// Records that leaves are safe in a file, with an event, and takes them out of the store. What was

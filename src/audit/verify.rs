@@ -40,6 +40,9 @@ pub struct Report {
     pub findings: Vec<String>,
     /// How many there are in all.
     pub found: usize,
+    /// Checkpoints that none of the given keys has signed: each is a finding.
+    #[serde(skip)]
+    pub foreign: usize,
     /// Worth knowing, and no fault of the log.
     pub notes: Vec<String>,
 }
@@ -49,6 +52,12 @@ impl Report {
     #[must_use]
     pub fn ok(&self) -> bool {
         self.findings.is_empty()
+    }
+
+    /// Whether all that is wrong is that other keys have signed the log than those that were given.
+    #[must_use]
+    pub fn wrong_key(&self) -> bool {
+        self.foreign > 0 && self.found == self.foreign
     }
 
     pub(super) fn find(&mut self, text: String) {
@@ -115,6 +124,7 @@ impl<'k> Walk<'k> {
         if checkpoint.origin != self.report.origin {
             self.report.find(format!("the checkpoint at {size} is of {}", checkpoint.origin));
         } else if checkpoint.verify(self.keys.ed25519).is_none() {
+            self.report.foreign += 1;
             self.report.find(format!("the checkpoint at {size} is signed by no trusted key"));
         } else if checkpoint.verify_ml_dsa(self.keys.ml_dsa) == Some(false) {
             self.report

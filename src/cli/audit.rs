@@ -99,12 +99,12 @@ fn value_hash(text: &str) -> Result<String, String> {
 /// Arguments of `audit verify`.
 #[derive(Args, Debug)]
 pub struct VerifyArgs {
-    /// A file written by `audit export` or `audit archive`, instead of the server; may be repeated, for
-    /// files that follow one another, the oldest first.
-    #[arg(long = "export", value_name = "FILE", conflicts_with = "store")]
+    /// A file written by `audit export` or `audit archive`, instead of the server; or several that follow one
+    /// another, the oldest first.
+    #[arg(long = "export", value_name = "FILE", num_args = 1.., conflicts_with = "store")]
     pub exports: Vec<PathBuf>,
-    /// An archive of what is no longer in the server's store; may be repeated, the oldest first.
-    #[arg(long = "archive", value_name = "FILE", conflicts_with_all = ["store", "exports"])]
+    /// An archive of what is no longer in the server's store; or several, the oldest first.
+    #[arg(long = "archive", value_name = "FILE", num_args = 1.., conflicts_with_all = ["store", "exports"])]
     pub archives: Vec<PathBuf>,
     /// The file of a store that no server has open, instead of the server.
     #[arg(long, value_name = "FILE")]
@@ -309,7 +309,15 @@ async fn archive(app: &App, remote: &Remote, args: ArchiveArgs) -> Result<(), Cl
         ..Default::default()
     };
     let out = BufWriter::new(NewFile::create(&path).map_err(failed)?);
-    let copied = copy(remote, request, out).await.map_err(|error| error.at(&path))?;
+    let copied = copy(remote, request, out).await.map_err(|error| error.at(&path));
+    let copied = copied.map_err(|error| {
+        let least = error.details.iter().find_map(|detail| detail.strip_prefix("max_leaves: "));
+        match args.leaves.zip(least) {
+            Some((leaves, least)) => CliError::usage(format!("--leaves {leaves}: {least}"))
+                .hint("An archive ends at a checkpoint."),
+            None => error,
+        }
+    })?;
     let Some((out, copied)) = copied else {
         return Err(CliError::new(Exit::NotFound, "there is nothing that may be archived")
             .hint("An archive ends with a checkpoint that is old enough, and holds nothing that a sink, a webhook or the replication target lacks."));
@@ -498,13 +506,21 @@ struct ReportView {
     public_keys: Vec<String>,
     /// Whether the keys were given by the caller.
     public_keys_pinned: bool,
+    /// Whether ML-DSA signatures were checked: only with a key for them.
+    ml_dsa_checked: bool,
+    /// Whether all that is wrong is that other keys have signed than those given.
+    wrong_key: bool,
     findings: Vec<String>,
     notes: Vec<String>,
 }
 
 impl View for ReportView {
     fn human(&self) -> Human {
-        let result = if self.ok { "the log is whole and signed" } else { "the log is DAMAGED" };
+        let result = match (self.ok, self.wrong_key) {
+            (true, _) => "the log is whole and signed",
+            (false, true) => "NOT VERIFIED: the public key given is not the one that signed",
+            (false, false) => "the log is DAMAGED",
+        };
         let mut fields = vec![
             ("result", result.to_owned()),
             ("origin", self.origin.clone()),
@@ -513,6 +529,12 @@ impl View for ReportView {
             ("root hash", self.root_hash.clone()),
         ];
         fields.extend(self.public_keys.iter().map(|key| ("public key", key.clone())));
+        let second =
+            if self.ml_dsa_checked { "checked" } else { "not checked: no key for them was given" };
+        fields.push(("ML-DSA-65 signatures", second.to_owned()));
+        if self.wrong_key {
+            fields.push(("note", WRONG_KEY.to_owned()));
+        }
         if !self.public_keys_pinned {
             let text = "the public key came with the log; pin it with --public-key";
             fields.push(("note", text.to_owned()));
@@ -523,15 +545,21 @@ impl View for ReportView {
     }
 }
 
+/// Of a log that a key that was given has not signed. Whoever writes a log anew signs it with a key of his own.
+const WRONG_KEY: &str = "`polykey audit checkpoint` prints the key of the node: compare it with what was noted when the \
+     node was set up. Give one --public-key for each key that the node has had. If this is the right key, somebody else \
+     has signed the log: it may have been written anew";
+
 /// Prints what a verification found; `keys` are those given by the caller. A log with findings, or
 /// one that nobody signed, ends with the exit code of a failed verification.
 pub(super) fn print_report(
     app: &App,
     report: Report,
     keys: &[VerifyingKey],
-    pinned: bool,
+    (pinned, ml_dsa): (bool, bool),
 ) -> Result<(), CliError> {
     let ok = report.ok() && (report.covered > 0 || report.leaves == 0);
+    let wrong_key = pinned && report.wrong_key();
     app.out.print(&ReportView {
         ok,
         origin: report.origin,
@@ -542,6 +570,8 @@ pub(super) fn print_report(
         covered: report.covered,
         public_keys: keys.iter().map(ToString::to_string).collect(),
         public_keys_pinned: pinned,
+        ml_dsa_checked: ml_dsa,
+        wrong_key,
         findings: report.findings,
         notes: report.notes,
     })?;
@@ -615,6 +645,7 @@ fn unreadable(error: &std::io::Error) -> CliError {
 async fn verify(app: &App, args: VerifyArgs) -> Result<(), CliError> {
     let ((given, ml_dsa), kept) = (args.keys()?, args.kept()?);
     let pinned = !given.is_empty();
+    let how = (pinned, !ml_dsa.is_empty());
     if let Some(first) = args.exports.first() {
         let failed = |error: std::io::Error| unreadable(&error);
         let named = |error: std::io::Error| {
@@ -629,7 +660,7 @@ async fn verify(app: &App, args: VerifyArgs) -> Result<(), CliError> {
         let files = args.exports.iter().map(|path| open(path));
         let trusted = Trusted { ed25519: &keys, ml_dsa: &ml_dsa };
         let report = verify_exports(files, trusted, &kept).map_err(failed)?;
-        return print_report(app, report, &keys, pinned);
+        return print_report(app, report, &keys, how);
     }
     let remote = app.connect().await?;
     let own = || async {
@@ -662,8 +693,8 @@ async fn verify(app: &App, args: VerifyArgs) -> Result<(), CliError> {
     match copied {
         Err(CopyError::Read(error)) => Err(error),
         // The verification may have seen enough before the end.
-        Err(CopyError::Write(_)) if !report.ok() => print_report(app, report, &keys, pinned),
+        Err(CopyError::Write(_)) if !report.ok() => print_report(app, report, &keys, how),
         Err(CopyError::Write(error)) => Err(local(error)),
-        Ok(()) => print_report(app, report, &keys, pinned),
+        Ok(()) => print_report(app, report, &keys, how),
     }
 }

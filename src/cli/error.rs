@@ -8,6 +8,7 @@ use tonic::Code;
 use super::output::clean;
 use crate::client::{ClientError, Failure, ProfileError};
 use crate::error::Error;
+use crate::rpc::status;
 
 /// Exit codes of the process. Scripts rely on them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,7 +142,12 @@ impl std::error::Error for CliError {}
 
 impl From<Failure> for CliError {
     fn from(failure: Failure) -> Self {
-        let mut error = Self::new(Exit::of(failure.code), failure.to_string());
+        let exit = match failure.reason.as_str() {
+            // Trying again does not help.
+            status::KEY_QUOTA => Exit::Conflict,
+            _ => Exit::of(failure.code),
+        };
+        let mut error = Self::new(exit, failure.to_string());
         if error.message.is_empty() {
             error.message = failure.code.description().to_owned();
         }

@@ -38,18 +38,22 @@ pub enum Kind {
     /// Makes a staged version primary.
     Promote,
     /// Revokes a version whose grace period ends.
+    #[value(alias = "end_grace")]
     EndGrace,
     /// Revokes a key.
     Revoke,
     /// Erases the material of a key.
     Destroy,
     /// Forgets revoked tokens that have expired.
+    #[value(alias = "sweep_tokens")]
     SweepTokens,
     /// Forgets idempotency keys that have expired.
+    #[value(alias = "sweep_idempotency")]
     SweepIdempotency,
     /// Seals records under the primary storage-key epoch.
     Reseal,
     /// Tells that a key or an API key is about to expire, or has expired.
+    #[value(alias = "notify_expiry")]
     NotifyExpiry,
 }
 

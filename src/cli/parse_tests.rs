@@ -122,6 +122,8 @@ audit checkpoint
 audit list --value-hash hmac:00112233445566778899aabbccddeeff
 audit verify --export a --export b --public-key k
 audit verify --archive a --archive b
+audit verify --archive a b --archive c --public-key k
+audit verify --export a b c --checkpoint d
 audit archive --to f
 audit archive --to f --before 400d --leaves 5 --public-key k
 audit hash
@@ -130,6 +132,8 @@ store status
 store verify
 jobs
 jobs --kind end-grace --key ID --limit 1
+jobs --kind end_grace
+jobs --kind notify_expiry
 health
 health --addr 127.0.0.1:9 --timeout 1s --service polykey.v2.PolykeyService
 health --metrics

@@ -194,5 +194,5 @@ pub(super) fn audit_verify_store(cli: &Cli, args: audit::VerifyArgs) -> Result<(
             .await?,
         )
     })?;
-    audit::print_report(cli, report, &keys, true)
+    audit::print_report(cli, report, &keys, (true, !ml_dsa.is_empty()))
 }

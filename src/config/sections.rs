@@ -20,6 +20,7 @@ use crate::authn::layer::WITHOUT_TOKEN;
 use crate::custody::MASTER_KEY;
 use crate::net::NetConfig;
 use crate::net::tls::TlsFiles;
+use crate::quotas::Quota;
 use crate::rates::Rule;
 use crate::rpc::methods::METHODS;
 
@@ -69,6 +70,7 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
     let policies = policies(root.section("policies"));
     let limits = limits(root.section("limits"));
     let rates = rates(&root.section("rates"));
+    let quotas = quotas(&root.section("quotas"));
     let webhooks = super::webhooks::sections(&root.section("webhooks"));
     let log = log(root.section("log"));
     let telemetry = super::telemetry::section(root.section("telemetry"));
@@ -102,6 +104,7 @@ pub(super) fn config(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
         policies,
         limits,
         rates,
+        quotas,
         webhooks,
         log,
         telemetry,
@@ -466,21 +469,12 @@ fn limits(section: Section<'_, '_>) -> Limits {
 
 /// Every rule by its name, in the order of their names.
 fn rates(section: &Section<'_, '_>) -> Vec<Rule> {
-    let remedy = "write a whole number from 1 to 1000000";
-    let number = |value: &DeValue<'_>| {
-        let number: u32 = super::read::integer(value, &(1..=1_000_000))?;
-        NonZeroU32::new(number).map_or_else(|| refuse("zero", remedy), Ok)
-    };
     let mut rules = Vec::new();
     for (name, _, section) in section.each() {
         let Some(section) = section else { continue };
-        let per_second = section.need("per_second", "100", number);
-        let burst = section.get("burst", number).or(per_second);
-        let tier = section.get("tier", |value| match string(value)? {
-            tier @ ("free" | "pro" | "enterprise") => Ok(tier.to_owned()),
-            _ => refuse("no tier", "write \"free\", \"pro\" or \"enterprise\""),
-        });
-        let client = section.get("client", |value| string(value).map(str::to_owned));
+        let per_second = section.need("per_second", "100", some);
+        let burst = section.get("burst", some).or(per_second);
+        let (tier, client) = about(&section);
         let methods = section.get("methods", methods).unwrap_or_default();
         section.finish();
         if let (Some(per_second), Some(burst)) = (per_second, burst) {
@@ -489,6 +483,35 @@ fn rates(section: &Section<'_, '_>) -> Vec<Rule> {
     }
     rules.sort_by(|a, b| a.name.cmp(&b.name));
     rules
+}
+
+fn some(value: &DeValue<'_>) -> Result<NonZeroU32, Refused> {
+    let number: u32 = super::read::integer(value, &(1..=1_000_000))?;
+    NonZeroU32::new(number)
+        .map_or_else(|| refuse("zero", "write a whole number from 1 to 1000000"), Ok)
+}
+
+/// The tier and the client that a rule is about, where it names them.
+fn about(section: &Section<'_, '_>) -> (Option<String>, Option<String>) {
+    let tier = section.get("tier", |value| match string(value)? {
+        tier @ ("free" | "pro" | "enterprise") => Ok(tier.to_owned()),
+        _ => refuse("no tier", "write \"free\", \"pro\" or \"enterprise\""),
+    });
+    (tier, section.get("client", |value| string(value).map(str::to_owned)))
+}
+
+/// Every quota by its name, in the order of their names.
+fn quotas(section: &Section<'_, '_>) -> Vec<Quota> {
+    let mut quotas = Vec::new();
+    for (name, _, section) in section.each() {
+        let Some(section) = section else { continue };
+        let keys = section.need("keys", "1000", some);
+        let (tier, client) = about(&section);
+        section.finish();
+        quotas.extend(keys.map(|keys| Quota { name, tier, client, keys }));
+    }
+    quotas.sort_by(|a, b| a.name.cmp(&b.name));
+    quotas
 }
 
 fn methods(value: &DeValue<'_>) -> Result<Vec<String>, Refused> {

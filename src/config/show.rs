@@ -12,6 +12,7 @@ use super::{
     Wrapper,
 };
 use crate::custody::SlotSpec;
+use crate::quotas::Quota;
 use crate::rates::Rule;
 
 /// One setting in effect.
@@ -141,6 +142,7 @@ pub fn entries(config: &Config) -> Vec<Entry> {
         policies,
         limits,
         rates,
+        quotas,
         webhooks,
         log,
         telemetry,
@@ -278,6 +280,7 @@ pub fn entries(config: &Config) -> Vec<Entry> {
     }
     all.extend(stored(storage));
     all.extend(rates.iter().flat_map(limited));
+    all.extend(quotas.iter().flat_map(counted));
     all.extend(webhooks.iter().flat_map(|(name, webhook)| webhook.entries(name, time)));
     let Bootstrap { aws, deadline } = bootstrap;
     all.extend(connection("bootstrap", aws));
@@ -301,6 +304,14 @@ fn limited(rule: &Rule) -> Vec<(String, String)> {
         all.push(("methods", methods.join(", ")));
     }
     all.into_iter().map(|(key, value)| (format!("rates.{name}.{key}"), value)).collect()
+}
+
+fn counted(quota: &Quota) -> Vec<(String, String)> {
+    let Quota { name, tier, client, keys } = quota;
+    let mut all = vec![("keys", keys.to_string())];
+    all.extend(tier.iter().map(|tier| ("tier", tier.clone())));
+    all.extend(client.iter().map(|client| ("client", client.clone())));
+    all.into_iter().map(|(key, value)| (format!("quotas.{name}.{key}"), value)).collect()
 }
 
 #[cfg(test)]

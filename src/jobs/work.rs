@@ -24,6 +24,7 @@ pub struct Work {
     done: AtomicU64,
     failed: AtomicU64,
     last: Mutex<Last>,
+    next: Mutex<Option<Time>>,
 }
 
 /// How work ended.
@@ -48,6 +49,8 @@ pub struct Figures {
     pub failed: u64,
     /// How it last ended.
     pub last: Last,
+    /// When it is looked at next, where that is not in the schedule.
+    pub next: Option<Time>,
 }
 
 struct Running<'a>(&'a Work);
@@ -67,6 +70,7 @@ impl Work {
             done: AtomicU64::new(0),
             failed: AtomicU64::new(0),
             last: Mutex::default(),
+            next: Mutex::default(),
         }
     }
 
@@ -79,22 +83,38 @@ impl Work {
         clock: &Clock,
         work: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, Error> {
+        let words = |error: &Error| match error.internal_text() {
+            Some(internal) => format!("{error}: {internal}"),
+            None => error.to_string(),
+        };
+        self.track_as(clock, work, words).await
+    }
+
+    /// As [`Self::track`], of work with errors of its own, in these words.
+    ///
+    /// # Errors
+    /// Those of the work.
+    pub async fn track_as<T, E>(
+        &self,
+        clock: &Clock,
+        work: impl Future<Output = Result<T, E>>,
+        words: impl FnOnce(&E) -> String,
+    ) -> Result<T, E> {
         self.running.fetch_add(1, Relaxed);
         let running = Running(self);
         let begun = Instant::now();
         let result = work.await;
         drop(running);
-        let error = result.as_ref().err().map(|error| {
-            let text = match error.internal_text() {
-                Some(internal) => format!("{error}: {internal}"),
-                None => error.to_string(),
-            };
-            text.chars().take(WORDS).collect()
-        });
+        let error = result.as_ref().err().map(|error| words(error).chars().take(WORDS).collect());
         let count = if error.is_none() { &self.done } else { &self.failed };
         count.fetch_add(1, Relaxed);
         *self.last.lock() = Last { at: Some(clock.now()), took: begun.elapsed(), error };
         result
+    }
+
+    /// Notes when it is looked at next.
+    pub fn expect(&self, next: Option<Time>) {
+        *self.next.lock() = next;
     }
 
     /// Its figures.
@@ -105,6 +125,7 @@ impl Work {
             done: self.done.load(Relaxed),
             failed: self.failed.load(Relaxed),
             last: self.last.lock().clone(),
+            next: *self.next.lock(),
         }
     }
 }
@@ -118,6 +139,8 @@ pub struct Ledger {
     pub sweep: Work,
     /// Comparing every row with the head after opening.
     pub verify: Work,
+    /// Bringing old leaves of the audit log into archives.
+    pub archive: Work,
 }
 
 impl Ledger {
@@ -127,14 +150,15 @@ impl Ledger {
             jobs: [
                 job(Kind::Rotate, "rotate"),
                 job(Kind::Promote, "promote"),
-                job(Kind::EndGrace, "end_grace"),
+                job(Kind::EndGrace, "end-grace"),
                 job(Kind::Revoke, "revoke"),
                 job(Kind::Destroy, "destroy"),
-                job(Kind::NotifyExpiry, "notify_expiry"),
+                job(Kind::NotifyExpiry, "notify-expiry"),
             ],
             other: Work::new("other", workers),
             sweep: Work::new("sweep", 1),
             verify: Work::new("verify", 1),
+            archive: Work::new("archive", 1),
         }
     }
 
@@ -148,6 +172,6 @@ impl Ledger {
     /// All of it, and the kind of job that it is, if it is one.
     pub fn all(&self) -> impl Iterator<Item = (Option<Kind>, &Work)> {
         let jobs = self.jobs.iter().map(|(kind, work)| (Some(*kind), work));
-        jobs.chain([(None, &self.sweep), (None, &self.verify)])
+        jobs.chain([(None, &self.sweep), (None, &self.verify), (None, &self.archive)])
     }
 }

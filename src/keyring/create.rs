@@ -12,6 +12,7 @@ use zeroize::Zeroize;
 
 use super::hardened::{HARDENED, STANDARD, is_hardened};
 use super::notice;
+use super::owned::Place;
 use super::plan::{Done, Planned, Prepared, next_rotation};
 use super::resident::{RESIDENT, is_resident, token_id};
 use super::rows::{claim_alias, schedule, write_list_rows};
@@ -173,9 +174,11 @@ impl Keyring {
         self.compiled(client, id, &command.policies)
             .await?
             .map_err(|e| policy_violations("access_policies", &e))?;
+        // Nobody makes this node generate what it has no place for.
+        let place = self.place(cx, id).await?;
         if command.in_token {
             let kind = (command.algorithm, command.purpose);
-            return Ok(Prepared::Key(id, self.make_resident(id, kind).await?));
+            return Ok(Prepared::Key(id, self.make_resident(id, kind).await?, place));
         }
         let generated = if let Some(import) = &command.import {
             self.imported(cx, command.algorithm, import).await?
@@ -187,7 +190,18 @@ impl Keyring {
             self.forge.make(client, command.algorithm, params).await?
         };
         let hardened = if hardens { Some(Box::pin(self.harden(client, id)).await?) } else { None };
-        Ok(Prepared::Key(id, Made { generated, hardened, placed: None }))
+        Ok(Prepared::Key(id, Made { generated, hardened, placed: None }, place))
+    }
+
+    /// The place of a new key in the quota of its client, where there is one.
+    async fn place(&self, cx: &Context, id: KeyId) -> Result<Option<Place>, Error> {
+        let Some(quota) = self.quotas.of(&cx.caller) else { return Ok(None) };
+        let most = usize::try_from(quota.keys.get()).unwrap_or(usize::MAX);
+        let owned = &self.caches.owned;
+        match owned.place(&self.vault, cx.caller.client_id(), most, id).await? {
+            Some(place) => Ok(Some(place)),
+            None => Err(self.quotas.refusal(quota)),
+        }
     }
 
     async fn authorize_create(
@@ -215,7 +229,7 @@ impl Keyring {
         command: &CreateKey,
         prepared: &Prepared,
     ) -> Result<Planned, Error> {
-        let Prepared::Key(id, made) = prepared else {
+        let Prepared::Key(id, made, _) = prepared else {
             return Err(Error::internal("no material was made"));
         };
         let id = *id;

@@ -15,6 +15,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 use super::create::Made;
 use super::idempotency::Idempotency;
 use super::notice;
+use super::owned::Place;
 use super::resident::is_resident;
 use super::rows::{claim_alias, release_alias, schedule, unschedule, write_list_rows};
 use super::{Key, KeyVersion, Keyring};
@@ -56,15 +57,15 @@ pub struct Done {
 pub(super) enum Prepared {
     Nothing,
     Material(Made),
-    /// The id and the material of a new key.
-    Key(KeyId, Made),
+    /// The id and the material of a new key, and its place in the quota of its client.
+    Key(KeyId, Made, Option<Place>),
 }
 
 impl Prepared {
     fn made(&self) -> Option<&Made> {
         match self {
             Self::Nothing => None,
-            Self::Material(made) | Self::Key(_, made) => Some(made),
+            Self::Material(made) | Self::Key(_, made, _) => Some(made),
         }
     }
 
@@ -79,6 +80,9 @@ impl Prepared {
     fn settle(&self, done: &Done) {
         let used = |made: &Made| done.version.as_ref().is_some_and(|v| made.is_of(&v.record));
         self.keep(self.made().is_some_and(used));
+        if let Self::Key(_, _, Some(place)) = self {
+            place.keep();
+        }
     }
 }
 

@@ -27,6 +27,7 @@ mod edges;
 mod hardened;
 mod hostile;
 mod notices;
+mod quotas;
 mod resident;
 
 const START: Time = Time::from_seconds(1_800_000_000);

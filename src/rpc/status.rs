@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use polykey_proto::google::rpc::{
-    BadRequest, ErrorInfo, RetryInfo, Status as RpcStatus, bad_request,
+    BadRequest, ErrorInfo, QuotaFailure, RetryInfo, Status as RpcStatus, bad_request, quota_failure,
 };
 use prost::Message;
 use tonic::{Code, Status};
@@ -11,6 +11,8 @@ use tonic::{Code, Status};
 use crate::error::{Error, Reason};
 
 const DOMAIN: &str = "polykey";
+/// The reason of a quota of keys that is used up: waiting does not help.
+pub(crate) const KEY_QUOTA: &str = "KEY_QUOTA";
 /// Bytes of violations in one answer. They travel in headers, in base64, twice; clients take 8 KiB.
 const DETAILS: usize = 2048;
 
@@ -25,7 +27,7 @@ pub fn code(error: &Error) -> Code {
         Error::State(Reason::AlreadyExists) => Code::AlreadyExists,
         Error::State(_) => Code::FailedPrecondition,
         Error::Conflict => Code::Aborted,
-        Error::Exhausted { .. } | Error::NoRoom => Code::ResourceExhausted,
+        Error::Exhausted { .. } | Error::Quota { .. } | Error::NoRoom => Code::ResourceExhausted,
         Error::Unavailable { .. } => Code::Unavailable,
         Error::OutcomeUnknown { .. } => Code::Unknown,
         Error::DeadlineExceeded => Code::DeadlineExceeded,
@@ -43,6 +45,7 @@ pub fn reason(error: &Error) -> &'static str {
         Error::Conflict => "CHANGED_CONCURRENTLY",
         Error::Denied { .. } => "PERMISSION_DENIED",
         Error::NoRoom => "DISK_FULL",
+        Error::Quota { .. } => KEY_QUOTA,
         Error::Unauthenticated
         | Error::Invalid(_)
         | Error::NotFound
@@ -102,6 +105,17 @@ fn details(error: &Error) -> Vec<prost_types::Any> {
         }
         Error::Exhausted { retry_after } | Error::Unavailable { retry_after, .. } => {
             vec![retry(*retry_after)]
+        }
+        // Without a time to wait: it ends when keys do.
+        Error::Quota { name, keys } => {
+            let violation = quota_failure::Violation {
+                subject: "keys".into(),
+                description: error.to_string(),
+                quota_id: name.clone(),
+                quota_value: i64::from(*keys),
+            };
+            let failure = QuotaFailure { violations: vec![violation] };
+            vec![info(reason(error), &[("quota", name)]), any("QuotaFailure", &failure)]
         }
         Error::NoRoom => vec![info(reason(error), &[]), retry(Duration::from_secs(30))],
         Error::Unauthenticated

@@ -67,6 +67,8 @@ struct Seen {
     queued: usize,
     oldest: Option<Time>,
     last: Option<(Time, Duration)>,
+    /// When it is tried again.
+    next: Option<Time>,
 }
 
 #[derive(Debug, Default)]
@@ -134,6 +136,7 @@ impl Courier {
             behind: seen.oldest.map_or(Duration::ZERO, |oldest| now.since(oldest)),
             last: seen.last,
             trouble: seen.trouble.clone(),
+            next: seen.next,
         }
     }
 
@@ -315,6 +318,7 @@ impl Courier {
     /// Waits before the next try, and stays the one who delivers.
     async fn rest(&self, place: &mut Place, pause: Duration) -> Result<(), Error> {
         let until = Instant::now() + pause;
+        self.seen.lock().next = Some(self.vault.clock().now().plus(pause));
         while Instant::now() < until {
             self.held.keep(&self.vault, place).await?;
             let left = until.saturating_duration_since(Instant::now());
@@ -322,6 +326,7 @@ impl Courier {
                 break;
             }
         }
+        self.seen.lock().next = None;
         Ok(())
     }
 

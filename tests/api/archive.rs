@@ -73,6 +73,13 @@ async fn what_is_archived_by_command_verifies_alone_and_with_what_follows() {
     }
     ok(&server, &["audit", "checkpoint"]);
 
+    // With fewer leaves than the first checkpoint covers it says how many it takes.
+    let (code, _, err) = server.cli(&["audit", "archive", "--to", &one, "--leaves", "1"]);
+    let least = err.split("must be at least ").nth(1).and_then(|rest| rest.split(':').next());
+    let least = least.unwrap_or_else(|| panic!("{err}")).parse::<u64>().unwrap();
+    assert!(code == 2 && err.contains("--leaves 1: ") && (2..=size).contains(&least), "{err}");
+    let fewer = (least - 1).to_string();
+    assert_eq!(server.cli(&["audit", "archive", "--to", &one, "--leaves", &fewer]).0, 2);
     let first = ok(&server, &["audit", "archive", "--to", &one, "--leaves", &size.to_string()]);
     assert_eq!((&first["first_leaf"], &first["end_leaf"]), (&json!(0), &json!(size)));
     assert_eq!(first["root_hash"], kept["root_hash"]);
@@ -115,11 +122,10 @@ async fn what_is_archived_by_command_verifies_alone_and_with_what_follows() {
     let both: [PathBuf; 2] = [one.clone().into(), two.clone().into()];
     assert_eq!(holds(&both, "ArchiveAudit").1, 1);
     let check = |server: &Server, files: &[&str], kept: bool| {
-        let exports = files.iter().flat_map(|file| ["--export", file]);
-        let mut args = vec!["audit", "verify", "--public-key", key];
+        let mut args = vec!["audit", "verify", "--public-key", key, "--export"];
         let mut others = files.to_vec();
         others.extend(["--public-key", key]);
-        args.extend(exports);
+        args.extend(files);
         if kept {
             args.extend(["--checkpoint", &older]);
             others.extend(["--checkpoint", &older]);
@@ -151,7 +157,7 @@ async fn what_is_archived_by_command_verifies_alone_and_with_what_follows() {
     for kill in [false, true] {
         for args in [
             &["audit", "verify"][..],
-            &["audit", "verify", "--archive", &one, "--archive", &two, "--checkpoint", &older],
+            &["audit", "verify", "--archive", &one, &two, "--checkpoint", &older],
             &["store", "verify"],
         ] {
             let (code, out, err) = server.cli(args);
@@ -246,6 +252,41 @@ async fn old_leaves_go_into_files_by_themselves_and_kills_lose_none() {
     println!("{created} keys, {kills} kills, {} archives", recorded.len());
     let (status, output, _directory) = server.stop();
     assert!(status.success(), "{output}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_directory_that_is_made_after_the_start_is_told_to_need_another() {
+    let away = tempfile::tempdir().unwrap();
+    let directory = away.path().join("archive");
+    let section = format!(
+        "\n[audit]\ncheckpoint_interval = \"1s\"\nkeep = \"1s\"\narchive = \"{}\"\n",
+        directory.display()
+    );
+    let server = prepared(&section, |_| {});
+    server.says("It must be there before the node starts", 1).await;
+    std::fs::create_dir(&directory).unwrap();
+    let work = || {
+        let jobs = ok(&server, &["jobs"]);
+        let all = jobs["work"].as_array().unwrap().clone();
+        all.into_iter().find(|work| work["name"] == "archive").unwrap()
+    };
+    let begun = Instant::now();
+    let refused = |work: &Value| work["last_error"].as_str().unwrap_or_default().contains("denied");
+    while !refused(&work()) {
+        assert!(begun.elapsed() < PATIENCE, "{}", work());
+    }
+    let failed = work();
+    let why = failed["last_error"].as_str().unwrap();
+    assert!(why.contains("restart the node"), "{failed}");
+    assert!(failed["failed"].as_u64() > Some(0) && failed["next_due_at"].is_string(), "{failed}");
+    let server = server.restart(false, &Options::default());
+    let begun = Instant::now();
+    while !std::fs::read_dir(&directory).unwrap().any(|entry| {
+        entry.unwrap().path().extension().is_some_and(|extension| extension == "jsonl")
+    }) {
+        assert!(begun.elapsed() < PATIENCE, "{}", server.output());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -355,14 +396,25 @@ async fn checkpoints_have_two_signatures_where_that_is_configured() {
 
     let both = ["--public-key", &key, "--public-key", &keys];
     let verify = |args: &[&str]| server.cli(&[&["audit", "verify"], args].concat());
-    for args in [
-        &[&["--export", &*export][..], &both, &["--checkpoint", &older]].concat()[..],
-        &["--export", &export, "--public-key", &key],
-        &both,
-        &[],
+    for (args, second) in [
+        (&[&["--export", &*export][..], &both, &["--checkpoint", &older]].concat()[..], true),
+        (&["--export", &export, "--public-key", &key], false),
+        (&both, true),
+        (&[], false),
     ] {
         let (code, out, err) = verify(args);
         assert_eq!(code, 0, "{args:?}: {out}{err}");
+        let line = out.lines().find(|line| line.contains("ML-DSA-65 signatures"));
+        let line = line.unwrap_or_else(|| panic!("{args:?}: {out}"));
+        assert_eq!(!line.contains("not checked"), second, "{args:?}: {line}");
+    }
+    // A key that is not the log's is told from damage.
+    let other = BASE64.encode(&[7; 32]);
+    for args in [&["--export", &*export, "--public-key", &other][..], &["--public-key", &other]] {
+        let (code, out, _) = verify(args);
+        assert!(code == 7 && !out.contains("DAMAGED"), "{args:?}: {out}");
+        assert!(out.contains("not the one that signed"), "{args:?}: {out}");
+        assert!(out.contains("`polykey audit checkpoint`"), "{args:?}: {out}");
     }
     // One without the second signature holds, and vouches for nothing where that is asked for.
     let (_, out, _) =

@@ -12,6 +12,7 @@ use tonic::Code;
 
 use crate::common::client::{Client, refused};
 use crate::common::{Options, POLYKEY, Server};
+use crate::metrics::{scrape, value, with_port};
 
 /// Code, findings by subject and level, everything printed.
 fn doctor(server: &Server, more: &[&str]) -> (Option<i32>, Vec<(String, String)>, String) {
@@ -126,6 +127,63 @@ async fn a_reload_by_command_tells_what_was_wrong_and_keeps_what_was_in_force() 
     fs::write(&policy, "").unwrap();
     assert_eq!(server.cli(&["reload"]).0, 0);
     makes().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_client_has_the_keys_that_its_quota_gives_it() {
+    let rules = "\n[quotas.few]\nkeys = 3\nclient = \"a\"\n\
+                 [quotas.paid]\nkeys = 1\ntier = \"pro\"\n";
+    let server = Server::dev_configured(|text| with_port(text) + rules);
+    let admin = server.admin().await;
+    let a = server.client(&admin, "a", &["user"]).await;
+    a.create(json!({})).await;
+    // Of a batch that goes on, what has room is made; of one that does not, nothing.
+    let batch = async |client: &Client, more: &str| {
+        let request = json!({"keys": vec![json!({"key_type": "KEY_TYPE_AES_256"}); 4], more: true});
+        client.call("BatchCreateKeys", request).await.unwrap()
+    };
+    let none = batch(&a, "atomic").await;
+    assert_eq!(none["failed_count"], 4, "{none}");
+    let some = batch(&a, "continue_on_error").await;
+    let counts = (some["successful_count"].as_i64(), some["failed_count"].as_i64());
+    assert_eq!(counts, (Some(2), Some(2)), "{some}");
+    let reasons = some["results"].as_array().unwrap().iter().filter(|result| {
+        result["error_code"] == json!(Code::ResourceExhausted as i32)
+            && result["error_reason"] == "KEY_QUOTA"
+    });
+    assert_eq!(reasons.count(), 2, "{some}");
+    let makes = async |client: &Client| {
+        client.call("CreateKey", json!({"key_type": "KEY_TYPE_AES_256"})).await
+    };
+    let refusal = refused(makes(&a).await, Code::ResourceExhausted);
+    assert!(refusal.reason == "KEY_QUOTA" && !refusal.retry, "{refusal:?}");
+    let [(quota, text)] = &refusal.violations[..] else { panic!("{refusal:?}") };
+    assert!(quota == "few" && text.contains("3 keys"), "{refusal:?}");
+    let supplied = data_encoding::BASE64.encode(b"hunter2-hunter2");
+    let import = json!({"key_type": "KEY_TYPE_API_KEY", "value": supplied});
+    refused(a.call("CreateKey", import).await, Code::ResourceExhausted);
+    let item = json!({"request": {"key_type": "KEY_TYPE_AES_256"}});
+    let answers = a.stream("StreamCreateKeys", vec![item]).await.unwrap();
+    assert_eq!(answers[0]["error_reason"], "KEY_QUOTA", "{answers:?}");
+    admin.create(json!({})).await;
+    let samples = scrape(&server.port("metrics"));
+    let figure = |quota| value(&samples, "polykey_quota_refused_total", &[("quota", quota)]);
+    assert!(figure("few") >= 4.0 && figure("paid").abs() < f64::EPSILON);
+
+    // A start changes nothing; what the rule gives does so without one.
+    let server = server.restart(false, &Options::default());
+    let mut a = a.at(&server.address);
+    a.login().await.unwrap();
+    refused(makes(&a).await, Code::ResourceExhausted);
+    let config = server.state.join("polykey.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, text.replace("keys = 3", "keys = 4")).unwrap();
+    assert_eq!(server.cli(&["reload"]).0, 0);
+    makes(&a).await.unwrap();
+    let refusal = refused(makes(&a).await, Code::ResourceExhausted);
+    assert!(refusal.text.contains("4 keys"), "{refusal:?}");
+    // Whoever has no quota has no limit.
+    server.admin().await.create(json!({})).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

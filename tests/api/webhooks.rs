@@ -11,6 +11,7 @@ use data_encoding::BASE64;
 use serde_json::{Value, json};
 
 use crate::common::client::Client;
+use crate::common::cluster::Cluster;
 use crate::common::receiver::{Message, Mood, Receiver};
 use crate::common::steps::{cli, secret, until};
 use crate::common::{Options, PATIENCE, Server};
@@ -221,6 +222,15 @@ async fn a_receiver_that_fails_gets_everything_later_in_order_and_nobody_waits()
     until(&admin, "HEALTH_STATUS_DEGRADED").await;
     let status = cli(&server, &["status"]).to_string();
     assert!(status.contains("[webhooks.bad]"), "{status}");
+    let waits = |work: &Value| {
+        let next =
+            work["next_due_at"].as_str().map(|text| text.parse::<jiff::Timestamp>().unwrap());
+        work["name"] == "webhook/bad" && next.is_some_and(|next| next > jiff::Timestamp::now())
+    };
+    let begun = Instant::now();
+    while !cli(&server, &["jobs"])["work"].as_array().unwrap().iter().any(waits) {
+        assert!(begun.elapsed() < PATIENCE, "it is not told when it is tried again");
+    }
     // What it was not told stays in the store, whatever else may go into an archive.
     cli(&server, &["audit", "checkpoint"]);
     let archive = server.state.join("archive.jsonl").display().to_string();
@@ -248,6 +258,7 @@ async fn a_receiver_that_fails_gets_everything_later_in_order_and_nobody_waits()
     };
     assert!(of("webhook/bad")["failed"].as_u64().unwrap() >= 3);
     assert_eq!(of("webhook/bad")["done"], of("webhook/good")["done"]);
+    assert!(of("webhook/bad")["next_due_at"].is_null(), "{work}");
     assert_eq!(of("verify")["done"], 1);
     let samples = scrape(&server.port("metrics"));
     let labels = [("webhook", "good"), ("result", "delivered")];
@@ -354,4 +365,59 @@ async fn coming_expiries_and_revocations_of_the_schedule_are_told() {
     // The expiry of the API key in a day, the last day of one key, thirty before the other's end.
     assert_eq!(next.len(), 3, "{jobs}");
     assert!(verified(&seen, SECRET));
+}
+
+/// How many events a node has delivered to a webhook.
+fn delivered(server: &Server, name: &str) -> u64 {
+    let jobs = cli(server, &["jobs"]);
+    let all = jobs["work"].as_array().unwrap();
+    let work = all.iter().find(|work| work["name"] == format!("webhook/{name}"));
+    work.unwrap_or_else(|| panic!("{jobs}"))["done"].as_u64().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_nodes_one_delivers_and_the_other_takes_over_when_it_is_killed() {
+    let receiver = Receiver::start().await;
+    let directory = tempfile::tempdir().unwrap();
+    let file = secret(directory.path(), "webhook.secret", &format!("{SECRET}\n"));
+    let section = section("ops", &receiver, "timeout = \"2s\"");
+    let section = section.replace("webhook.secret", &file.display().to_string());
+    let mut cluster = Cluster::start(2, &section);
+    let admins = cluster.admins().await;
+    let key = admins[0].create(json!({})).await;
+    let mut version = 1;
+    for admin in [0, 1, 1, 0, 1, 0] {
+        rotate(&admins[admin], &key).await;
+        version += 1;
+    }
+    let all = |seen: &[Message]| rotations(seen, &key).last() == Some(&version);
+    let seen = receiver.until("what both have done", all).await;
+    assert_eq!(rotations(&seen, &key), (2..=version).collect::<Vec<_>>());
+    assert_eq!(distinct(&seen).len(), seen.len(), "nothing comes twice while both are well");
+    let counts: Vec<u64> = cluster.servers.iter().map(|server| delivered(server, "ops")).collect();
+    let courier = counts.iter().position(|count| *count > 0).unwrap();
+    let other = 1 - courier;
+    assert_eq!(counts[other], 0, "one delivers: {counts:?}");
+
+    // It dies with one event on its way and more behind it, made on either node.
+    receiver.becomes(Mood::Hangs);
+    let before = receiver.seen().len();
+    for admin in [courier, other, courier, other] {
+        rotate(&admins[admin], &key).await;
+        version += 1;
+    }
+    receiver.until("an event on its way", |seen| seen.len() > before).await;
+    cluster.lose(courier);
+    receiver.becomes(Mood::Status(500));
+    for _ in 0..3 {
+        rotate(&admins[other], &key).await;
+        version += 1;
+    }
+    receiver.becomes(Mood::Status(200));
+    let all = |seen: &[Message]| rotations(seen, &key).last() == Some(&version);
+    let seen = receiver.until("what the dead one has left", all).await;
+    assert_eq!(rotations(&seen, &key), (2..=version).collect::<Vec<_>>());
+    assert!(verified(&seen, SECRET));
+    settled(&cluster.servers[0], "ops").await;
+    assert!(delivered(&cluster.servers[0], "ops") >= 6);
 }

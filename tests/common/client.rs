@@ -117,7 +117,7 @@ pub(crate) struct Fail {
     pub(crate) code: Code,
     /// Its text.
     pub(crate) text: String,
-    /// `field: description`.
+    /// `field: description`, or of quotas `name: description`.
     pub(crate) violations: Vec<(String, String)>,
     /// Of google.rpc.ErrorInfo.
     pub(crate) reason: String,
@@ -147,6 +147,11 @@ impl From<Status> for Fail {
                 }
                 "google.rpc.ErrorInfo" => {
                     fail.reason = rpc::ErrorInfo::decode(any.value.as_slice()).unwrap().reason;
+                }
+                "google.rpc.QuotaFailure" => {
+                    let quotas = rpc::QuotaFailure::decode(any.value.as_slice()).unwrap();
+                    let all = quotas.violations.into_iter().map(|v| (v.quota_id, v.description));
+                    fail.violations.extend(all);
                 }
                 "google.rpc.RetryInfo" => fail.retry = true,
                 other => panic!("unexpected detail {other}"),

@@ -5,7 +5,7 @@
 pub(crate) mod postgres;
 
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
@@ -92,14 +92,20 @@ impl Cluster {
         self.directories.push(directory);
     }
 
-    /// Kills a server, and starts another on its state.
-    pub(crate) fn kill(&mut self, index: usize) {
+    /// Kills a server for good.
+    pub(crate) fn lose(&mut self, index: usize) -> PathBuf {
         let server = self.servers.remove(index);
         let pid = rustix::process::Pid::from_raw(server.pid().try_into().unwrap()).unwrap();
         rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
         let state = server.state.clone();
         let kept = server.stop().2;
         self.directories.extend(kept);
+        state
+    }
+
+    /// Kills a server, and starts another on its state.
+    pub(crate) fn kill(&mut self, index: usize) {
+        let state = self.lose(index);
         let config = state.join("polykey.toml").display().to_string();
         let server = Server::serve(&state, &config, &Options::default())
             .unwrap_or_else(|ended| panic!("{}", ended.output));

@@ -215,7 +215,7 @@ fn page() -> String {
         let kind =
             part.kind().filter(|kind| part.name.contains("wrappers") || kind.text.is_empty());
         let of = kind.map(|kind| format!(", kind = {}", kind.value)).unwrap_or_default();
-        let any = ["wrappers", "audit.sinks", "rates", "webhooks"];
+        let any = ["wrappers", "audit.sinks", "rates", "quotas", "webhooks"];
         let any = any.iter().find(|any| part.name.starts_with(&format!("{any}.")));
         let name = any.map_or_else(|| part.name.clone(), |any| format!("{any}.NAME"));
         let _ = writeln!(page, "## [{name}]{of}\n");

@@ -111,6 +111,32 @@ pub struct RetryInfo {
     #[prost(message, optional, tag = "1")]
     pub retry_delay: ::core::option::Option<::prost_types::Duration>,
 }
+/// Which quotas are used up.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct QuotaFailure {
+    /// Every quota that was found used up.
+    #[prost(message, repeated, tag = "1")]
+    pub violations: ::prost::alloc::vec::Vec<quota_failure::Violation>,
+}
+/// Nested message and enum types in `QuotaFailure`.
+pub mod quota_failure {
+    /// One quota that is used up.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct Violation {
+        /// What there is too much of, for instance "keys".
+        #[prost(string, tag = "1")]
+        pub subject: ::prost::alloc::string::String,
+        /// What the quota allows, and what to do.
+        #[prost(string, tag = "2")]
+        pub description: ::prost::alloc::string::String,
+        /// The name of the quota.
+        #[prost(string, tag = "5")]
+        pub quota_id: ::prost::alloc::string::String,
+        /// What the quota allows.
+        #[prost(int64, tag = "7")]
+        pub quota_value: i64,
+    }
+}
 /// What is malformed in a request.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct BadRequest {

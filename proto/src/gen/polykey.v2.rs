@@ -1975,7 +1975,8 @@ pub struct ExportAuditLogRequest {
     #[prost(uint64, tag = "2")]
     pub max_leaves: u64,
     /// Ends with the last checkpoint that covers no more than that and, with `before`, was signed by then.
-    /// Nothing is sent if there is none.
+    /// Nothing is sent if there is none; INVALID_ARGUMENT tells how many it takes if it is `max_leaves` alone that
+    /// keeps one out.
     #[prost(bool, tag = "3")]
     pub at_checkpoint: bool,
     /// With `at_checkpoint`: only leaves older than this.
@@ -2321,7 +2322,7 @@ pub struct JobRecord {
 /// One kind of work that a node does in the background. Counts are those of the node that answers, since its start.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct BackgroundWork {
-    /// What it is: a kind of job in lower case, such as `rotate`, or `sweep`, `verify` or `webhook/NAME`.
+    /// What it is: a kind of job, such as `rotate` or `end-grace`, or `sweep`, `verify`, `archive` or `webhook/NAME`.
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
     /// What is due and waits, of the first 1,000 jobs of the schedule; of a webhook, the events that it has read and
@@ -2519,7 +2520,7 @@ pub struct ReloadConfigurationResponse {
 /// What became of one part.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReloadedPart {
-    /// "certificates", "policies" or "settings" (the log's level, \[rates\] and \[telemetry\]).
+    /// "certificates", "policies" or "settings" (the log's level, \[rates\], \[quotas\] and \[telemetry\]).
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
     /// Whether it is in force now.

@@ -167,7 +167,16 @@ impl AdminService {
         let trail = &self.0.deps.trail;
         let most = (m.max_leaves > 0).then_some(m.max_leaves);
         let checkpoint = if m.at_checkpoint {
-            trail.archivable(&self.had().await?, most, before).await?
+            let had = self.had().await?;
+            let found = trail.archivable(&had, most, before).await?;
+            if found.is_none()
+                && most.is_some()
+                && let Some(least) = trail.smallest(&had, before).await?
+            {
+                let text = format!("must be at least {least}: the next checkpoint covers so many");
+                return Err(Error::invalid("max_leaves", text));
+            }
+            found
         } else {
             // Signed first: what is exported is what it covers.
             trail.checkpoint().await?

@@ -293,7 +293,10 @@ impl AdminService {
         let now = self.directory().vault().clock().now();
         let waiting = runner.waiting(WAITING).await?;
         let mut all = Vec::new();
-        for (kind, work) in runner.work().all() {
+        let archives = self.0.admin.config.audit.archive.is_some();
+        let ledger = runner.work();
+        let used = |work| archives || !std::ptr::eq(work, &ledger.archive);
+        for (kind, work) in ledger.all().filter(|(_, work)| used(*work)) {
             let seen = work.figures();
             let waiting = kind.and_then(|kind| waiting.get(&i32::from(kind)));
             let waiting = waiting.copied().unwrap_or_default();
@@ -307,7 +310,7 @@ impl AdminService {
                 last_run_at: seen.last.at.map(timestamp),
                 last_seconds: seen.last.took.as_secs_f64(),
                 last_error: seen.last.error.unwrap_or_default(),
-                next_due_at: waiting.next.map(timestamp),
+                next_due_at: waiting.next.or(seen.next).map(timestamp),
                 behind_seconds: waiting.since.map_or(0.0, |since| now.since(since).as_secs_f64()),
             });
         }
@@ -323,7 +326,7 @@ impl AdminService {
                 last_run_at: at.map(timestamp),
                 last_seconds: took.unwrap_or_default().as_secs_f64(),
                 last_error: webhook.trouble.unwrap_or_default(),
-                next_due_at: None,
+                next_due_at: webhook.next.map(timestamp),
                 behind_seconds: webhook.behind.as_secs_f64(),
             });
         }
