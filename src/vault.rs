@@ -24,7 +24,6 @@ mod tx;
 mod verify;
 mod witness;
 
-use std::ops::Bound;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -32,10 +31,7 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use polykey_hsm::{MacPurpose, Ring, Sealer};
 use polykey_proto::polykey::record::v1::{AuditEvent, CanaryRecord, HeadRecord};
-use polykey_storage::{
-    Commit, Direction, Entry, Health, KeyRange, ReadError, Revision, RowKey, Snapshot, Space,
-    Store, StoreError,
-};
+use polykey_storage::{Commit, Direction, Revision, RowKey, Space, Store, StoreError};
 
 use crate::error::Error;
 use crate::telemetry::trace::{self, Stage};

@@ -9,7 +9,8 @@ use polykey_storage::{Revision, Store, redb};
 use rustix::fs::FlockOperation;
 
 use super::restore::RestoreFailure;
-use super::{AppError, LAST_WORDS, replication};
+use super::running::LAST_WORDS;
+use super::{AppError, replication};
 #[cfg(feature = "postgres")]
 use crate::app::epoch;
 use crate::config::Config;
