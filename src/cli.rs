@@ -12,6 +12,8 @@ use clap::{Parser, Subcommand};
 mod access;
 mod admin_view;
 pub mod audit;
+mod audit_copy;
+mod audit_verify;
 mod audit_view;
 pub mod backup;
 pub mod client;

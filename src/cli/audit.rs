@@ -1,27 +1,25 @@
 //! `polykey audit`: who did what, and proof that nobody rewrote it.
 
-use std::io::{BufReader, BufWriter, Read, Write};
+use std::io::{BufReader, BufWriter, Read};
 use std::path::{Path, PathBuf};
 
 use aws_lc_rs::digest::{Context, SHA256};
-use bytes::Bytes;
 use clap::{Args, Subcommand, ValueEnum};
 use polykey_proto::polykey::v2 as pb;
-use polykey_proto::polykey::v2::export_audit_log_response::Part;
 use serde::Serialize;
 
 use super::App;
-use super::audit_view::{ArchiveView, CheckpointView, EventView, EventsView, events};
+use super::audit_copy::{Copied, checkpoint, copy, none_yet};
+use super::audit_verify::{self, VerifyArgs};
+use super::audit_view::{ArchiveView, EventView, EventsView, events};
 use super::error::{CliError, Exit};
 use super::output::{self, Human, View};
-use super::progress::Bar;
 use super::remote::{Remote, next, pages};
 use super::value::{self, When, now, timestamp};
-use crate::audit::export::{ExportWriter, named_keys, verify_export, verify_exports};
-use crate::audit::{Checkpoint, MlDsaKey, Report, Trusted, VerifyingKey};
+use crate::audit::export::verify_export;
+use crate::audit::{Report, VerifyingKey};
 use crate::client::file::{self, NewFile};
 use crate::client::rpc;
-use crate::vault::tree::{Frontier, Hash};
 
 /// How an event ended, as a filter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -96,30 +94,6 @@ fn value_hash(text: &str) -> Result<String, String> {
         .to_owned())
 }
 
-/// Arguments of `audit verify`.
-#[derive(Args, Debug)]
-pub struct VerifyArgs {
-    /// A file written by `audit export` or `audit archive`, instead of the server; or several that follow one
-    /// another, the oldest first.
-    #[arg(long = "export", value_name = "FILE", num_args = 1.., conflicts_with = "store")]
-    pub exports: Vec<PathBuf>,
-    /// An archive of what is no longer in the server's store; or several, the oldest first.
-    #[arg(long = "archive", value_name = "FILE", num_args = 1.., conflicts_with_all = ["store", "exports"])]
-    pub archives: Vec<PathBuf>,
-    /// The file of a store that no server has open, instead of the server.
-    #[arg(long, value_name = "FILE")]
-    pub store: Option<PathBuf>,
-    /// A key that signs checkpoints, Ed25519 or ML-DSA-65: base64, or a file with it; may be repeated.
-    /// Without any, the key that comes with the log is used, which proves only that the log is whole. With
-    /// one of ML-DSA, only checkpoints with both signatures count.
-    #[arg(long = "public-key", value_name = "KEY")]
-    pub public_keys: Vec<String>,
-    /// An earlier checkpoint (its note, or from `audit checkpoint -o json`) that the log must
-    /// contain; may be repeated.
-    #[arg(long = "checkpoint", value_name = "FILE")]
-    pub checkpoints: Vec<PathBuf>,
-}
-
 /// Arguments of `audit export`.
 #[derive(Args, Debug)]
 pub struct ExportArgs {
@@ -167,7 +141,7 @@ pub(super) async fn run(app: &App, command: AuditCommand) -> Result<(), CliError
                 list(app, &remote, args).await
             }
         }
-        AuditCommand::Verify(args) => verify(app, args).await,
+        AuditCommand::Verify(args) => audit_verify::verify(app, args).await,
         AuditCommand::Export(args) => export(app, &app.connect().await?, &args).await,
         AuditCommand::Checkpoint => {
             let remote = app.connect().await?;
@@ -246,16 +220,6 @@ async fn follow(app: &App, remote: &Remote, args: ListArgs) -> Result<(), CliErr
     }
 }
 
-async fn checkpoint(remote: &Remote) -> Result<CheckpointView, CliError> {
-    optional_checkpoint(remote).await?.ok_or_else(none_yet)
-}
-
-async fn optional_checkpoint(remote: &Remote) -> Result<Option<CheckpointView>, CliError> {
-    let request = pb::GetAuditCheckpointRequest {};
-    let answer = remote.read(request, rpc!(AdminServiceClient, get_audit_checkpoint)).await?;
-    Ok(answer.checkpoint.map(CheckpointView::from))
-}
-
 /// What was exported.
 #[derive(Serialize)]
 struct ExportedView {
@@ -324,7 +288,7 @@ async fn archive(app: &App, remote: &Remote, args: ArchiveArgs) -> Result<(), Cl
     };
     out.into_inner().map_err(|e| failed(e.into_error()))?.finish(file::PRIVATE).map_err(failed)?;
     let own = || VerifyingKey::parse(&copied.checkpoint.public_key);
-    let given = args.public_key.as_deref().map(key).transpose()?;
+    let given = args.public_key.as_deref().map(audit_verify::key).transpose()?;
     let keys: Vec<VerifyingKey> = given.or_else(own).into_iter().collect();
     let (report, sha256) = verified(&path, &keys).map_err(failed)?;
     let whole = report.ok() && report.leaves == copied.end && report.covered == copied.end;
@@ -395,306 +359,4 @@ async fn hash(app: &App, remote: &Remote, args: &HashArgs) -> Result<(), CliErro
     let request = pb::HashAuditValueRequest { value: value.to_vec().into() };
     let answer = remote.mutate(request, rpc!(AdminServiceClient, hash_audit_value)).await?;
     app.out.print(&HashView { hash: answer.hash })
-}
-
-/// Why a log was not copied.
-enum CopyError {
-    Read(CliError),
-    Write(std::io::Error),
-}
-
-impl From<CliError> for CopyError {
-    fn from(error: CliError) -> Self {
-        Self::Read(error)
-    }
-}
-
-impl From<std::io::Error> for CopyError {
-    fn from(error: std::io::Error) -> Self {
-        Self::Write(error)
-    }
-}
-
-impl CopyError {
-    fn at(self, path: &Path) -> CliError {
-        match self {
-            Self::Read(error) => error,
-            Self::Write(error) => CliError::file(path, &error),
-        }
-    }
-}
-
-/// What was copied.
-struct Copied {
-    first: u64,
-    end: u64,
-    checkpoint: CheckpointView,
-    root: Bytes,
-}
-
-fn none_yet() -> CliError {
-    CliError::new(Exit::NotFound, "the log has no checkpoint yet")
-        .hint("The first one is signed shortly after the first event; try again.")
-}
-
-/// Writes the log of the server as an export; `None` if there is nothing to write.
-async fn copy<W: Write>(
-    remote: &Remote,
-    request: pb::ExportAuditLogRequest,
-    out: W,
-) -> Result<Option<(W, Copied)>, CopyError> {
-    let Some(own) = optional_checkpoint(remote).await? else { return Ok(None) };
-    let broken = |what: &str| CopyError::Read(CliError::new(Exit::DataLoss, what));
-    let key = VerifyingKey::parse(&own.public_key);
-    let keys = [key.ok_or_else(|| broken("the checkpoint comes with no public key"))?];
-    let mut bar = Bar::new("leaves");
-    let mut stream = remote.stream(request, rpc!(AdminServiceClient, export_audit_log)).await?;
-    let mut out = Some(out);
-    let mut writing: Option<(ExportWriter<W>, u64)> = None;
-    let mut count = 0_u64;
-    while let Some(message) = next(&mut stream).await? {
-        match message.part {
-            Some(Part::Leaves(part)) => {
-                if let Some(out) = out.take() {
-                    let root = |root: &Bytes| root.as_ref().try_into().ok();
-                    let roots = part.subtrees.iter().map(root).collect::<Option<Vec<Hash>>>();
-                    let log = roots.and_then(|roots| Frontier::from_parts(part.first_index, roots));
-                    let log = log.ok_or_else(|| broken("the server says not what is before"))?;
-                    count = part.first_index;
-                    writing = Some((ExportWriter::behind(&log, out, &own.origin, &keys)?, count));
-                }
-                let Some((writer, _)) = writing.as_mut().filter(|_| part.first_index == count)
-                else {
-                    return Err(broken("the server left leaves out"));
-                };
-                for leaf in &part.leaves {
-                    writer.leaf(leaf)?;
-                    count += 1;
-                }
-                bar.at(count, own.tree_size);
-            }
-            Some(Part::Checkpoint(checkpoint)) => {
-                let Some((mut writer, first)) = writing else {
-                    return Err(broken("the server sent no leaves"));
-                };
-                writer.checkpoint(&checkpoint.note)?;
-                let root = checkpoint.root_hash.clone();
-                let checkpoint = CheckpointView::from(checkpoint);
-                let copied = Copied { first, end: count, checkpoint, root };
-                return Ok(Some((writer.end()?, copied)));
-            }
-            None => {}
-        }
-    }
-    match writing {
-        None => Ok(None),
-        Some(_) => Err(broken("the log ended without a checkpoint")),
-    }
-}
-
-/// What a verification found.
-#[derive(Serialize)]
-struct ReportView {
-    ok: bool,
-    origin: String,
-    leaves: u64,
-    events: u64,
-    root_hash: String,
-    checkpoints: u64,
-    /// Leaves that a signed checkpoint covers.
-    covered: u64,
-    public_keys: Vec<String>,
-    /// Whether the keys were given by the caller.
-    public_keys_pinned: bool,
-    /// Whether ML-DSA signatures were checked: only with a key for them.
-    ml_dsa_checked: bool,
-    /// Whether all that is wrong is that other keys have signed than those given.
-    wrong_key: bool,
-    findings: Vec<String>,
-    notes: Vec<String>,
-}
-
-impl View for ReportView {
-    fn human(&self) -> Human {
-        let result = match (self.ok, self.wrong_key) {
-            (true, _) => "the log is whole and signed",
-            (false, true) => "NOT VERIFIED: the public key given is not the one that signed",
-            (false, false) => "the log is DAMAGED",
-        };
-        let mut fields = vec![
-            ("result", result.to_owned()),
-            ("origin", self.origin.clone()),
-            ("leaves", format!("{} ({} signed)", self.leaves, self.covered)),
-            ("events", self.events.to_string()),
-            ("root hash", self.root_hash.clone()),
-        ];
-        fields.extend(self.public_keys.iter().map(|key| ("public key", key.clone())));
-        let second =
-            if self.ml_dsa_checked { "checked" } else { "not checked: no key for them was given" };
-        fields.push(("ML-DSA-65 signatures", second.to_owned()));
-        if self.wrong_key {
-            fields.push(("note", WRONG_KEY.to_owned()));
-        }
-        if !self.public_keys_pinned {
-            let text = "the public key came with the log; pin it with --public-key";
-            fields.push(("note", text.to_owned()));
-        }
-        fields.extend(self.notes.iter().map(|note| ("note", note.clone())));
-        fields.extend(self.findings.iter().map(|finding| ("finding", finding.clone())));
-        Human::Record(fields)
-    }
-}
-
-/// Of a log that a key that was given has not signed. Whoever writes a log anew signs it with a key of his own.
-const WRONG_KEY: &str = "`polykey audit checkpoint` prints the key of the node: compare it with what was noted when the \
-     node was set up. Give one --public-key for each key that the node has had. If this is the right key, somebody else \
-     has signed the log: it may have been written anew";
-
-/// Prints what a verification found; `keys` are those given by the caller. A log with findings, or
-/// one that nobody signed, ends with the exit code of a failed verification.
-pub(super) fn print_report(
-    app: &App,
-    report: Report,
-    keys: &[VerifyingKey],
-    (pinned, ml_dsa): (bool, bool),
-) -> Result<(), CliError> {
-    let ok = report.ok() && (report.covered > 0 || report.leaves == 0);
-    let wrong_key = pinned && report.wrong_key();
-    app.out.print(&ReportView {
-        ok,
-        origin: report.origin,
-        leaves: report.leaves,
-        events: report.events,
-        root_hash: report.root,
-        checkpoints: report.checkpoints,
-        covered: report.covered,
-        public_keys: keys.iter().map(ToString::to_string).collect(),
-        public_keys_pinned: pinned,
-        ml_dsa_checked: ml_dsa,
-        wrong_key,
-        findings: report.findings,
-        notes: report.notes,
-    })?;
-    if ok { Ok(()) } else { Err(CliError::silent(Exit::DataLoss)) }
-}
-
-/// A key that signs checkpoints: base64, or a file with it.
-pub(super) fn key(text: &str) -> Result<VerifyingKey, CliError> {
-    if let Some(key) = VerifyingKey::parse(text) {
-        return Ok(key);
-    }
-    VerifyingKey::parse(&value::text_file(Path::new(text))?).ok_or_else(|| {
-        CliError::usage(format!("{text}: no Ed25519 public key in base64"))
-            .hint("`polykey audit checkpoint` prints it.")
-    })
-}
-
-impl VerifyArgs {
-    /// The keys given, each as base64 or as a file with it.
-    ///
-    /// # Errors
-    /// One that is neither.
-    pub fn keys(&self) -> Result<(Vec<VerifyingKey>, Vec<MlDsaKey>), CliError> {
-        let (mut ed25519, mut ml_dsa) = (Vec::new(), Vec::new());
-        for text in &self.public_keys {
-            let file = || value::text_file(Path::new(text)).ok();
-            let second = MlDsaKey::parse(text);
-            match second.or_else(|| MlDsaKey::parse(&file()?)) {
-                Some(key) => ml_dsa.push(key),
-                None => ed25519.push(key(text)?),
-            }
-        }
-        Ok((ed25519, ml_dsa))
-    }
-
-    /// The checkpoints given, each as its note or as JSON of `audit checkpoint`.
-    ///
-    /// # Errors
-    /// One that is neither.
-    pub fn kept(&self) -> Result<Vec<Checkpoint>, CliError> {
-        let kept = |path: &PathBuf| {
-            let text = value::text_file(path)?;
-            let json = serde_json::from_str::<CheckpointView>(&text).ok();
-            let note = json.map_or(text, |checkpoint| checkpoint.note);
-            Checkpoint::parse(&note).ok_or_else(|| {
-                CliError::usage(format!("{}: not a checkpoint", path.display()))
-                    .hint("It is written by `polykey audit checkpoint -o json`.")
-            })
-        };
-        self.checkpoints.iter().map(kept).collect()
-    }
-}
-
-/// Opens a file to be verified.
-fn open(path: &Path) -> std::io::Result<BufReader<Box<dyn Read + Send>>> {
-    let named = |error: std::io::Error| {
-        std::io::Error::new(error.kind(), format!("{}: {error}", path.display()))
-    };
-    let file = std::fs::File::open(path).map_err(named)?;
-    Ok(BufReader::new(Box::new(file)))
-}
-
-fn unreadable(error: &std::io::Error) -> CliError {
-    let exit = match error.kind() {
-        std::io::ErrorKind::InvalidData => Exit::DataLoss,
-        _ => Exit::Usage,
-    };
-    CliError::new(exit, error.to_string())
-}
-
-async fn verify(app: &App, args: VerifyArgs) -> Result<(), CliError> {
-    let ((given, ml_dsa), kept) = (args.keys()?, args.kept()?);
-    let pinned = !given.is_empty();
-    let how = (pinned, !ml_dsa.is_empty());
-    if let Some(first) = args.exports.first() {
-        let failed = |error: std::io::Error| unreadable(&error);
-        let named = |error: std::io::Error| {
-            let text = format!("{}: {error}", first.display());
-            CliError::new(Exit::DataLoss, text)
-        };
-        let keys = if pinned {
-            given
-        } else {
-            named_keys(&mut open(first).map_err(failed)?).map_err(named)?
-        };
-        let files = args.exports.iter().map(|path| open(path));
-        let trusted = Trusted { ed25519: &keys, ml_dsa: &ml_dsa };
-        let report = verify_exports(files, trusted, &kept).map_err(failed)?;
-        return print_report(app, report, &keys, how);
-    }
-    let remote = app.connect().await?;
-    let own = || async {
-        let key = checkpoint(&remote).await?.public_key;
-        Ok::<_, CliError>(VerifyingKey::parse(&key).into_iter().collect())
-    };
-    let keys: Vec<VerifyingKey> = if pinned { given } else { own().await? };
-    let local = |error: std::io::Error| CliError::file(Path::new("pipe"), &error);
-    // The log goes straight from the server into the same verification as that of a file.
-    let (reader, writer) = std::io::pipe().map_err(local)?;
-    let verification = {
-        let (keys, archives) = (keys.clone(), args.archives);
-        let live = BufReader::new(Box::new(reader) as Box<dyn Read + Send>);
-        tokio::task::spawn_blocking(move || {
-            let before = archives.iter().map(|path| open(path));
-            let trusted = Trusted { ed25519: &keys, ml_dsa: &ml_dsa };
-            verify_exports(before.chain([Ok(live)]), trusted, &kept)
-        })
-    };
-    let request = pb::ExportAuditLogRequest::default();
-    let copied = copy(&remote, request, BufWriter::new(writer)).await;
-    let copied = match copied {
-        Ok(None) => return Err(none_yet()),
-        Ok(Some((out, _))) => {
-            out.into_inner().map(drop).map_err(|e| CopyError::Write(e.into_error()))
-        }
-        Err(error) => Err(error),
-    };
-    let report = verification.await.map_err(|e| local(e.into()))?.map_err(|e| unreadable(&e))?;
-    match copied {
-        Err(CopyError::Read(error)) => Err(error),
-        // The verification may have seen enough before the end.
-        Err(CopyError::Write(_)) if !report.ok() => print_report(app, report, &keys, how),
-        Err(CopyError::Write(error)) => Err(local(error)),
-        Ok(()) => print_report(app, report, &keys, how),
-    }
 }

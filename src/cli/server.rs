@@ -23,7 +23,7 @@ use serde::Serialize;
 
 use super::error::{CliError, Exit};
 use super::output::{Human, View};
-use super::{App as Cli, audit};
+use super::{App as Cli, audit_verify};
 use crate::app::{self, AppError, Fault};
 use crate::audit::{Trusted, verify_clear};
 use crate::config::{Config, Tolerate};
@@ -166,7 +166,10 @@ pub(super) fn check(cli: &Cli, args: CheckArgs) -> Result<(), CliError> {
 ///
 /// # Errors
 /// [`Exit::DataLoss`] if the log is not whole, [`Exit::Conflict`] if the store is in use.
-pub(super) fn audit_verify_store(cli: &Cli, args: audit::VerifyArgs) -> Result<(), CliError> {
+pub(super) fn audit_verify_store(
+    cli: &Cli,
+    args: audit_verify::VerifyArgs,
+) -> Result<(), CliError> {
     let ((keys, ml_dsa), kept) = (args.keys()?, args.kept()?);
     let path = args.store.unwrap_or_default();
     if keys.is_empty() {
@@ -194,5 +197,5 @@ pub(super) fn audit_verify_store(cli: &Cli, args: audit::VerifyArgs) -> Result<(
             .await?,
         )
     })?;
-    audit::print_report(cli, report, &keys, (true, !ml_dsa.is_empty()))
+    audit_verify::print_report(cli, report, &keys, (true, !ml_dsa.is_empty()))
 }

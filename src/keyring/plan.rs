@@ -1,6 +1,8 @@
 //! How a change is carried out: authorize, plan into one transaction, commit, and again if
 //! somebody else was faster.
 
+mod changes;
+
 use std::collections::BTreeSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
@@ -14,22 +16,19 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::create::Made;
 use super::idempotency::Idempotency;
-use super::notice;
 use super::owned::Place;
 use super::resident::is_resident;
 use super::rows::{claim_alias, release_alias, schedule, unschedule, write_list_rows};
 use super::{Key, KeyVersion, Keyring};
 use crate::authz::{Action, Authorized, Command};
-use crate::command::{
-    DeleteAlias, Expiry, Mutation, RevokeKey, ScheduleDestruction, SetAlias, SetBounds,
-    TrimVersions, UpdateKey, part,
-};
+use crate::command::{DeleteAlias, Mutation, SetAlias, SetBounds, TrimVersions, part};
 use crate::context::Context;
 use crate::error::Error;
 use crate::key::{self, KeyId, KeyName, Version, version_row};
 use crate::time::Time;
 use crate::vault::{Receipt, Tx};
-use crate::webhook::{EFFECTIVE_AT, NOTIFIES};
+use changes::{destroy, expect, resume_promotion, revoke, update};
+pub(super) use changes::{next_rotation, revocation_details};
 
 /// How often a change is tried again when the key changed under it.
 const ATTEMPTS: usize = 16;
@@ -568,156 +567,4 @@ impl Keyring {
         }
         Ok(())
     }
-}
-
-/// When a key rotates next: a period after its newest version was due, spread by up to a
-/// twentieth of the period so that keys made together do not rotate together.
-pub(super) fn next_rotation(id: KeyId, record: &KeyRecord, now: Time) -> Time {
-    let period = record.rotation_period_seconds;
-    let [.., a, b] = id.bytes();
-    let spread = period / 20 * i64::from(u16::from_be_bytes([a, b])) / 65_536;
-    now.plus_seconds(period - spread)
-}
-
-/// Puts the promotion of a staged version back on the schedule: its time may have come while the
-/// key could not be used, and then it is due at once.
-fn resume_promotion(tx: &mut Tx<'_>, after: &KeyRecord, id: KeyId) -> Result<(), Error> {
-    match Time::optional(after.staged_promote_at) {
-        Some(at) if after.staged_version != 0 => schedule(tx, Kind::Promote, at, id, 0),
-        _ => Ok(()),
-    }
-}
-
-fn expect(key: &Key, revision: Option<u64>) -> Result<(), Error> {
-    match revision {
-        Some(expected) if expected != key.record.revision => Err(Error::Conflict),
-        _ => Ok(()),
-    }
-}
-
-fn revoke(
-    tx: &mut Tx<'_>,
-    key: &Key,
-    permit: &Authorized<&RevokeKey>,
-    now: Time,
-) -> Result<KeyRecord, Error> {
-    let RevokeKey { reason, at, notify, .. } = permit.command();
-    let mut after = key.record.clone();
-    unschedule(tx, Kind::Revoke, key.record.revoke_at, key.id, 0);
-    let at = at.unwrap_or(now);
-    key::revoke(&mut after, at, reason, now).map_err(Error::State)?;
-    // Who has asked for it once is not to be left out because of somebody who was faster.
-    after.revocation_notifies |= notify;
-    if after.state() == State::Revoked {
-        unschedule(tx, Kind::Rotate, key.record.next_rotation_at, key.id, 0);
-        unschedule(tx, Kind::Promote, key.record.staged_promote_at, key.id, 0);
-    } else {
-        schedule(tx, Kind::Revoke, at, key.id, 0)?;
-    }
-    Ok(after)
-}
-
-/// What the event of a revocation tells: when it takes effect, if not at once, and to the systems that are told
-/// the reason.
-pub(super) fn revocation_details(event: &mut AuditEvent, after: &KeyRecord) {
-    if after.state() != State::Revoked
-        && let Some(at) = Time::optional(after.revoke_at)
-    {
-        event.details.insert(EFFECTIVE_AT.into(), at.to_string());
-    }
-    if after.revocation_notifies {
-        event.details.insert(NOTIFIES.into(), "yes".into());
-        let reason = crate::audit::event::bounded(&after.revocation_reason).into_owned();
-        event.details.insert("reason".into(), reason);
-    }
-}
-
-fn destroy(
-    tx: &mut Tx<'_>,
-    key: &Key,
-    permit: &Authorized<&ScheduleDestruction>,
-    now: Time,
-) -> Result<KeyRecord, Error> {
-    let mut after = key.record.clone();
-    key::schedule_destruction(&mut after, permit.command().days, now).map_err(Error::State)?;
-    unschedule(tx, Kind::Rotate, key.record.next_rotation_at, key.id, 0);
-    schedule(tx, Kind::Destroy, Time::from_micros(after.destroy_at), key.id, 0)?;
-    Ok(after)
-}
-
-fn update(tx: &mut Tx<'_>, key: &Key, command: &UpdateKey, now: Time) -> Result<KeyRecord, Error> {
-    key::may_change(&key.record, now).map_err(Error::State)?;
-    let UpdateKey {
-        key: _,
-        description,
-        tags_set,
-        tags_removed,
-        contexts_added,
-        contexts_removed,
-        policies_set,
-        policies_removed,
-        expires_at,
-        classification,
-        rotation_period,
-        expected: _,
-    } = command;
-    let mut after = key.record.clone();
-    if let Some(description) = description {
-        after.description.clone_from(description);
-    }
-    for name in tags_removed {
-        after.tags.remove(name);
-    }
-    after.tags.extend(tags_set.clone());
-    after.authorized_contexts.retain(|c| !contexts_removed.contains(c));
-    for context in contexts_added {
-        if !after.authorized_contexts.contains(context) {
-            after.authorized_contexts.push(context.clone());
-        }
-    }
-    for name in policies_removed {
-        after.access_policies.remove(name);
-    }
-    after.access_policies.extend(policies_set.clone());
-    match expires_at {
-        Some(Expiry::At(at)) => after.expires_at = at.micros(),
-        Some(Expiry::Never) => after.expires_at = 0,
-        None => {}
-    }
-    if after.expires_at != key.record.expires_at {
-        notice::disarm(tx, &key.record, key.id, now);
-        notice::arm(tx, &after, key.id, now)?;
-    }
-    if let Some(classification) = classification {
-        after.data_classification.clone_from(classification);
-    }
-    if expires_at.is_some() && after.state() == State::Enabled {
-        // What came due while the key was expired was left out.
-        resume_promotion(tx, &after, key.id)?;
-        if after.rotation_period_seconds > 0 && after.next_rotation_at == 0 {
-            let due = next_rotation(key.id, &after, now);
-            after.next_rotation_at = due.micros();
-            schedule(tx, Kind::Rotate, due, key.id, 0)?;
-        }
-    }
-    if let Some(period) = rotation_period {
-        if *period > 0 {
-            super::rotate::rotates_itself(&after, "rotation_period_seconds")?;
-        }
-        after.rotation_period_seconds = *period;
-        unschedule(tx, Kind::Rotate, after.next_rotation_at, key.id, 0);
-        unschedule(tx, Kind::Rotate, key.record.next_rotation_at, key.id, 0);
-        after.next_rotation_at = 0;
-        if *period > 0 && after.state() == State::Enabled {
-            let due = next_rotation(key.id, &after, now);
-            after.next_rotation_at = due.micros();
-            schedule(tx, Kind::Rotate, due, key.id, 0)?;
-        }
-    }
-    // The limits hold for the result, not for the request alone.
-    let mut v = crate::limits::Violations::new();
-    crate::limits::tags(&mut v, "tags_to_add", &after.tags);
-    crate::limits::contexts(&mut v, "contexts_to_add", &after.authorized_contexts);
-    v.finish()?;
-    Ok(after)
 }

@@ -6,7 +6,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::super::App as Cli;
-use super::super::audit;
+use super::super::audit_verify;
 use super::super::error::CliError;
 use super::super::output::{Human, View};
 use super::copy::{database, is_database};
@@ -39,8 +39,11 @@ impl RecoveryArgs {
         if self.key.is_none() && self.shares.is_empty() {
             return Ok(None);
         }
-        let signers =
-            self.public_keys.iter().map(|text| audit::key(text)).collect::<Result<_, _>>()?;
+        let signers = self
+            .public_keys
+            .iter()
+            .map(|text| audit_verify::key(text))
+            .collect::<Result<_, _>>()?;
         let key = recovery_key(self.key.as_deref(), &self.shares)?;
         Ok(Some(Recovery { key, signers }))
     }
