@@ -1,6 +1,7 @@
 //! Whole nodes on directories of their own: first starts that break off, restarts, refusals.
 
 use std::fs;
+use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::SystemTime;

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicUsize;
 use parking_lot::Mutex;
 use polykey_proto::polykey::record::v1::{AliasRecord, AuditLeaf, RoleRecord};
 use polykey_storage::memory::Memory;
-use polykey_storage::{NoFinish, all};
+use polykey_storage::{Health, NoFinish, ReadError, Snapshot, all};
 
 use super::faulty::{Dies, Faulty};
 use super::*;
