@@ -30,7 +30,7 @@ build-local: ## 7 / 1 | debug build
 	$(CARGO) build $(FEATURES)
 
 .PHONY: build
-build: ## 8 / 1 | release build: target/release/polykey
+build: ## 8 / 1 | release build, for trying it out: target/release/polykey (make dist makes what is fast)
 	$(CARGO) build --release $(FEATURES)
 
 .PHONY: dist
