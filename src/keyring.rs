@@ -45,7 +45,7 @@ use crate::context::Context;
 use crate::custody::{Backends, Tokens};
 use crate::error::{Error, Reason};
 use crate::key::{self, KeyId, KeyName, KeyState, Version, VersionState, version_row};
-use crate::quotas::Quotas;
+use crate::quotas::{Quota, Quotas};
 use crate::telemetry::trace::{self, Stage};
 use crate::time::Time;
 use crate::vault::{Invalidate, Room, Tx, Vault, space};
@@ -298,6 +298,15 @@ impl Keyring {
     #[must_use]
     pub fn quotas(&self) -> &Quotas {
         &self.quotas
+    }
+
+    /// Puts rules of quotas in force. Where they differ from those before, what clients have is counted anew:
+    /// it was followed only for those that a rule was about.
+    pub fn limit(&self, rules: &[Quota]) {
+        if *self.quotas.rules() != rules {
+            self.quotas.limit(rules);
+            self.caches.owned.clear();
+        }
     }
 
     /// The vault underneath.

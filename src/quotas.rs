@@ -41,8 +41,14 @@ pub struct Quotas {
 }
 
 impl Quotas {
-    /// Puts rules in force. What clients have stays counted.
-    pub fn limit(&self, rules: &[Quota]) {
+    /// The rules in force.
+    #[must_use]
+    pub fn rules(&self) -> Arc<Vec<Quota>> {
+        self.rules.load_full()
+    }
+
+    /// Puts rules in force.
+    pub(crate) fn limit(&self, rules: &[Quota]) {
         let mut refused = self.refused.lock();
         for rule in rules {
             refused.entry(rule.name.clone()).or_default();

@@ -481,6 +481,15 @@ impl Vault {
         self.submit(Commit::new(), events, 0, u32::MAX).await
     }
 
+    /// Waits until every change that was on its way is decided, whoever has gone away from it.
+    ///
+    /// # Errors
+    /// As [`Tx::commit`].
+    pub(crate) async fn decided(&self) -> Result<(), Error> {
+        // The writer takes them in turn.
+        self.sequencer.submit(Commit::new(), Vec::new(), 0, u32::MAX).await.map(drop)
+    }
+
     /// Has requests wait for, or be refused by, the freshness of what is remembered here. Once, before
     /// anything is served.
     pub fn set_freshness(&self, freshness: Arc<Freshness>) {

@@ -42,8 +42,8 @@ struct Work {
     /// When the write began that goes on.
     writing: Option<Instant>,
     anchored: Option<(Revision, Time)>,
-    /// The counter of the head that is anchored.
-    counter: Option<u64>,
+    /// The counter of the head that is anchored, and when it was written.
+    counter: Option<(u64, Instant)>,
     trouble: Option<String>,
     stop: bool,
 }
@@ -199,7 +199,11 @@ impl Shared {
     /// Whether there is anything to write.
     fn begin(&self, counter: u64) -> bool {
         let mut work = self.work.lock();
-        if work.counter == Some(counter) && work.trouble.is_none() {
+        let there = work.counter.is_some_and(|(anchored, written)| {
+            let lasts = self.medium.refreshed().is_none_or(|after| written.elapsed() < after);
+            anchored == counter && lasts
+        });
+        if there && work.trouble.is_none() {
             return false;
         }
         work.writing = Some(Instant::now());
@@ -213,7 +217,7 @@ impl Shared {
         match written {
             Ok(()) => {
                 work.anchored = Some((anchored.mark.revision, anchored.at));
-                work.counter = Some(anchored.mark.counter);
+                work.counter = Some((anchored.mark.counter, Instant::now()));
                 if work.trouble.take().is_some() {
                     let revision = anchored.mark.revision.0;
                     tracing::info!(%medium, revision, "the anchor is written again");

@@ -17,6 +17,8 @@ const CALL: Duration = Duration::from_secs(5);
 const FILE_REST: Duration = Duration::from_millis(500);
 /// The same for a token, whose memory wears out.
 const TOKEN_REST: Duration = Duration::from_secs(10);
+/// A standby that lagged, or a backup, may have taken the place of the database.
+const TARGET_REFRESH: Duration = Duration::from_secs(30);
 
 /// Where an anchor is kept.
 #[derive(Clone, Debug)]
@@ -85,6 +87,11 @@ impl Medium {
             }
             Self::Target(target) => target.replace(text),
         }
+    }
+
+    /// After how long it is written once more, though nothing has changed: a database may be another one by then.
+    pub(super) fn refreshed(&self) -> Option<Duration> {
+        matches!(self, Self::Target(_)).then_some(TARGET_REFRESH)
     }
 
     /// How often it is looked whether there is something new to write, where nobody waits for it.

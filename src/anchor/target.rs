@@ -65,16 +65,22 @@ impl std::fmt::Debug for Target {
     }
 }
 
-/// What another version or a setting has to mend is not what another try may find.
+/// What another version, a right or a setting has to mend is not what another try may find.
+fn of_database(error: &StoreError, said: String) -> io::Error {
+    let away = matches!(error, StoreError::Unreachable(_) | StoreError::Contended(_));
+    io::Error::new(if away { io::ErrorKind::NotConnected } else { io::ErrorKind::Other }, said)
+}
+
 fn unopened(error: OpenError) -> io::Error {
-    let kind = match &error {
-        OpenError::Store { error: StoreError::NotDurable(_), .. } => io::ErrorKind::Other,
-        OpenError::Store { .. } => io::ErrorKind::NotConnected,
-        _ => io::ErrorKind::Other,
-    };
-    io::Error::new(kind, error.to_string())
+    match &error {
+        OpenError::Store { error: why, .. } => of_database(why, error.to_string()),
+        _ => io::Error::other(error.to_string()),
+    }
 }
 
 fn failed(error: ReadError) -> io::Error {
-    io::Error::new(io::ErrorKind::NotConnected, error.to_string())
+    match &error {
+        ReadError::Store(why) => of_database(why, error.to_string()),
+        _ => io::Error::new(io::ErrorKind::NotConnected, error.to_string()),
+    }
 }

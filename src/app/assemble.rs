@@ -317,7 +317,7 @@ impl App {
         );
         let tokens = Tokens::new(config.hardened.as_ref(), &wrappers);
         let keyring = keyring.with_backends(Arc::clone(&backends)).with_tokens(tokens);
-        keyring.quotas().limit(&config.quotas);
+        keyring.limit(&config.quotas);
         let keyring = Arc::new(keyring);
         let jobs = Runner::new(Arc::clone(&vault), alarm, handler(&keyring, &directory, &clock));
         jobs.resume().await?;

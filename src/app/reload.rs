@@ -82,7 +82,7 @@ impl App {
         if self.authenticator.rates().rules() != fresh.rates {
             self.authenticator.limit(&fresh.rates);
         }
-        self.keyring.quotas().limit(&fresh.quotas);
+        self.keyring.limit(&fresh.quotas);
         Ok(())
     }
 

@@ -54,10 +54,11 @@ impl Report {
         self.findings.is_empty()
     }
 
-    /// Whether all that is wrong is that other keys have signed the log than those that were given.
+    /// Whether all that is wrong is that other keys have signed the log than those that were given, which have
+    /// signed nothing of it.
     #[must_use]
     pub fn wrong_key(&self) -> bool {
-        self.foreign > 0 && self.found == self.foreign
+        self.foreign > 0 && self.found == self.foreign && self.covered == 0
     }
 
     pub(super) fn find(&mut self, text: String) {

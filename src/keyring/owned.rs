@@ -21,6 +21,9 @@ use crate::vault::{Loaded, Vault, space};
 const STEP: usize = 512;
 /// Looks at the store for one key: each after the first because keys have changed during the one before.
 const LOOKS: usize = 16;
+/// Keys of others that are remembered as such, and how many more may be in doubt than a client has: whatever is
+/// shared with it changes its rows, too.
+const OTHERS: usize = 10_000;
 
 /// The first part of a client's list rows.
 type Prefix = [u8; 16];
@@ -35,8 +38,8 @@ pub(super) struct Owned {
 #[derive(Debug, Default)]
 struct Owner {
     keys: Mutex<Keys>,
-    /// Held by whoever reads the store for it, so that one reads for all who wait.
-    looking: tokio::sync::Mutex<()>,
+    /// Held by what reads the store for it, so that one reads for all who wait.
+    looking: Arc<tokio::sync::Mutex<()>>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -50,7 +53,7 @@ enum Known {
     Yes,
 }
 
-/// No id is in two of the three.
+/// No id is in two of the four.
 #[derive(Debug, Default)]
 struct Keys {
     known: Known,
@@ -60,14 +63,25 @@ struct Keys {
     doubtful: HashMap<KeyId, u64>,
     /// Being made here, with how many changes were told of each.
     making: HashMap<KeyId, u32>,
+    /// Created by somebody else, which no change changes.
+    others: HashSet<KeyId>,
     changes: u64,
+    /// The making of one in doubt was given up: its commit may be on its way still.
+    given_up: bool,
 }
 
 impl Keys {
     fn doubt(&mut self, id: KeyId) {
+        if self.others.contains(&id) {
+            return;
+        }
         self.live.remove(&id);
         self.changes += 1;
         self.doubtful.insert(id, self.changes);
+        if self.doubtful.len() > self.live.len().saturating_add(OTHERS) {
+            // To be read anew costs less than all that.
+            self.forget();
+        }
     }
 
     fn changed(&mut self, id: KeyId) {
@@ -82,14 +96,21 @@ impl Keys {
         self.known = Known::No;
         self.live = HashSet::new();
         self.doubtful = HashMap::new();
+        self.others = HashSet::new();
     }
 
     /// Takes in what was read of a key while `change` was the last of it.
-    fn settle(&mut self, id: KeyId, change: u64, exists: bool) {
+    fn settle(&mut self, id: KeyId, change: u64, found: Stored) {
         if self.doubtful.get(&id) == Some(&change) {
             self.doubtful.remove(&id);
-            if exists {
-                self.live.insert(id);
+            match found {
+                Stored::Counts => {
+                    self.live.insert(id);
+                }
+                Stored::OfAnother if self.others.len() < OTHERS => {
+                    self.others.insert(id);
+                }
+                Stored::OfAnother | Stored::No => {}
             }
         }
     }
@@ -122,8 +143,11 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let mut keys = self.owner.keys.lock();
-        if keys.making.remove(&self.id).is_some() && keys.known != Known::No {
-            keys.doubt(self.id);
+        if keys.making.remove(&self.id).is_some() {
+            keys.given_up = true;
+            if keys.known != Known::No {
+                keys.doubt(self.id);
+            }
         }
     }
 }
@@ -135,15 +159,22 @@ enum Taken {
     Unknown,
 }
 
+/// What a key is to the count of a client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stored {
+    Counts,
+    OfAnother,
+    /// Destroyed, or not there.
+    No,
+}
+
 /// Whether a stored key counts. One that does not open is known to be nobody's.
-fn exists(loaded: Result<Option<Loaded<KeyRecord>>, Error>, client: &str) -> Result<bool, Error> {
+fn counts(loaded: Result<Option<Loaded<KeyRecord>>, Error>, client: &str) -> Result<Stored, Error> {
     match loaded {
-        Ok(Some(loaded)) => {
-            let record = &loaded.record;
-            Ok(record.creator == client && record.state() != State::Destroyed)
-        }
+        Ok(Some(loaded)) if loaded.record.creator != client => Ok(Stored::OfAnother),
+        Ok(Some(loaded)) if loaded.record.state() != State::Destroyed => Ok(Stored::Counts),
         Err(error @ Error::Unavailable { .. }) => Err(error),
-        Ok(None) | Err(_) => Ok(false),
+        Ok(_) | Err(_) => Ok(Stored::No),
     }
 }
 
@@ -166,6 +197,11 @@ impl Owner {
 
     /// Reads what is not known. Called by one at a time.
     async fn look(&self, vault: &Vault, client: &str) -> Result<(), Error> {
+        let given_up = std::mem::take(&mut self.keys.lock().given_up);
+        if given_up && let Err(error) = vault.decided().await {
+            self.keys.lock().given_up = true;
+            return Err(error);
+        }
         let known = {
             let mut keys = self.keys.lock();
             if keys.known != Known::Yes {
@@ -196,7 +232,7 @@ impl Owner {
             let ids: Vec<KeyId> = ids.collect();
             let found = stored(vault, client, &ids).await?;
             let mut keys = self.keys.lock();
-            for (id, _) in ids.into_iter().zip(found).filter(|(_, exists)| *exists) {
+            for (id, _) in ids.into_iter().zip(found).filter(|(_, it)| *it == Stored::Counts) {
                 if !keys.doubtful.contains_key(&id) && !keys.making.contains_key(&id) {
                     keys.live.insert(id);
                 }
@@ -224,20 +260,20 @@ impl Owner {
             let ids: Vec<KeyId> = some.iter().map(|(id, _)| *id).collect();
             let found = stored(vault, client, &ids).await?;
             let mut keys = self.keys.lock();
-            for ((id, change), exists) in some.iter().zip(found) {
-                keys.settle(*id, *change, exists);
+            for ((id, change), found) in some.iter().zip(found) {
+                keys.settle(*id, *change, found);
             }
         }
         Ok(())
     }
 }
 
-/// Whether each of these keys, whose ids ascend, counts.
-async fn stored(vault: &Vault, client: &str, ids: &[KeyId]) -> Result<Vec<bool>, Error> {
+/// What each of these keys, whose ids ascend, is to the count of a client.
+async fn stored(vault: &Vault, client: &str, ids: &[KeyId]) -> Result<Vec<Stored>, Error> {
     let at = vault.steady().await?;
     let rows: Vec<Vec<u8>> = ids.iter().map(|id| id.bytes().to_vec()).collect();
     let loaded = vault.get_many::<KeyRecord>(&at, &rows).await?;
-    loaded.into_iter().map(|loaded| exists(loaded, client)).collect()
+    loaded.into_iter().map(|loaded| counts(loaded, client)).collect()
 }
 
 impl Owned {
@@ -254,7 +290,7 @@ impl Owned {
     /// [`Error::Unavailable`] if the store cannot be read.
     pub(super) async fn place(
         &self,
-        vault: &Vault,
+        vault: &Arc<Vault>,
         client: &str,
         most: usize,
         id: KeyId,
@@ -265,9 +301,19 @@ impl Owned {
             match owner.take(id, most) {
                 Taken::Place(place) => return Ok(Some(place)),
                 Taken::Full => return Ok(None),
-                Taken::Unknown if looking.is_none() => looking = Some(owner.looking.lock().await),
-                Taken::Unknown => owner.look(vault, client).await?,
+                Taken::Unknown => {}
             }
+            let Some(held) = looking.take() else {
+                looking = Some(Arc::clone(&owner.looking).lock_owned().await);
+                continue;
+            };
+            // A task of its own: it ends, and is of use, whoever has gone away meanwhile.
+            let (reader, vault, client) =
+                (Arc::clone(&owner), Arc::clone(vault), client.to_owned());
+            let look = tokio::spawn(async move { (reader.look(&vault, &client).await, held) });
+            let (looked, held) = look.await.map_err(|error| Error::internal(error.to_string()))?;
+            looked?;
+            looking = Some(held);
         }
         Err(Error::unavailable("the keys of a client change faster than they are counted"))
     }

@@ -22,6 +22,7 @@ use crate::command::{
 };
 use crate::context::Caller;
 use crate::time::Clock;
+use crate::vault::faulty::{Dies, Faulty};
 
 mod edges;
 mod hardened;
@@ -56,6 +57,23 @@ impl Node {
             clock.clone(),
         );
         Self::of(Arc::new(vault.await.unwrap()), caches, clock, finish).await
+    }
+
+    /// Over a store that fails or is slow when it is told to.
+    async fn over_faulty(finish: impl FnOnce(Keyring) -> Keyring) -> (Self, Arc<Faulty>) {
+        let clock = Clock::manual(START);
+        let caches = Arc::new(KeyCaches::new(1024));
+        let memory: Arc<dyn polykey_storage::Store> = Arc::new(Memory::new().unwrap());
+        let faulty = Arc::new(Faulty::new(memory, u64::MAX, Dies::Before, false));
+        let vault = Vault::create(
+            Arc::clone(&faulty) as _,
+            Ring::generate([7; 16]).unwrap(),
+            [7; 16],
+            Vec::new(),
+            Arc::clone(&caches) as _,
+            clock.clone(),
+        );
+        (Self::of(Arc::new(vault.await.unwrap()), caches, clock, finish).await, faulty)
     }
 
     async fn of(

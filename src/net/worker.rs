@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -211,7 +212,7 @@ async fn serve_connection<S, E>(
         pin!(sleep_until(config.max_age.map_or(forever, |age| Instant::now() + jittered(age))));
     let mut end = pin!(sleep_until(forever));
     let mut silence = pin!(sleep_until(forever));
-    let mut leaving = false;
+    let (mut leaving, mut draining) = (false, false);
     loop {
         let grace = tokio::select! {
             biased;
@@ -224,23 +225,31 @@ async fn serve_connection<S, E>(
             () = &mut end => break,
             _ = serving.as_mut() => break,
             () = &mut silence => {
+                // What has just been read is counted once it has begun.
+                tokio::task::yield_now().await;
+                let ended = serving.as_mut().now_or_never().is_some();
+                tokio::task::yield_now().await;
                 // Whoever has asked for nothing and does not answer the goodbye is suspended, or gone.
-                if connection.requests_in_flight() == 0 {
+                if ended || connection.requests_in_flight() == 0 {
                     break;
                 }
                 silence.as_mut().reset(Instant::now() + SILENCE);
                 continue;
             }
             // The drain's own deadline is `abort`.
-            () = shared.drain.cancelled(), if !leaving => None,
+            () = shared.drain.cancelled(), if !draining => {
+                draining = true;
+                silence.as_mut().reset(Instant::now() + SILENCE);
+                None
+            }
             () = connection.retired.cancelled(), if !leaving => Some(RETIRE_GRACE),
             () = &mut age, if !leaving => Some(config.max_age_grace),
         };
-        leaving = true;
-        serving.as_mut().graceful_shutdown();
-        match grace {
-            Some(grace) => end.as_mut().reset(Instant::now() + grace),
-            None => silence.as_mut().reset(Instant::now() + SILENCE),
+        if !std::mem::replace(&mut leaving, true) {
+            serving.as_mut().graceful_shutdown();
+        }
+        if let Some(grace) = grace {
+            end.as_mut().reset(Instant::now() + grace);
         }
     }
     // Requests still running on this connection see themselves cut off.

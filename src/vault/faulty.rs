@@ -26,16 +26,23 @@ pub(crate) struct Faulty {
     dies: Dies,
     /// Whether reopening works, once; the commits after it do too.
     heals: bool,
+    /// While it is held, a commit lasts.
+    slow: parking_lot::Mutex<()>,
 }
 
 impl Faulty {
     pub(crate) fn new(inner: Arc<dyn Store>, last: u64, dies: Dies, heals: bool) -> Self {
         let (commits, last) = (AtomicU64::new(0), AtomicU64::new(last));
-        Self { inner, commits, last, dies, heals }
+        Self { inner, commits, last, dies, heals, slow: parking_lot::Mutex::default() }
     }
 
     pub(crate) fn commits(&self) -> u64 {
         self.commits.load(Ordering::SeqCst)
+    }
+
+    /// Has each commit last until this is dropped.
+    pub(crate) fn hold(&self) -> parking_lot::MutexGuard<'_, ()> {
+        self.slow.lock()
     }
 
     /// Dies within the next commit.
@@ -69,6 +76,7 @@ impl Store for Faulty {
                 return Err(CommitError::ReadOnly);
             }
             let number = self.commits.fetch_add(1, Ordering::SeqCst) + 1;
+            drop(self.slow.lock());
             let last = self.last.load(Ordering::SeqCst);
             if number > last && self.dies == Dies::Before {
                 return Err(CommitError::OutcomeUnknown(Self::error()));

@@ -27,7 +27,7 @@ fn refused(result: Result<Done, Error>) -> (String, u32) {
 impl Node {
     async fn limited(keys: u32) -> Self {
         let node = Self::new().await;
-        node.keyring.quotas().limit(&[quota("few", keys)]);
+        node.keyring.limit(&[quota("few", keys)]);
         node
     }
 
@@ -65,7 +65,7 @@ async fn many_who_create_at_once_get_exactly_what_the_quota_gives() {
     for _ in 0..3 {
         node.key(&node.cx("a", "user")).await;
     }
-    node.keyring.quotas().limit(&[quota("many", 100), quota("few", 20)]);
+    node.keyring.limit(&[quota("many", 100), quota("few", 20)]);
     let creators = (0..32).map(|_| {
         let node = Arc::clone(&node);
         tokio::spawn(async move { node.fill("a").await })
@@ -118,9 +118,9 @@ async fn what_is_read_anew_is_what_was_counted() {
 async fn what_other_nodes_do_is_counted_once_it_is_told() {
     let node = Node::limited(2).await;
     let first = node.key(&node.cx("a", "user")).await;
-    node.keyring.quotas().limit(&[]);
+    node.keyring.limit(&[]);
     let other = node.key(&node.cx("a", "user")).await;
-    node.keyring.quotas().limit(&[quota("few", 2)]);
+    node.keyring.limit(&[quota("few", 2)]);
     // Told again, and of a key that is not there: nothing counts twice.
     let prefix = rows::list_prefix(&node.keyring.vault, "a");
     for id in [first, other, other, KeyId::mint(START)] {
@@ -175,6 +175,49 @@ async fn a_creation_that_is_given_up_counts_if_it_was_made() {
     assert_eq!(node.keys().await, 40);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_creation_that_is_given_up_counts_before_it_is_durable() {
+    let (node, store) = Node::over_faulty(|keyring| keyring).await;
+    let node = Arc::new(node);
+    node.keyring.limit(&[quota("few", 1)]);
+    let create_one = || {
+        let node = Arc::clone(&node);
+        tokio::spawn(async move { node.do_it(&node.cx("a", "user"), create()).await })
+    };
+    let held = store.hold();
+    let commits = store.commits();
+    let given_up = create_one();
+    while store.commits() == commits {
+        tokio::task::yield_now().await;
+    }
+    given_up.abort();
+    assert!(given_up.await.unwrap_err().is_cancelled());
+    let next = create_one();
+    // Whatever it waits for, it waits behind the one before.
+    while node.keyring.vault.queued().0 == 0 && !next.is_finished() {
+        tokio::task::yield_now().await;
+    }
+    drop(held);
+    refused(next.await.unwrap());
+    assert_eq!(node.keys().await, 1);
+}
+
+#[tokio::test]
+async fn what_others_share_with_a_client_is_not_counted_and_not_remembered_for_ever() {
+    let node = Node::new().await;
+    node.keyring.limit(&[Quota { client: Some("a".into()), ..quota("few", 2) }]);
+    node.do_it(&node.cx("a", "user"), create()).await.unwrap();
+    let shared = || {
+        let contexts = vec!["a".to_owned()];
+        Mutation::Create(Box::new(CreateKey { contexts, ..creation() }))
+    };
+    for _ in 0..20 {
+        node.do_it(&node.cx("b", "user"), shared()).await.unwrap();
+    }
+    assert_eq!(node.fill("a").await, 1);
+    assert_eq!(node.fill("a").await, 0);
+}
+
 #[tokio::test]
 async fn a_key_whose_commit_fails_gives_its_place_back() {
     let node = Node::limited(1).await;
@@ -199,6 +242,6 @@ async fn a_client_with_more_keys_than_are_read_at_a_time_has_them_all_counted() 
     let prefix = polykey_storage::prefix(rows::list_prefix(&node.keyring.vault, "a"));
     let listed = node.keyring.vault.scan_keys(<ListRow as space::Record>::SPACE, prefix, 1000);
     assert_eq!(listed.await.unwrap().len(), 600);
-    node.keyring.quotas().limit(&[quota("few", 602)]);
+    node.keyring.limit(&[quota("few", 602)]);
     assert_eq!(node.fill("a").await, 2);
 }

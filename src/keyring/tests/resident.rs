@@ -10,7 +10,6 @@ use polykey_hsm::work::{SignInput, SignatureScheme};
 use super::*;
 use crate::command::crypto::{Hidden, Sign, ToSign};
 use crate::custody::Tokens;
-use crate::vault::faulty::{Dies, Faulty};
 
 const MODULES: [&str; 3] = [
     "/usr/lib/softhsm/libsofthsm2.so",
@@ -114,20 +113,7 @@ async fn what_was_made_in_a_token_for_a_change_that_failed_goes_again() {
 
     // A store that dies within the commit: nobody knows, and nothing is taken away. One that takes
     // no commit: it goes.
-    let clock = Clock::manual(START);
-    let caches = Arc::new(KeyCaches::new(1024));
-    let memory: Arc<dyn polykey_storage::Store> = Arc::new(Memory::new().unwrap());
-    let faulty = Arc::new(Faulty::new(memory, u64::MAX, Dies::Before, false));
-    let vault = Vault::create(
-        Arc::clone(&faulty) as _,
-        Ring::generate([7; 16]).unwrap(),
-        [7; 16],
-        Vec::new(),
-        Arc::clone(&caches) as _,
-        clock.clone(),
-    );
-    let vault = Arc::new(vault.await.unwrap());
-    let node = Node::of(vault, caches, clock, |keyring| keyring.with_tokens(tokens())).await;
+    let (node, faulty) = Node::over_faulty(|keyring| keyring.with_tokens(tokens())).await;
     faulty.kill();
     let unknown = node.do_it(&cx, Mutation::Create(Box::new(in_token()))).await.unwrap_err();
     assert!(matches!(unknown, Error::OutcomeUnknown { .. }), "{unknown:?}");
