@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures::future::BoxFuture;
+use parking_lot::{Condvar, Mutex};
 use polykey_storage::{
     ChangesError, Commit, CommitError, Committed, Finish, OpenError, ReadError, Revision, RowKey,
     Snapshot, Store, StoreError, StoreStatus,
@@ -26,23 +27,29 @@ pub(crate) struct Faulty {
     dies: Dies,
     /// Whether reopening works, once; the commits after it do too.
     heals: bool,
-    /// While it is held, a commit lasts.
-    slow: parking_lot::Mutex<()>,
+    /// While it is set, a commit lasts.
+    held: (Mutex<bool>, Condvar),
 }
 
 impl Faulty {
     pub(crate) fn new(inner: Arc<dyn Store>, last: u64, dies: Dies, heals: bool) -> Self {
         let (commits, last) = (AtomicU64::new(0), AtomicU64::new(last));
-        Self { inner, commits, last, dies, heals, slow: parking_lot::Mutex::default() }
+        Self { inner, commits, last, dies, heals, held: Default::default() }
     }
 
     pub(crate) fn commits(&self) -> u64 {
         self.commits.load(Ordering::SeqCst)
     }
 
-    /// Has each commit last until this is dropped.
-    pub(crate) fn hold(&self) -> parking_lot::MutexGuard<'_, ()> {
-        self.slow.lock()
+    /// Has each commit last until this is taken back.
+    pub(crate) fn hold(&self, held: bool) {
+        *self.held.0.lock() = held;
+        self.held.1.notify_all();
+    }
+
+    fn wait(&self) {
+        let (held, changed) = &self.held;
+        changed.wait_while(&mut held.lock(), |held| *held);
     }
 
     /// Dies within the next commit.
@@ -76,7 +83,7 @@ impl Store for Faulty {
                 return Err(CommitError::ReadOnly);
             }
             let number = self.commits.fetch_add(1, Ordering::SeqCst) + 1;
-            drop(self.slow.lock());
+            self.wait();
             let last = self.last.load(Ordering::SeqCst);
             if number > last && self.dies == Dies::Before {
                 return Err(CommitError::OutcomeUnknown(Self::error()));

@@ -184,7 +184,7 @@ async fn a_creation_that_is_given_up_counts_before_it_is_durable() {
         let node = Arc::clone(&node);
         tokio::spawn(async move { node.do_it(&node.cx("a", "user"), create()).await })
     };
-    let held = store.hold();
+    store.hold(true);
     let commits = store.commits();
     let given_up = create_one();
     while store.commits() == commits {
@@ -197,7 +197,7 @@ async fn a_creation_that_is_given_up_counts_before_it_is_durable() {
     while node.keyring.vault.queued().0 == 0 && !next.is_finished() {
         tokio::task::yield_now().await;
     }
-    drop(held);
+    store.hold(false);
     refused(next.await.unwrap());
     assert_eq!(node.keys().await, 1);
 }
