@@ -194,7 +194,7 @@ pub enum Error {
     /// The caller has as many keys as it may have.
     #[error(
         "the quota {name:?} is used up: it gives a client {keys} keys, and keys that wait for their \
-         destruction count; destroy some, or ask an operator for more"
+         destruction count; ask an operator for more, or destroy some, which helps when their window is over"
     )]
     Quota {
         /// The rule that refuses.

@@ -48,7 +48,7 @@ and `polykey-plaintext-bin`, as trailers.
 | INVALID_ARGUMENT | a malformed field, with `google.rpc.BadRequest` naming it |
 | FAILED_PRECONDITION | revoked, expired, disabled, a version out of bounds: `google.rpc.ErrorInfo` has the reason |
 | ABORTED | changed concurrently: read again and retry |
-| RESOURCE_EXHAUSTED | over a limit, with `google.rpc.RetryInfo` |
+| RESOURCE_EXHAUSTED | over a limit, with `google.rpc.RetryInfo`; without it, and with the reason `KEY_QUOTA`, waiting does not help |
 | UNAVAILABLE | the store or a key backend is away, with `google.rpc.RetryInfo` |
 | DATA_LOSS | a stored record fails authentication; the request id, nothing else |
 

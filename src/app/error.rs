@@ -112,7 +112,8 @@ pub enum AppError {
     },
     /// A configuration asks for what the process cannot do any more.
     #[error(
-        "the configuration now needs what this process gave up at its start ([runtime] sandbox)"
+        "the configuration now needs a file or socket that this process gave up at its start ([runtime] sandbox); \
+         nothing of it is in force"
     )]
     NeedsRestart,
     /// The local socket cannot be used.
@@ -354,7 +355,7 @@ impl AppError {
                  path have fewer than 108 bytes."
                     .into()
             }
-            Self::NeedsRestart => "Restart the node.".into(),
+            Self::NeedsRestart => "Restart the node, or take back what is new in it besides what a reload takes.".into(),
             Self::HealthPort { .. } => "Choose another port for [listen] health.".into(),
             Self::MetricsPort { .. } => "Choose another port for [listen] metrics.".into(),
             Self::MasterKey(custody::WrapperError::Local(

@@ -242,6 +242,11 @@ impl Checkpoint {
         Some((format!("{text}\n"), signatures?))
     }
 
+    /// Whether more than one signature stands under it.
+    pub(super) fn has_second_signature(&self) -> bool {
+        self.signatures().is_some_and(|(_, signatures)| signatures.len() > 1)
+    }
+
     /// Whether a signature that names one of `keys` is that key's; `None` if it has none.
     #[must_use]
     pub fn verify_ml_dsa(&self, keys: &[MlDsaKey]) -> Option<bool> {

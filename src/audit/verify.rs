@@ -43,6 +43,12 @@ pub struct Report {
     /// Checkpoints that none of the given keys has signed: each is a finding.
     #[serde(skip)]
     pub foreign: usize,
+    /// Checkpoints of leaves that were not given: each is a finding.
+    #[serde(skip)]
+    pub missing: usize,
+    /// Whether a checkpoint has a second signature.
+    #[serde(skip)]
+    pub second: bool,
     /// Worth knowing, and no fault of the log.
     pub notes: Vec<String>,
 }
@@ -59,6 +65,12 @@ impl Report {
     #[must_use]
     pub fn wrong_key(&self) -> bool {
         self.foreign > 0 && self.found == self.foreign && self.covered == 0
+    }
+
+    /// Whether all that is wrong is that leaves were not given.
+    #[must_use]
+    pub fn incomplete(&self) -> bool {
+        self.missing > 0 && self.found == self.missing
     }
 
     pub(super) fn find(&mut self, text: String) {
@@ -122,6 +134,7 @@ impl<'k> Walk<'k> {
     /// Expects a checkpoint; its signature is checked at once, its root when the tree has its size.
     pub(super) fn checkpoint(&mut self, checkpoint: Checkpoint) {
         let size = checkpoint.size;
+        self.report.second |= checkpoint.has_second_signature();
         if checkpoint.origin != self.report.origin {
             self.report.find(format!("the checkpoint at {size} is of {}", checkpoint.origin));
         } else if checkpoint.verify(self.keys.ed25519).is_none() {
@@ -132,6 +145,7 @@ impl<'k> Walk<'k> {
                 .find(format!("the ML-DSA signature of the checkpoint at {size} is not its key's"));
         } else if size < self.first {
             let first = self.first;
+            self.report.missing += 1;
             self.report.find(format!(
                 "the checkpoint at {size} cannot be compared: the leaves before {first} were not given; give their archives as well"
             ));

@@ -58,16 +58,23 @@ struct ReportView {
     ml_dsa_checked: bool,
     /// Whether all that is wrong is that other keys have signed than those given.
     wrong_key: bool,
+    /// Whether all that is wrong is that leaves were not given.
+    incomplete: bool,
+    #[serde(skip)]
+    second: bool,
     findings: Vec<String>,
     notes: Vec<String>,
 }
 
 impl View for ReportView {
     fn human(&self) -> Human {
-        let result = match (self.ok, self.wrong_key) {
-            (true, _) => "the log is whole and signed",
-            (false, true) => "NOT VERIFIED: the public key given is not the one that signed",
-            (false, false) => "the log is DAMAGED",
+        let result = match self {
+            Self { ok: true, .. } => "the log is whole and signed",
+            Self { wrong_key: true, .. } => {
+                "NOT VERIFIED: the public key given is not the one that signed"
+            }
+            Self { incomplete: true, .. } => "NOT VERIFIED: leaves were not given",
+            _ => "the log is DAMAGED",
         };
         let mut fields = vec![
             ("result", result.to_owned()),
@@ -77,9 +84,14 @@ impl View for ReportView {
             ("root hash", self.root_hash.clone()),
         ];
         fields.extend(self.public_keys.iter().map(|key| ("public key", key.clone())));
-        let second =
-            if self.ml_dsa_checked { "checked" } else { "not checked: no key for them was given" };
-        fields.push(("ML-DSA-65 signatures", second.to_owned()));
+        match (self.ml_dsa_checked, self.second) {
+            (true, _) => fields.push(("ML-DSA-65", "signatures checked".to_owned())),
+            (false, true) => {
+                let text = "signatures not checked: no key for them was given";
+                fields.push(("ML-DSA-65", text.to_owned()));
+            }
+            (false, false) => {}
+        }
         if self.wrong_key {
             fields.push(("note", WRONG_KEY.to_owned()));
         }
@@ -108,6 +120,7 @@ pub(super) fn print_report(
 ) -> Result<(), CliError> {
     let ok = report.ok() && (report.covered > 0 || report.leaves == 0);
     let wrong_key = pinned && report.wrong_key();
+    let incomplete = report.incomplete();
     app.out.print(&ReportView {
         ok,
         origin: report.origin,
@@ -120,6 +133,8 @@ pub(super) fn print_report(
         public_keys_pinned: pinned,
         ml_dsa_checked: ml_dsa,
         wrong_key,
+        incomplete,
+        second: report.second,
         findings: report.findings,
         notes: report.notes,
     })?;
@@ -131,10 +146,17 @@ pub(super) fn key(text: &str) -> Result<VerifyingKey, CliError> {
     if let Some(key) = VerifyingKey::parse(text) {
         return Ok(key);
     }
-    VerifyingKey::parse(&value::text_file(Path::new(text))?).ok_or_else(|| {
-        CliError::usage(format!("{text}: no Ed25519 public key in base64"))
-            .hint("`polykey audit checkpoint` prints it.")
-    })
+    let no_key = |what: &str| {
+        CliError::usage(format!("{text}: {what}")).hint("`polykey audit checkpoint` prints it.")
+    };
+    let path = Path::new(text);
+    if !path.exists() {
+        return Err(no_key(
+            "neither a public key in base64 (44 characters for Ed25519) nor a file",
+        ));
+    }
+    VerifyingKey::parse(&value::text_file(path)?)
+        .ok_or_else(|| no_key("no Ed25519 public key in base64"))
 }
 
 impl VerifyArgs {

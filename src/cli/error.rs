@@ -40,8 +40,8 @@ Exit codes:
   2  the command line or a value in it is wrong
   3  not found
   4  permission denied, or not authenticated
-  5  the state forbids it, or it changed meanwhile
-  6  unavailable: not reachable, too slow or over a limit; try again later
+  5  the state forbids it, it changed meanwhile, or a quota of keys is used up
+  6  unavailable: not reachable, too slow or over a limit that passes; try again later
   7  data loss, or a verification failed";
 
 impl Exit {

@@ -262,7 +262,11 @@ async fn until_unlocked(mut locked: Locked, signals: &mut Signals, door: &Door) 
 }
 
 async fn stop(running: Running, signals: &mut Signals) -> Result<(), CliError> {
-    tracing::info!("stopping");
+    let longest = running.app().config.listen.net.drain_timeout.as_secs();
+    tracing::info!(
+        longest,
+        "stopping: what is in flight may end within so many seconds; a second signal stops at once"
+    );
     service_manager::stopping();
     tokio::select! {
         stopped = running.stop() => {
