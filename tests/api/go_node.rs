@@ -126,7 +126,7 @@ async fn go_09_logins_are_limited_audited_and_alike_and_tokens_are_bound() {
     assert!(denied >= 3, "{events:#?}");
 }
 
-#[tokio::test(flavor = "multi_thread")]
+#[tokio::test]
 async fn go_10_failures_of_callers_stop_nobody() {
     let server = Server::dev();
     let admin = server.admin().await;
