@@ -203,7 +203,7 @@ async fn a_creation_that_is_given_up_counts_before_it_is_durable() {
 }
 
 #[tokio::test]
-async fn what_others_share_with_a_client_is_not_counted_and_not_remembered_for_ever() {
+async fn what_others_share_with_a_client_is_not_counted_however_much_it_is() {
     let node = Node::new().await;
     node.keyring.limit(&[Quota { client: Some("a".into()), ..quota("few", 2) }]);
     node.do_it(&node.cx("a", "user"), create()).await.unwrap();
